@@ -1,0 +1,1 @@
+"""Features, probes, fine-tuning, label-free scores and their reports."""

@@ -1,0 +1,1 @@
+"""Engines turn (sample ids, parameters) into view tensors; they draw nothing themselves."""
