@@ -1,1 +1,0 @@
-"""Features, probes, fine-tuning, label-free scores and their reports."""

@@ -1,0 +1,180 @@
+"""Linear probes on cached features: many learning rates at once, with or without a BatchNorm in front.
+
+All heads see the same batches and start from the same weights, so a head in a pack ends where it would alone.
+The gradients are written out (a softmax regression has short ones), which turns 13 heads into two matrix products a step.
+
+Presets
+`paper`   Knott et al. 2024: SGD 0.1 per 256, batch 1024, momentum 0.9, weight decay 0, 100 epochs, 5 of them warm-up,
+          cosine to 0 by epoch; no gradient clipping (their code clips at 0.5 without saying so)
+`sweep`   the same at 13 rates from 0.001 to 10; the rate is chosen on a tenth of the training data held out, the chosen
+          head is trained again on all of it, and the test set is scored once
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evaluation.metrics import score
+from pipeline.errors import UserError
+
+RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+PAPER_RATE = 0.1
+BATCH = 1024
+EPOCHS = 100
+WARMUP = 5
+MOMENTUM = 0.9
+EPS = 1e-5
+
+
+@dataclass
+class Heads:
+    """H linear classifiers of F features into C classes."""
+
+    weight: Tensor  # (F, H, C)
+    bias: Tensor  # (H, C)
+    # With BatchNorm: each head has its own scale and shift (F, H, 1); the running statistics (F,) are shared.
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Logits (H, N, C) of features (N, F), in evaluation mode."""
+        if self.mean is not None and self.var is not None:
+            x = (x - self.mean) * (self.var + EPS).rsqrt()
+        return self._logits(x).transpose(0, 1)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if self.scale is not None and self.shift is not None:
+            bias = bias + (self.shift * weight).sum(0)
+            weight = self.scale * weight
+        return (x @ weight.flatten(1)).view(len(x), *bias.shape) + bias
+
+    def gradients(self, x: Tensor, labels: Tensor) -> list[Tensor]:
+        """Of each head's mean cross-entropy, in the order of `parameters()`; x (B, F), already standardized with BN."""
+        error = self._logits(x).softmax(2)  # (B, H, C)
+        error[torch.arange(len(x), device=x.device), :, labels] -= 1
+        error /= len(x)
+        total = error.sum(0)
+        weight = (x.T @ error.flatten(1)).view_as(self.weight)
+        if self.scale is None or self.shift is None:
+            return [weight, total]
+        scale = (self.weight * weight).sum(2, keepdim=True)
+        shift = (self.weight * total).sum(2, keepdim=True)
+        return [self.scale * weight + self.shift * total, total, scale, shift]
+
+    def parameters(self) -> list[Tensor]:
+        return [p for p in (self.weight, self.bias, self.scale, self.shift) if p is not None]
+
+    def standardize(self, x: Tensor) -> Tensor:
+        """BatchNorm's training step: batch statistics, and the running ones moved a tenth of the way."""
+        if self.mean is None or self.var is None:
+            return x
+        var, mean = torch.var_mean(x, 0, correction=0)
+        self.mean.lerp_(mean, 0.1)
+        self.var.lerp_(var * len(x) / (len(x) - 1), 0.1)
+        return (x - mean) * (var + EPS).rsqrt()
+
+
+def create(features: int, heads: int, classes: int, *, bn: bool, seed: int, device: torch.device | str) -> Heads:
+    """Weights from N(0, 0.01), the same for every head; biases zero."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = 0.01 * torch.randn(features, 1, classes, generator=generator)
+    made = Heads(weight.expand(-1, heads, -1).contiguous().to(device), torch.zeros(heads, classes, device=device))
+    if bn:
+        made.scale = torch.ones(features, heads, 1, device=device)
+        made.shift = torch.zeros_like(made.scale)
+        made.mean, made.var = torch.zeros(features, device=device), torch.ones(features, device=device)
+    return made
+
+
+def schedule(epoch: int, epochs: int, warmup: int = WARMUP) -> float:
+    """The share of the peak rate in an epoch (from 0): linear warm-up to the peak, then cosine to 0."""
+    if epoch < warmup:
+        return (epoch + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(1, epochs - warmup)))
+
+
+def train(
+    x: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    rates: tuple[float, ...],
+    bn: bool,
+    epochs: int = EPOCHS,
+    warmup: int = WARMUP,
+    batch: int = BATCH,
+    seed: int = 0,
+) -> Heads:
+    """One head per learning rate (per 256 samples of a batch) on features (N, F) and labels (N,)."""
+    if len(x) < 2:
+        raise UserError(f"a linear probe needs at least 2 labelled training samples, but there are {len(x)}")
+    heads = create(x.shape[1], len(rates), classes, bn=bn, seed=seed, device=x.device)
+    # Heads are the last axis but one of every parameter.
+    peak = torch.tensor(rates, device=x.device)[:, None] * min(batch, len(x)) / 256
+    momentum = [torch.zeros_like(p) for p in heads.parameters()]
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        rate = peak * schedule(epoch, epochs, warmup)
+        # Batches of equal size to within one: a last batch of one sample would have no BatchNorm statistics.
+        for ids in torch.randperm(len(x), generator=generator).to(x.device).tensor_split(math.ceil(len(x) / batch)):
+            gradients = heads.gradients(heads.standardize(x[ids]), labels[ids])
+            for p, m, g in zip(heads.parameters(), momentum, gradients):
+                p.sub_(m.mul_(MOMENTUM).add_(g) * rate)
+    return heads
+
+
+def held_out(labels: Tensor, seed: int, share: float = 0.1) -> Tensor:
+    """(N,) bool: a seeded tenth of every class (at least one sample of a class with two)."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for c in labels.unique().tolist():
+        ids = (labels.cpu() == c).nonzero()[:, 0]
+        count = min(max(1, round(share * len(ids))), len(ids) - 1)
+        mask[ids[torch.randperm(len(ids), generator=generator)[:count]]] = True
+    return mask.to(labels.device)
+
+
+@dataclass(frozen=True)
+class Probe:
+    scores: Tensor  # (n, C) of the test samples
+    rate: float
+    held_out: tuple[float, ...]  # top-1 of every rate on the held-out training data
+    paper: Tensor  # (n, C): scores of the preset `paper`, trained in the same pass
+
+    @property
+    def at_edge(self) -> bool:
+        return self.rate in (RATES[0], RATES[-1])
+
+
+def sweep(
+    x: Tensor, labels: Tensor, queries: Tensor, classes: int, *, bn: bool, epochs: int = EPOCHS, seed: int = 0
+) -> Probe:
+    """Both presets for training features (N, F) with labels (N,) and test features (n, F), on the features' device.
+
+    Sees no test label. Ties between rates go to the smaller one.
+    """
+    out = held_out(labels, seed)
+    if not out.any():
+        raise UserError("the learning-rate sweep needs at least 2 labelled training samples in some class")
+    heads = train(x[~out], labels[~out], classes, rates=RATES, bn=bn, epochs=epochs, seed=seed)
+    # A rate that diverged has scores that are not finite: it loses.
+    accuracies = tuple(score(s.nan_to_num(-torch.inf), labels[out]).top1 for s in heads.scores(x[out]))
+    rate = RATES[max(range(len(RATES)), key=lambda i: accuracies[i])]
+    final = train(x, labels, classes, rates=(rate, PAPER_RATE), bn=bn, epochs=epochs, seed=seed)
+    scores = final.scores(queries)
+    return Probe(scores[0], rate, accuracies, scores[1])
+
+
+def quick(
+    x: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, classes: int, *, epochs: int = 20, seed: int = 0
+) -> float:
+    """Top-1 of one BatchNorm probe at the paper's rate: for the curve during training, not for a table."""
+    heads = train(x, labels, classes, rates=(PAPER_RATE,), bn=True, epochs=epochs, batch=256, seed=seed)
+    return score(heads.scores(queries)[0], query_labels).top1
