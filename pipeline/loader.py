@@ -1,0 +1,160 @@
+"""Plan + store + parameters + engine -> batches, some of them under way while the consumer works."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.errors import UserError
+from pipeline.plan import Plan, evaluation_batches
+from pipeline.store import Corrupt, Store
+from pipeline.views import Policy, clean, parameters
+
+
+@dataclass
+class Batch:
+    step: int
+    ids: torch.Tensor  # (B,) int64, as `epochs` and `labels` (-1 = unlabelled)
+    epochs: torch.Tensor
+    labels: torch.Tensor
+    views: list[torch.Tensor]  # per group (V, B, 3, S, S) uint8, channels-last memory
+
+
+class Loader:
+    """The batches of a plan. The engine belongs to the caller, who closes it.
+
+    A sample that cannot be read is replaced, for good, by the next one of the plan; it is named once on stderr and
+    kept in `bad` (id -> reason). More than `max_bad` (a share of the plan's samples) of them raise `UserError`.
+    `timings` are seconds so far: `wait` (the consumer waited for a batch), `parameters`, and the engine's own.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        policy: Policy,
+        engine: Any,
+        *,
+        seed: int,
+        prefetch: int = 2,
+        max_bad: float = 0.01,
+    ):
+        self.store, self.plan, self.policy, self.engine = store, plan, policy, engine
+        self.seed, self.prefetch, self.max_bad = seed, max(1, prefetch), max_bad
+        self.bad: dict[int, str] = {}
+        self._timings = {"wait": 0.0, "parameters": 0.0, "batches": 0.0}
+
+    @property
+    def timings(self) -> dict[str, float]:
+        return self._timings | getattr(self.engine, "seconds", {})
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Batches of steps `start` .. `stop - 1`, in order."""
+        waiting: deque = deque()
+        step = start
+        try:
+            while step < stop or waiting:
+                while step < stop and len(waiting) < self.prefetch:
+                    waiting.append(self._submit(step))
+                    step += 1
+                yield self._finish(*waiting.popleft())
+        finally:
+            for *_, pending in waiting:
+                pending.cancel()
+
+    def _submit(self, step: int) -> tuple:
+        begun = time.perf_counter()
+        ids, epochs = self.plan.batch(step)
+        ids = self._replace(ids)
+        drawn = parameters(self.policy, self.seed, epochs, ids, self.store.heights[ids], self.store.widths[ids])
+        self._timings["parameters"] += time.perf_counter() - begun
+        return step, ids, epochs, self.engine.submit(ids, drawn)
+
+    def _finish(self, step: int, ids: np.ndarray, epochs: np.ndarray, pending: Any) -> Batch:
+        begun = time.perf_counter()
+        while True:
+            try:
+                views = pending.result()
+                break
+            except Corrupt as error:
+                pending.cancel()
+                self._quarantine(error)
+                step, ids, epochs, pending = self._submit(step)
+        self._timings["wait"] += time.perf_counter() - begun
+        self._timings["batches"] += 1
+        labels = torch.from_numpy(np.asarray(self.store.labels[ids], np.int64))
+        return Batch(step, torch.from_numpy(ids), torch.from_numpy(epochs), labels, views)
+
+    def _replace(self, ids: np.ndarray) -> np.ndarray:
+        """Bad samples become the next good one of the plan: the same one on every rank and after a resume."""
+        if not self.bad:
+            return ids
+        ids = ids.copy()
+        for b, i in enumerate(ids):
+            while int(ids[b]) in self.bad:
+                ids[b] = self.plan.ids[(np.searchsorted(self.plan.ids, ids[b]) + 1) % self.plan.n]
+        return ids
+
+    def _quarantine(self, error: Corrupt) -> None:
+        if error.id not in self.bad:
+            self.bad[error.id] = error.reason
+            print(f"bad sample {error.key} ({error.reason}): replaced from now on", file=sys.stderr)
+        if len(self.bad) > self.max_bad * self.plan.n:
+            raise UserError(
+                f"{self.store.name}: {len(self.bad)} bad samples are more than --max-bad {self.max_bad:g} of "
+                f"{self.plan.n}; the last one is {error.key} ({error.reason})"
+            )
+
+
+def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """(x - mean) / std with mean and std in 0..255, on the views' device; (..., 3, S, S), memory format kept."""
+    shape = (3, 1, 1)
+    scale = torch.tensor([1 / s for s in std], device=views.device, dtype=torch.float32).view(shape)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=views.device, dtype=torch.float32).view(shape)
+    return torch.addcmul(shift, views.to(torch.float32), scale).to(dtype)
+
+
+def embed_batches(
+    store: Store, engine: Any, size: int, batch: int, world: int = 1, rank: int = 0, crop_ratio: float = 1.0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(ids (B,), labels (B,), views (B, 3, S, S) uint8) of the whole split in order, one centre view an image.
+
+    The ranks' parts are contiguous. A sample that cannot be read is named on stderr and left out.
+    """
+    waiting: deque = deque()
+
+    def submit(ids: np.ndarray) -> tuple:
+        return ids, engine.submit(ids, clean(size, store.heights[ids], store.widths[ids], crop_ratio))
+
+    try:
+        for ids in evaluation_batches(len(store), batch, world, rank):
+            waiting.append(submit(ids))
+            if len(waiting) > 2:
+                yield from _embedded(store, submit, *waiting.popleft())
+        while waiting:
+            yield from _embedded(store, submit, *waiting.popleft())
+    finally:
+        for _, pending in waiting:
+            pending.cancel()
+
+
+def _embedded(store: Store, submit: Any, ids: np.ndarray, pending: Any) -> Iterator[tuple]:
+    while len(ids):
+        try:
+            (views,) = pending.result()
+        except Corrupt as error:
+            pending.cancel()
+            print(f"bad sample {error.key} ({error.reason}): left out", file=sys.stderr)
+            ids = ids[ids != error.id]
+            if len(ids):
+                ids, pending = submit(ids)
+            continue
+        yield torch.from_numpy(ids), torch.from_numpy(np.asarray(store.labels[ids], np.int64)), views[0]
+        return
