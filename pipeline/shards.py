@@ -1,0 +1,518 @@
+"""Writing shards: a deterministic plan, then one shard at a time on a pool of processes.
+
+A shard is the unit of work. It is written to a temporary file, synced, renamed, and only then recorded; so a
+conversion killed anywhere goes on from the finished shards, and ends byte for byte like an undisturbed one. Nothing
+that is written depends on the number of processes, on time or on where the folders are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import beton, codec, index, sources, tar
+from pipeline.errors import UserError, nearest
+
+VERSION = 1
+FORMATS = {"webdataset": tar, "ffcv": beton}
+MANIFEST, WORK, STAMP = "manifest.json", ".work", ".stamp.json"
+MIN_SHARD, MAX_SHARD = 8 << 20, 256 << 20
+KEY_LENGTH = 90  # a ustar name has 100 bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides what is written."""
+
+    dataset: str
+    format: str = "webdataset"
+    encoding: str = "jpeg"
+    size: int = 0
+    quality: int = codec.QUALITY
+    max_pixels: int = 100_000_000
+    seed: int = 0
+    shard_mb: int = 0  # 0 = a 64th of the source, between 8 and 256 MB
+    unlabelled: bool = False
+
+    def codec(self) -> codec.Settings:
+        return codec.Settings(self.encoding, self.size, self.quality, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shard of the plan: which samples of its split, in which order."""
+
+    split: int
+    name: str
+    samples: np.ndarray
+    digest: str  # of everything that decides the shard's bytes
+
+
+@dataclass
+class Job:
+    options: Options
+    out: Path
+    source: sources.Source
+    keys: list[list[str]]
+    rows: list[Row]
+    parent: int = field(default_factory=os.getpid)
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def safe_keys(names: list[str], stems: bool = True) -> list[str]:
+    """Unique keys of ASCII letters, digits, `_`, `-` and `/`, for any file names.
+
+    WebDataset takes everything after a key's first dot for the type, and the index of DALI's reader is split at spaces.
+    A name that had to be changed, or whose stem occurs twice, gets eight digits of its hash.
+    """
+    plain = [os.path.splitext(name)[0] if stems else name for name in names]
+    counts: dict[str, int] = {}
+    for stem in plain:
+        counts[stem] = counts.get(stem, 0) + 1
+    keys = [
+        stem if counts[stem] == 1 and len(stem) <= KEY_LENGTH and SAFE.fullmatch(stem) else _hashed(stem, name)
+        for stem, name in zip(plain, names)
+    ]
+    if len(set(keys)) != len(keys):  # a file named like another's hash: possible, so not ignored
+        keys = [f"{key[:60]}-{_hash(name, 16)}" for key, name in zip(keys, names)]
+    return keys
+
+
+SAFE = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
+
+
+def _hash(name: str, digits: int) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:digits]
+
+
+def _hashed(stem: str, name: str) -> str:
+    clean = "/".join(part or "_" for part in re.sub(r"[^A-Za-z0-9_/-]", "_", stem).split("/"))
+    return f"{clean[: KEY_LENGTH - 9]}-{_hash(name, 8)}"
+
+
+def order(n: int, seed: int, split: str) -> np.ndarray:
+    """A permutation that stays the same for ever: raw Philox numbers, sorted."""
+    key = [seed, zlib.crc32(split.encode())]
+    return np.argsort(np.random.Philox(key=np.array(key, np.uint64)).random_raw(n), kind="stable")
+
+
+def plan(options: Options, source: sources.Source, keys: list[list[str]]) -> list[Row]:
+    """Cut each split, shuffled, into shards of about equal size in source bytes."""
+    total = sum(int(split.sizes.sum()) for split in source.splits)
+    target = options.shard_mb << 20 or min(max(total // 64, MIN_SHARD), MAX_SHARD)
+    rows = []
+    settings = json.dumps([VERSION, asdict(options), source.classes])
+    for number, split in enumerate(source.splits):
+        samples = order(len(split.names), options.seed, split.name)
+        sizes = split.sizes[samples]
+        count = max(1, round(int(sizes.sum()) / target))
+        cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) * count // max(1, int(sizes.sum())))) + 1
+        for shard, part in enumerate(np.split(samples, cuts)):
+            digest = hashlib.sha256(settings.encode())
+            digest.update("\0".join(keys[number][i] for i in part).encode())
+            digest.update(split.labels[part].tobytes() + split.sizes[part].tobytes())
+            name = f"{split.name}-{shard:05d}{FORMATS[options.format].SUFFIX}"
+            rows.append(Row(number, name, part, digest.hexdigest()))
+    return rows
+
+
+# --- one shard ------------------------------------------------------------------------------------------------------
+
+JOB: Job  # in a worker process: what the parent had when it forked
+COUNTERS: ctypes.Array  # images, bytes, rejected, stop; shared by all processes
+
+
+def convert_shard(row: Row) -> dict:
+    """Make one shard and record it. Returns its manifest row, index and sums included in files beside."""
+    split = JOB.source.splits[row.split]
+    final, work = JOB.out / row.name, JOB.out / WORK
+    temporary = final.with_name(f".{row.name}.{os.getpid()}.tmp")
+    records: list[tuple] = []
+    keys: list[str] = []
+    rejected: list[dict] = []
+    total, pixels = np.zeros((2, 3)), 0
+    try:
+        with open(temporary, "w+b", buffering=1 << 20) as file:
+            planar = JOB.options.encoding == "yuv420"
+            writer = FORMATS[JOB.options.format].Writer(file, len(row.samples), **({"planar": True} if planar else {}))
+            for i in row.samples:
+                _check_stop()
+                key, label = JOB.keys[row.split][i], int(split.labels[i])
+                try:
+                    data = split.read(i)
+                    payload, image = codec.convert(data, JOB.options.codec())
+                except ValueError as error:
+                    rejected.append({"split": split.name, "name": split.names[i], "key": key, "reason": str(error)})
+                    _count(0, 0, 1)
+                    continue
+                offset = writer.add(key, label, payload)
+                height, width = codec.shape(payload, image)
+                crc = zlib.crc32(payload)
+                records.append((label, offset, payload.nbytes, 0, height, width, crc, codec.kind(payload)))
+                keys.append(key)
+                total += codec.sums(image)
+                pixels += image.shape[0] * image.shape[1]
+                _count(1, data.nbytes, 0)
+            digest = writer.finish()
+            file.flush()
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+        if isinstance(writer, tar.Writer):
+            _write_text(final.with_suffix(".idx"), writer.index_text())
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+    index.write(index.build(records, keys), work / f"{row.name}.index")
+    result = {
+        "digest": row.digest,
+        "shard": {"file": row.name, "count": len(records), "bytes": size, "sha256": digest},
+        "rejected": rejected,
+        "sums": total.tolist(),
+        "pixels": pixels,
+    }
+    _write_text(work / f"{row.name}.json", json.dumps(result))
+    return result
+
+
+def _count(images: int, size: int, rejected: int) -> None:
+    with COUNTERS.get_lock():  # type: ignore[attr-defined]
+        COUNTERS[0] += images
+        COUNTERS[1] += size
+        COUNTERS[2] += rejected
+
+
+class Stopped(Exception):
+    """Another worker failed."""
+
+
+def _check_stop() -> None:
+    if COUNTERS[3]:
+        raise Stopped
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+def check(options: Options) -> None:
+    """UserError with one line for every option that cannot be."""
+    errors = []
+    if options.format not in FORMATS:
+        errors.append(nearest("format", options.format, FORMATS))
+    if options.encoding not in codec.ENCODINGS:
+        errors.append(nearest("encoding", options.encoding, codec.ENCODINGS))
+    if options.size < 0 or 0 < options.size < 8:
+        errors.append(f"size is the short side in pixels, 0 or at least 8, not {options.size}")
+    if not 1 <= options.quality <= 100:
+        errors.append(f"quality is 1 to 100, not {options.quality}")
+    if options.shard_mb < 0 or options.shard_mb > 1 << 20:
+        errors.append(f"shard-mb is 0 (chosen) or a size in megabytes, not {options.shard_mb}")
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+def write(
+    options: Options,
+    source: Path | None,
+    out: Path,
+    *,
+    jobs: int = 0,
+    max_rejected: float = 0.01,
+    download: bool = False,
+    quiet: bool = False,
+) -> dict:
+    """Convert a dataset to shards in `out`; go on where an earlier run stopped. Returns the manifest.
+
+    UserError: bad options or source, other shards in `out`, too many rejected images, disk full, a worker that died.
+    """
+    check(options)
+    if done := _already_done(options, source, out):
+        return done
+    found = sources.load(options.dataset, source, download, options.unlabelled)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / WORK).mkdir(exist_ok=True)
+    with open(out / WORK / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is writing shards to {out}") from None
+        keys = [safe_keys(split.names) for split in found.splits]
+        job = Job(options, out, found, keys, plan(options, found, keys))
+        results = _finished(job)
+        _clean(out, {row.name for row in job.rows})
+        _run(job, [row for row in job.rows if row.name not in results], results, jobs or _cores(), quiet)
+        manifest = _finish(job, results, max_rejected)
+        _write_stamp(out, found, source)
+    shutil.rmtree(out / WORK)
+    return manifest
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _already_done(options: Options, source: Path | None, out: Path) -> dict | None:
+    """The manifest if these very shards are there; a stamp (times of the source's folders) saves listing the source."""
+    manifest = read_manifest(out)
+    if manifest is None:
+        return None
+    if manifest["options"] != asdict(options):
+        changed = [
+            f"{name} {manifest['options'].get(name)!r}, now {value!r}"
+            for name, value in asdict(options).items()
+            if manifest["options"].get(name) != value
+        ]
+        raise UserError(f"{out} holds shards made otherwise ({'; '.join(changed)}): choose another OUT or remove it")
+    if any(_size(out / row["file"]) != row["bytes"] for split in manifest["splits"].values() for row in split["shards"]):
+        return None
+    stamp = out / STAMP
+    if not stamp.exists() or json.loads(stamp.read_text()) != _stamp(json.loads(stamp.read_text()), source):
+        found = sources.load(options.dataset, source, False, options.unlabelled)
+        if found.fingerprint() != manifest["source"]["fingerprint"]:
+            raise UserError(f"{source} has changed since {out} was made from it: choose another OUT or remove it")
+        _write_stamp(out, found, source)
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    return manifest
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def _stamp(paths, source: Path | None) -> dict:
+    result = {"": str(source and source.resolve())}
+    for path in paths:
+        if path:
+            try:
+                state = os.stat(path)
+                result[path] = [state.st_mtime_ns, state.st_size]  # type: ignore[assignment]
+            except OSError:
+                result[path] = None  # type: ignore[assignment]
+    return result
+
+
+def _write_stamp(out: Path, found: sources.Source, source: Path | None) -> None:
+    _write_text(out / STAMP, json.dumps(_stamp(found.watch, source)))
+
+
+def _finished(job: Job) -> dict[str, dict]:
+    """Rows of an earlier run that this plan would make again, and whose shards are there."""
+    results = {}
+    for row in job.rows:
+        record = job.out / WORK / f"{row.name}.json"
+        if record.exists():
+            result = json.loads(record.read_text())
+            if result["digest"] == row.digest and _size(job.out / row.name) == result["shard"]["bytes"]:
+                results[row.name] = result
+    return results
+
+
+def _clean(out: Path, planned: set[str]) -> None:
+    """Remove what an interrupted run left: temporary files, and shards of another plan."""
+    for path in out.iterdir():
+        temporary = path.name.startswith(".") and path.name.endswith(".tmp")
+        if temporary or (SHARD.fullmatch(path.name) and path.with_suffix(path.suffix).name not in planned):
+            if path.suffix == ".idx" and path.with_suffix(tar.SUFFIX).name in planned:
+                continue
+            path.unlink()
+
+
+SHARD = re.compile(r"(train|val|unlabelled)-\d{5}\.(tar|idx|beton)")
+
+
+def _run(job: Job, todo: list[Row], results: dict[str, dict], jobs: int, quiet: bool) -> None:
+    global JOB, COUNTERS
+    if not todo:
+        return
+    context = multiprocessing.get_context("fork")  # workers inherit the listing and any arrays, nothing is copied
+    JOB, COUNTERS = job, context.Array("q", 4)  # type: ignore[assignment]
+    total = sum(len(row.samples) for row in todo)
+    pool = ProcessPoolExecutor(min(jobs, len(todo)), mp_context=context, initializer=_start_worker)
+    try:
+        futures = {pool.submit(convert_shard, row): row for row in todo}
+        with _Progress(total, quiet) as progress:
+            for future in _as_completed(futures, progress.update):
+                results[futures[future].name] = future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process died (killed, out of memory, or a decoder crashed); "
+            "finished shards are kept, the same command goes on from them"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{error.strerror or error}: {error.filename or job.out}; finished shards are kept") from error
+    finally:
+        COUNTERS[3] = 1
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _as_completed(futures: dict[Future, Row], tick: Callable[[], None]) -> Iterator[Future]:
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+        tick()
+        # The first error is the cause; those who stopped because of it are not.
+        yield from sorted(done, key=lambda future: isinstance(future.exception(), Stopped))
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the parent is killed
+    if os.getppid() != JOB.parent:
+        os._exit(1)
+    import cv2
+
+    cv2.setNumThreads(0)
+
+
+class _Progress:
+    """A bar with images/s, MB/s, time left and the number of rejected images."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # no thread of its own
+        self.bar, self.start = tqdm(total=total, unit="img", disable=quiet, smoothing=0.1), time.perf_counter()
+
+    def update(self) -> None:
+        images, size, rejected, _ = COUNTERS[:]
+        self.bar.update(images + rejected - self.bar.n)
+        seconds = time.perf_counter() - self.start
+        self.bar.set_postfix_str(f"{size / 1e6 / seconds:.0f} MB/s, {rejected} rejected", refresh=False)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.update()
+        self.bar.close()
+
+
+# --- the manifest ---------------------------------------------------------------------------------------------------
+
+
+def read_manifest(out: Path) -> dict | None:
+    """None if there is none. UserError if it is of another version or damaged."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{out / MANIFEST} is damaged: {error}") from None
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{out} holds shards of version {manifest.get('version')}, this program reads {VERSION}: make them again"
+        )
+    return manifest
+
+
+def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
+    rejected = list(job.source.problems)
+    for row in job.rows:
+        rejected += results[row.name]["rejected"]
+    _write_text(job.out / "rejected.jsonl", "".join(json.dumps(item) + "\n" for item in rejected))
+    total = sum(len(split.names) for split in job.source.splits) + len(job.source.problems)
+    if len(rejected) > max_rejected * total:
+        raise UserError(
+            f"{len(rejected)} of {total} images were rejected, more than {max_rejected:.2%}: "
+            f"see {job.out / 'rejected.jsonl'}, then repair them or raise --max-rejected"
+        )
+    splits = {split.name: _finish_split(job, number, results) for number, split in enumerate(job.source.splits)}
+    manifest = make_manifest(
+        job.out.name, job.options, job.source.classes, splits, len(rejected), job.source.fingerprint()
+    )
+    _write_text(job.out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def _finish_split(job: Job, number: int, results: dict[str, dict]) -> dict:
+    rows = [row for row in job.rows if row.split == number]
+    name = job.source.splits[number].name
+    parts = [index.read(job.out / WORK / f"{row.name}.index") for row in rows]
+    sums = sum(np.array(results[row.name]["sums"]) for row in rows)
+    pixels = sum(results[row.name]["pixels"] for row in rows)
+    return finish_split(
+        job.out,
+        name,
+        index.concatenate(parts),
+        [results[row.name]["shard"] for row in rows],
+        sums / max(pixels, 1),
+        sum(len(results[row.name]["rejected"]) for row in rows),
+    )
+
+
+def finish_split(out: Path, name: str, rows: index.Index, shards: list[dict], moments, rejected: int) -> dict:
+    """Write a split's index; returns its part of the manifest. `moments`: (2, 3), mean and mean square a channel."""
+    if not len(rows):
+        raise UserError(f"not one image of split {name} could be used: see {out / 'rejected.jsonl'}")
+    digest = index.write(rows, out / f"{name}.index")
+    mean, square = np.asarray(moments)
+    return {
+        "count": len(rows),
+        "rejected": rejected,
+        "mean": mean.tolist(),
+        "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
+        "fingerprint": rows.fingerprint(),
+        "index": {"file": f"{name}.index", "sha256": digest},
+        "shards": shards,
+    }
+
+
+def make_manifest(name, options: Options, classes, splits: dict, rejected: int, source: str) -> dict:
+    whole = hashlib.sha256(json.dumps([[key, split["fingerprint"]] for key, split in sorted(splits.items())]).encode())
+    return {
+        "name": name,
+        "version": VERSION,
+        "format": options.format,
+        "encoding": options.encoding,
+        "encoder": {"quality": options.quality, "subsampling": codec.SUBSAMPLING, "resize": "area", "size": options.size},
+        "options": asdict(options),
+        "fingerprint": whole.hexdigest(),
+        "classes": list(classes),
+        "source": {"dataset": options.dataset, "fingerprint": source},
+        "rejected": rejected,
+        "splits": splits,
+    }

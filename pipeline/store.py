@@ -1,0 +1,122 @@
+"""Reading shards: samples by number, straight from memory maps, the same for both formats."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from pathlib import Path
+
+import numpy as np
+from isal.isal_zlib import crc32  # the CRC-32 of zlib, ten times as fast
+
+from pipeline import codec, index, shards
+from pipeline.errors import UserError
+
+
+class Corrupt(Exception):
+    """A record whose bytes are not those that were written."""
+
+    def __init__(self, id: int, key: str, reason: str) -> None:
+        super().__init__(f"sample {id} ({key}): {reason}")
+        self.id, self.key, self.reason = id, key, reason
+
+
+class Store:
+    """One split of a folder of shards. Reads may come from any number of threads.
+
+    `labels`: (n,) int64, -1 = unlabelled; `heights`, `widths`: (n,) int32, pixels of the stored image. `mean`, `std`: a
+    channel, of values 0..255, over the training split. `fingerprint`: identity of this split's samples, the same
+    for both formats. `shard_of`: (n,) uint32, the shard a sample lies in.
+
+    UserError: no shards, no such split, another version, an index that is damaged, a shard that is missing or of the wrong
+    length (named). With `allow_damaged`, such shards' records raise `Corrupt` when read and the rest works.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train", allow_damaged: bool = False) -> None:
+        self.path, self.split = Path(path), split
+        manifest = shards.read_manifest(self.path)
+        if manifest is None:
+            raise UserError(f"no shards in {path} (no {shards.MANIFEST}); `make shards DATASET=… OUT={path}` writes them")
+        if split not in manifest["splits"]:
+            raise UserError(f"{path} has no split {split!r}; it has {', '.join(manifest['splits'])}")
+        self.manifest, self.name, self.classes = manifest, manifest["name"], manifest["classes"]
+        part = manifest["splits"][split]
+        self.fingerprint: str = part["fingerprint"]
+        self.mean, self.std = statistics(manifest)
+        self.shards: list[dict] = part["shards"]
+        self.damaged: dict[int, str] = {}
+        self._check_shards(allow_damaged)
+        self._rows = self._read_index(part)
+        self.labels, self.heights, self.widths = (self._rows[name] for name in ("label", "height", "width"))
+        self.shard_of = self._rows["shard"]
+        self._maps: list[np.ndarray | None] = [None] * len(self.shards)
+        self._lock = threading.Lock()
+
+    def _check_shards(self, allow_damaged: bool) -> None:
+        for number, shard in enumerate(self.shards):
+            path = self.path / shard["file"]
+            size = path.stat().st_size if path.exists() else None
+            if size != shard["bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
+                self.damaged[number] = f"shard {path} {state}"
+        if self.damaged and not allow_damaged:
+            raise UserError("\n".join(f"{line}; make it again or copy it anew" for line in self.damaged.values()))
+
+    def _read_index(self, part: dict) -> index.Index:
+        path = self.path / part["index"]["file"]
+        try:
+            rows = index.read(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"index {path}: {error}") from None
+        if len(rows) != part["count"]:
+            raise UserError(f"index {path} has {len(rows)} rows, the manifest {part['count']}")
+        return rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def key(self, i: int) -> str:
+        return self._rows.key(i)
+
+    def read(self, i: int) -> np.ndarray:
+        """Sample i's payload (see `codec`): a read-only view of the memory map. Raises `Corrupt`."""
+        rows = self._rows
+        shard = int(rows["shard"][i])
+        data = self._maps[shard]
+        if data is None:
+            data = self._map(shard, i)
+        start = int(rows["offset"][i])
+        payload = data[start : start + int(rows["length"][i])]
+        if crc32(payload) != rows["crc"][i]:
+            raise Corrupt(i, self.key(i), f"its bytes in {self.shards[shard]['file']} have changed (checksum)")
+        return codec.view(payload, rows["kind"][i], int(rows["height"][i]), int(rows["width"][i]))
+
+    def _map(self, shard: int, i: int) -> np.ndarray:
+        if shard in self.damaged:
+            raise Corrupt(i, self.key(i), self.damaged[shard])
+        with self._lock:
+            found = self._maps[shard]
+            if found is None:
+                with open(self.path / self.shards[shard]["file"], "rb") as file:
+                    found = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                self._maps[shard] = found
+            return found
+
+    def nbytes(self) -> int:
+        """Bytes of all payloads."""
+        return int(self._rows["length"].sum(dtype=np.int64))
+
+    def max_pixels(self) -> int:
+        """Pixels of the largest image."""
+        return int((self.heights.astype(np.int64) * self.widths).max())
+
+    def close(self) -> None:
+        """Forget the memory maps; payloads still held stay valid."""
+        self._maps = [None] * len(self.shards)
+
+
+def statistics(manifest: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation a channel, 0..255, of `train` (of the first split where there is no such)."""
+    splits = manifest["splits"]
+    part = splits.get("train") or next(iter(splits.values()))
+    return tuple(part["mean"]), tuple(part["std"])
