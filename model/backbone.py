@@ -35,6 +35,11 @@ def names() -> list[str]:
     return [*TINY, *(f"torchvision:{name}" for name in torchvisions), *timm.list_models()]
 
 
+def check(name: str) -> None:
+    """UserError, with the nearest names, where there is no such backbone."""
+    _family(name)
+
+
 def create(name: str, *, image_size: int, stem: str = "auto") -> nn.Module:
     """A backbone with fresh weights for square images of `image_size` pixels: (N, 3, H, W) -> (N, num_features).
 
