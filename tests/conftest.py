@@ -1,0 +1,30 @@
+"""Small real shards that several tests share, made once a session by the project's own converter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)  # two cores, several workers
+
+
+def command(*words: object, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run one of the project's commands as a user would."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
+    line = [sys.executable, *map(str, words)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=env, timeout=280, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """scikit-learn's 1797 digits as WebDataset shards."""
+    out = tmp_path_factory.mktemp("shards") / "digits"
+    done = command("tools/shards.py", "write", "--dataset", "digits", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from training import optim
+
+
+@given(st.integers(1, 500), st.integers(0, 100), st.floats(0, 1))
+def test_schedule_warms_up_and_ends_where_it_says(steps, warmup, final):
+    warmup = min(warmup, steps - 1)
+    at = optim.schedule(2.0, steps, warmup, final)
+    rates = [at(s) for s in range(steps)]
+    assert all(0 <= r <= 2.0 + 1e-12 for r in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert math.isclose(at(warmup), 2.0)
+    assert math.isclose(at(steps), 2.0 * final, abs_tol=1e-9)
+
+
+def test_constant_rate():
+    at = optim.schedule(1e-3, 100, 0, 1.0)
+    assert {at(s) for s in range(101)} == {1e-3}
+
+
+def test_rule_is_printed_with_its_numbers():
+    lr, text = optim.learning_rate("lars", 0, 1024)
+    assert lr == pytest.approx(1.2)
+    assert "0.3" in text and "1024" in text
+    assert optim.learning_rate("lars", 0.7, 1024) == (0.7, "lr 0.7 (given)")
+    assert optim.learning_rate("adamw", 0, 1024)[0] == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_biases_and_norms_do_not_decay(name):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = optim.create(name, model, 0.1, 0.5, 0.9)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
+    assert moved == [True, False, False, False]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_scaler_skips_a_non_finite_step_and_takes_the_next(name):
+    model = nn.Linear(3, 2)
+    optimizer = optim.create(name, model, 0.1, 0.0, 0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    before = model.weight.detach().clone()
+    for value, moves in ((float("nan"), False), (1.0, True)):
+        loss = model(torch.ones(1, 3)).sum() * value
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update(1.0)
+        optimizer.zero_grad()
+        assert torch.equal(before, model.weight) is not moves
+        assert scaler.get_scale() == 1.0

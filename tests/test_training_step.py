@@ -1,0 +1,119 @@
+"""Chunks of views against the whole, global batch-norm against one process, sums over ranks against one batch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from model import backbone, objective
+from model.projector import Projector
+from training.step import Encoder, GlobalBatchNorm, backward, backward_chunked, embed, frozen_statistics, synchronize_batchnorm
+
+
+def encoder(dropout: float = 0.0) -> Encoder:
+    torch.manual_seed(0)
+    trunk = backbone.create("resnet10-narrow", image_size=16)
+    head = Projector(trunk.num_features, 8, 8)
+    head.insert(3, nn.Dropout(dropout))
+    return Encoder(trunk, head).double()
+
+
+def gradients(module: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
+def statistics(module: nn.Module) -> torch.Tensor:
+    return torch.cat([b.double().flatten() for b in module.buffers()])
+
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+@pytest.mark.parametrize(("chunk", "dropout"), [(1, 0.0), (2, 0.5), (4, 0.0)])
+def test_chunks_give_the_same_gradient_loss_and_statistics(chunk, dropout):
+    x = [torch.randn(5, 6, 3, 16, 16, dtype=torch.float64), torch.randn(3, 6, 3, 8, 8, dtype=torch.float64)]
+    loss_of = objective.create("barlow")
+    whole, cut = encoder(dropout), encoder(dropout)
+    torch.manual_seed(1)
+    a, za = backward(whole, x, loss_of, identity, True, contextlib.nullcontext)
+    torch.manual_seed(1)
+    b, zb = backward_chunked(cut, x, loss_of, identity, chunk, contextlib.nullcontext)
+    torch.testing.assert_close(a.total, b.total, rtol=1e-12, atol=0)
+    torch.testing.assert_close(za, zb)
+    torch.testing.assert_close(gradients(whole), gradients(cut), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(statistics(whole), statistics(cut))
+
+
+def test_pooled_statistics_cannot_be_cut():
+    """Why --view-chunk asks for --bn view: the pooled network is another function."""
+    x = torch.randn(4, 6, 3, 16, 16, dtype=torch.float64) * torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1, 1, 1)
+    model = encoder()
+    assert not torch.allclose(embed(model, x, per_view=True), embed(model, x, per_view=False), atol=1e-3)
+
+
+def test_frozen_statistics_restores_tracking():
+    model = encoder()
+    before = statistics(model)
+    with frozen_statistics(model):
+        model(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
+    model(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    assert not torch.equal(statistics(model), before)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def one_rank(rank: int, world: int, port: int, x: torch.Tensor, per_view: bool, chunk: int, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    model = encoder()
+    synchronize_batchnorm(model, torch.device("cpu"))
+    assert any(isinstance(m, GlobalBatchNorm) for m in model.modules())
+    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    share = x.shape[1] // world
+    mine = [x[:, rank * share : (rank + 1) * share]]
+    loss_of = objective.create("barlow")
+    if chunk:
+        loss, _ = backward_chunked(wrapped, mine, loss_of, identity, chunk, contextlib.nullcontext)
+    else:
+        loss, _ = backward(wrapped, mine, loss_of, identity, per_view, contextlib.nullcontext)
+    if rank == 0:  # numpy: a tensor would share memory with a process that ends
+        queue.put((float(loss.total.detach()), gradients(model).numpy(), statistics(model).numpy()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "per_view", "chunk"), [(2, False, 0), (3, True, 0), (2, True, 1)])
+def test_ranks_equal_one_process_on_the_whole_batch(world, per_view, chunk):
+    torch.manual_seed(2)
+    x = torch.randn(2, 12, 3, 16, 16, dtype=torch.float64)
+    single = encoder()
+    loss, _ = backward(single, [x], objective.create("barlow"), identity, per_view, contextlib.nullcontext)
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    ranks = mp.spawn(one_rank, (world, free_port(), x, per_view, chunk, queue), nprocs=world, join=False)
+    total, grad, stats = queue.get(timeout=120)
+    while not ranks.join():
+        pass
+    assert abs(total - float(loss.total.detach())) < 1e-10 * abs(total)
+    torch.testing.assert_close(torch.from_numpy(grad), gradients(single), rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(torch.from_numpy(stats), statistics(single), rtol=1e-9, atol=1e-12)
+
+
+def test_global_batch_norm_without_ranks_is_left_alone():
+    model = copy.deepcopy(encoder())
+    assert synchronize_batchnorm(model, torch.device("cpu")) is model
+    assert not any(isinstance(m, GlobalBatchNorm) for m in model.modules())

@@ -1,0 +1,28 @@
+"""Measure: python tools/profile.py NAME --help, with NAME one of stages, peers, objective, step, memory, shards."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+# This folder must not be on the path: torch imports cProfile, which imports `profile`, and that must not be this file.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.errors import UserError, nearest, run
+
+NAMES = sorted(p.stem for p in (Path(sys.path[0]) / "profiling").glob("[a-z]*.py"))
+
+
+def main() -> int | None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    name = sys.argv[1]
+    if name not in NAMES:
+        raise UserError(nearest("measurement", name, NAMES))
+    return importlib.import_module(f"profiling.{name}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,328 @@
+"""Pretrain a vision encoder on shards: python train.py --data shards/NAME --views 8 --fraction 0.5
+
+One process, or the same program under torchrun. Read from top to bottom: set up, data, model, loop, export.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import shutil
+import signal
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pipeline.store import Store
+
+from evaluation import online
+from model import backbone, objective, projector
+from pipeline import engines, views
+from pipeline.errors import UserError, run
+from pipeline.loader import Loader, normalize
+from pipeline.plan import plan
+from training import checkpoint, config, estimate, monitor, optim
+from training.config import Config
+from training.run import Run
+from training.step import Encoder, backward, backward_chunked, synchronize_batchnorm
+
+PREEMPTED = 75  # EX_TEMPFAIL: saved on SIGTERM, start again with --resume
+MAX_STREAK = 10  # non-finite losses in a row
+
+
+def main() -> int:
+    cfg = config.parse()
+    world, rank, device = start_processes(cfg)
+    try:
+        return train(cfg, world, rank, device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory(cfg, world, device)) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
+    torch.manual_seed(cfg.seed)
+    dtype, precision_reason = choose_precision(cfg.precision, device)
+
+    # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
+    store = Store(cfg.data)
+    size = cfg.size or min(224, int(min(store.heights.min(), store.widths.min())))
+    policy = views.policy(cfg.policy, cfg.views, size, views.overrides(cfg.augment))
+    order = plan(
+        store.labels,
+        seed=cfg.seed,
+        fraction=cfg.fraction,
+        world=world,
+        rank=rank,
+        batch=cfg.batch_size,
+        order=cfg.order,
+    )
+    engine, engine_reason = engines.create(cfg.engine, store, device, threads=cfg.threads)
+    loader = Loader(store, order, policy, engine, seed=cfg.seed, prefetch=cfg.prefetch, max_bad=cfg.max_bad)
+    steps = cfg.steps or order.steps(cfg.epochs)
+    eval_every = cfg.eval_every or max(1, steps // 10)
+
+    # model
+    trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
+    if cfg.init_from:
+        trunk.load_state_dict(backbone.load(cfg.init_from)[0].state_dict())
+    head = projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
+    encoder = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    synchronize_batchnorm(encoder, device)
+    loss_of = objective.create(cfg.objective, **config.objective_options(cfg))
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
+
+    # optimizer: the scaler does fp16's scaling and, with its scale held at 1, skips non-finite steps in any precision
+    # without a host sync
+    peak, lr_reason = optim.learning_rate(cfg.optimizer, cfg.lr, cfg.batch_size)
+    lr_at = optim.schedule(peak, steps, round(cfg.warmup * steps), cfg.final_lr)
+    optimizer = optim.create(cfg.optimizer, encoder, peak, cfg.weight_decay, cfg.momentum)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype is torch.float16 else 1.0)
+    average = torch.optim.swa_utils.AveragedModel(
+        encoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema), use_buffers=True
+    ) if cfg.ema else None  # fmt: skip
+
+    # the plan, before anything is written
+    cost = estimate.trial(encoder, size, device, autocast)
+    network_time = monitor.duration(step_seconds(cost, cfg, policy, size, world) * steps)
+    memory = step_memory(cost, cfg, policy, size, world) / 2**30
+    seen = steps * cfg.batch_size
+    said = [
+        f"data       {store.name}: {order.n:,} of {len(store):,} images, {size} px, policy {cfg.policy}, order {cfg.order}",
+        f"engine     {engine.name}: {engine_reason}",
+        f"model      {cfg.backbone} on {device}, {precision_reason}; batch-norm statistics "
+        + ("per view" if cfg.bn == "view" else "pooled over views"),
+        f"projector  {projector.describe(trunk, head, size).removeprefix('projector ')}",
+        f"objective  {cfg.objective}, form {cfg.form}, beta {cfg.beta}",
+        f"optimizer  {lr_reason}; {cfg.warmup:.0%} warm-up, cosine to {cfg.final_lr:g} of it",
+        f"steps      {steps:,} of {cfg.batch_size} images x {policy.views} views = {seen / order.n:.4g} epochs, "
+        f"{seen * policy.views / 1e6:.3g} M views, {world} process(es)",
+        f"estimate   {network_time} and {memory:.2f} GiB a process for the network alone (from a trial on 8 rows)",
+    ]
+    if cfg.dry_run:
+        engine.close()
+        if rank == 0:
+            print("\n".join(said))
+        return 0
+
+    # run directory and resume
+    folder = cfg.out or Path("runs") / f"{cfg.data.name}-{cfg.objective}-v{cfg.views}-s{cfg.seed}"
+    identity = {**cfg.learned(), "data": store.fingerprint, "size": size, "steps": steps}
+    state = open_run(cfg, folder, identity, rank)
+    start, skipped = 0, torch.zeros((), dtype=torch.int64, device=device)
+    if state:
+        start = state["step"]
+        skipped += state["skipped"]
+        encoder.load_state_dict(state["encoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if average:
+            average.load_state_dict(state["average"])
+        checkpoint.restore_random_state(state["random"])
+    log = Run(
+        cfg, folder, rank, device,
+        steps=steps, images=cfg.batch_size, views=cfg.batch_size * policy.views,
+        start=start, seconds=state["seconds"] if state else 0.0,
+    )  # fmt: skip
+    if rank == 0:
+        config.save(cfg, folder / "config.json", size=size, out=str(folder), steps=steps, lr=peak, dataset=store.name)
+        views.contact_sheet(store, policy, order.ids[:6], seed=cfg.seed, path=folder / "plots" / "views.png")
+    for line in [*said, f"run        {folder}" + (f", resumed at step {start}" if start else "")]:
+        log.say(line)
+
+    # what is called may be wrapped; `encoder` stays the plain module, whose names are saved
+    wrapped: Any = torch.compile(encoder) if cfg.compile else encoder
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
+    step_of = (
+        partial(backward_chunked, chunk=cfg.view_chunk)
+        if cfg.view_chunk
+        else partial(backward, per_view=cfg.bn == "view")
+    )
+    gradients = partial(step_of, wrapped, objective=loss_of, scale=scaler.scale, autocast=autocast)
+    probe = online.Probe(store, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
+    stop = catch_signals()
+
+    def save(step: int) -> None:
+        states: dict[str, Any] = {
+            "encoder": encoder.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
+        states |= {"step": step, "seconds": log.seconds, "skipped": int(skipped), "identity": identity}
+        states |= {"random": checkpoint.random_state(), "average": average.state_dict() if average else None}
+        try:
+            checkpoint.save(folder / "checkpoints", states, keep_last=2, keep_every=cfg.keep_every)
+        except OSError as error:
+            log.say(f"warning: checkpoint of step {step} not written ({error.strerror}); the one before stays valid")
+
+    # the loop
+    encoder.train()
+    streak = torch.zeros((), dtype=torch.int64, device=device)
+    step = start
+    gc.collect()
+    gc.freeze()  # nothing made so far is garbage: the collector need not look at it again
+    log.start_clock()
+    for batch in loader.batches(start, steps):
+        step = batch.step + 1
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(batch.step)
+        loss, z = gradients([normalize(v, store.mean, store.std, torch.float32) for v in batch.views])
+        scaler.step(optimizer)
+        scaler.update(None if dtype is torch.float16 else 1.0)
+        optimizer.zero_grad(set_to_none=True)
+        if average:
+            average.update_parameters(encoder)
+        bad = ~torch.isfinite(loss.total)
+        skipped += bad
+        streak = (streak + bad) * bad
+
+        last = step == steps
+        if step % cfg.log_every == 0 or last:
+            log.log(step, loss, z, lr_at(batch.step), loader.timings, skipped)
+            if int(streak) >= MAX_STREAK:
+                raise UserError(
+                    f"{int(streak)} non-finite losses in a row at step {step}: try a lower --lr, --precision fp32 or a longer"
+                    f" --warmup; the last good checkpoint is in {folder / 'checkpoints'}"
+                )
+        if probe and (step % eval_every == 0 or last):
+            log.evaluate(step, probe, average.module.backbone if average else trunk, autocast)
+        if rank == 0 and (step % cfg.save_every == 0 or last or stop):
+            save(step)
+        if stop:
+            break
+
+    # export
+    if step == steps and rank == 0:
+        weights = folder / "backbone.safetensors"
+        about = {"backbone": cfg.backbone, "stem": cfg.stem, "image_size": str(size), "source": folder.name}
+        about |= {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
+        backbone.save(average.module.backbone if average else trunk, weights, about)
+        log.say(f"trained in {monitor.duration(log.seconds)}: {weights}; load it in timm:")
+        log.say(backbone.timm_snippet(about, str(weights)))
+    if loader.bad:
+        log.say(f"{len(loader.bad)} unreadable image(s) were replaced; the first: {next(iter(loader.bad.values()))}")
+    preempted = bool(stop) and step < steps
+    if preempted:
+        log.say(f"stopped by a signal; saved at step {step} of {steps}. Go on with --resume")
+    engine.close()
+    log.close()
+    return PREEMPTED if preempted else 0
+
+
+def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
+    """(world size, rank, device): one process, or what torchrun says in the environment."""
+    wanted = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: torch sees no CUDA device; use --device cpu, or install a driver that fits this torch"
+        )
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = torch.device(wanted, int(os.environ.get("LOCAL_RANK", "0")) if wanted == "cuda" else None)  # type: ignore[arg-type]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if cfg.batch_size % world:
+        raise UserError(f"--batch-size {cfg.batch_size} is not divisible by {world} processes")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if wanted == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return world, rank, device
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The autocast dtype and why."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], f"{name} (asked for)"
+    if device.type == "cpu":
+        return torch.float32, "fp32 (auto: bf16 is slower than fp32 on most CPUs)"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "bf16 (auto: this GPU has it)"
+    return torch.float16, "fp16 with a loss scaler (auto: this GPU has no bf16)"
+
+
+def rows_in_graph(cfg: Config, policy: views.Policy, size: int, world: int) -> float:
+    """Rows of size x size whose activations live at once, on one rank; local crops count by their area."""
+    weights = [(g.count, (g.size / size) ** 2) for g in policy.groups]
+    live = (
+        max(min(cfg.view_chunk, n) * area for n, area in weights)
+        if cfg.view_chunk
+        else sum(n * area for n, area in weights)
+    )
+    return live * cfg.batch_size / world
+
+
+def step_memory(cost: estimate.Estimate, cfg: Config, policy: views.Policy, size: int, world: int) -> int:
+    return cost.memory(math.ceil(rows_in_graph(cfg, policy, size, world)))
+
+
+def step_seconds(cost: estimate.Estimate, cfg: Config, policy: views.Policy, size: int, world: int) -> float:
+    """Network time of a step; chunks embed everything once more without a graph (about a third on top)."""
+    rows = sum(g.count * (g.size / size) ** 2 for g in policy.groups) * cfg.batch_size / world
+    return cost.seconds_per_view * rows * (4 / 3 if cfg.view_chunk else 1)
+
+
+def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
+    """What was asked for, what would fit by the estimate, and which flag to turn."""
+    size = cfg.size or 224
+    with contextlib.suppress(UserError):
+        store = Store(cfg.data)
+        size = cfg.size or min(224, int(min(store.heights.min(), store.widths.min())))
+    trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
+    head = projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
+    gc.collect()
+    cost = estimate.trial(Encoder(trunk, head), size, torch.device("cpu"), contextlib.nullcontext)
+    rows = cost.rows_that_fit(int(0.9 * estimate.available_memory(device)))
+    return (
+        f"out of memory with {cfg.views} views x {cfg.batch_size // world} images x {size} px a process; by the fp32"
+        f" estimate {rows} rows fit: --batch-size {max(2, rows // cfg.views * world)}, or --bn view --view-chunk"
+        f" {max(1, rows * world // cfg.batch_size)}"
+    )
+
+
+def open_run(cfg: Config, folder: Path, identity: dict[str, Any], rank: int) -> dict[str, Any] | None:
+    """Make or reopen the run directory; the newest checkpoint's state if there is one to go on from."""
+    used = folder.exists() and any(folder.iterdir())
+    if used and not (cfg.resume or cfg.overwrite):
+        raise UserError(
+            f"{folder} is in use; go on with --resume, or empty it with --overwrite, or choose another --out"
+        )
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        if used and cfg.overwrite:
+            if not (folder / "config.json").exists():
+                raise UserError(f"--overwrite: {folder} holds files but no run (no config.json); not emptying it")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    saved = checkpoint.steps_in(folder / "checkpoints") if cfg.resume else []
+    if not saved:
+        return None
+    state = checkpoint.load(checkpoint.path_of(folder / "checkpoints", saved[-1]))
+    wrong = [k for k in identity if state["identity"].get(k) != json.loads(json.dumps(identity[k]))]
+    if wrong:
+        lines = [f"--resume: {k} was {state['identity'].get(k)!r} in {folder}, now {identity[k]!r}" for k in wrong]
+        raise UserError("\n".join(lines))
+    return state
+
+
+def catch_signals() -> list[int]:
+    """A list that becomes non-empty when SIGTERM or SIGUSR1 asks to stop; the loop looks at it once a step."""
+    asked: list[int] = []
+    for sign in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(sign, lambda number, frame: asked.append(number))
+    return asked
+
+
+if __name__ == "__main__":
+    run(main)
