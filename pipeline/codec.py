@@ -184,7 +184,7 @@ def _decode_pillow(data: np.ndarray, max_pixels: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(data.tobytes()))
+            image: Image.Image = Image.open(io.BytesIO(data.tobytes()))
             _check_size(image.height, image.width, max_pixels)
             image.load()
             image = ImageOps.exif_transpose(image)

@@ -51,15 +51,17 @@ class Index:
         """Hex: what the samples are (keys, labels, payloads, in order), not where they lie; equal for both formats."""
         digest = hashlib.sha256()
         for name in ("label", "height", "width", "kind", "crc", "length"):
-            digest.update(np.ascontiguousarray(self[name]))
-        digest.update(np.ascontiguousarray(self.key_starts))
+            digest.update(np.ascontiguousarray(self[name]).data)
+        digest.update(np.ascontiguousarray(self.key_starts).data)
         digest.update(self.key_bytes)
         return digest.hexdigest()
 
 
 def build(rows: list[tuple], keys: list[str]) -> Index:
     """From one tuple a sample, in the order of `COLUMNS`."""
-    columns = {name: np.array([row[i] for row in rows], dtype=kind) for i, (name, kind) in enumerate(COLUMNS.items())}
+    columns: dict[str, np.ndarray] = {
+        name: np.array([row[i] for row in rows], dtype=kind) for i, (name, kind) in enumerate(COLUMNS.items())
+    }
     encoded = [key.encode() for key in keys]
     return Index(columns, _starts([len(key) for key in encoded]), b"".join(encoded))
 
@@ -83,7 +85,7 @@ def write(index: Index, path: Path) -> str:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         for part in (header, *(index[name] for name in COLUMNS), index.key_starts, index.key_bytes):
-            data = memoryview(np.ascontiguousarray(part)).cast("B") if isinstance(part, np.ndarray) else part
+            data = np.ascontiguousarray(part).data.cast("B") if isinstance(part, np.ndarray) else part
             padded = (data, b"\0" * (-len(data) % 64))
             for piece in padded:
                 file.write(piece)
@@ -113,7 +115,8 @@ def read(path: Path) -> Index:
     if header["magic"] != MAGIC.rstrip(b"\0") or header["version"] != VERSION:
         raise ValueError("not an index of this version")
     rows, key_bytes = int(header["rows"]), int(header["key_bytes"])
-    columns, at = {}, 64
+    columns: dict[str, np.ndarray] = {}
+    at = 64
     sizes = [(name, np.dtype(kind), rows) for name, kind in COLUMNS.items()]
     for name, kind, count in [*sizes, ("key_starts", np.dtype(np.uint64), rows + 1)]:
         if at + count * kind.itemsize > size:

@@ -7,27 +7,19 @@ that is written depends on the number of processes, on time or on where the fold
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
-import sys
-import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pipeline import beton, codec, index, sources, tar
+from pipeline import beton, codec, index, pool, sources, tar
 from pipeline.errors import UserError, nearest
 
 VERSION = 1
@@ -72,7 +64,6 @@ class Job:
     source: sources.Source
     keys: list[list[str]]
     rows: list[Row]
-    parent: int = field(default_factory=os.getpid)
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
@@ -137,79 +128,77 @@ def plan(options: Options, source: sources.Source, keys: list[list[str]]) -> lis
 
 # --- one shard ------------------------------------------------------------------------------------------------------
 
-JOB: Job  # in a worker process: what the parent had when it forked
-COUNTERS: ctypes.Array  # images, bytes, rejected, stop; shared by all processes
+running: list[Job] = []  # in a worker process: what the parent had when it forked
+
+
+@dataclass
+class Contents:
+    """What went into a shard, in order, and what did not."""
+
+    rows: list[tuple]  # as in index.COLUMNS
+    keys: list[str]
+    rejected: list[dict]
+    sums: np.ndarray  # (2, 3), see codec.sums
+    pixels: int = 0
 
 
 def convert_shard(row: Row) -> dict:
-    """Make one shard and record it. Returns its manifest row, index and sums included in files beside."""
-    split = JOB.source.splits[row.split]
-    final, work = JOB.out / row.name, JOB.out / WORK
+    """Make one shard and record it beside. Returns its part of the manifest, rejected images and pixel sums."""
+    job = running[-1]
+    final, work = job.out / row.name, job.out / WORK
     temporary = final.with_name(f".{row.name}.{os.getpid()}.tmp")
-    records: list[tuple] = []
-    keys: list[str] = []
-    rejected: list[dict] = []
-    total, pixels = np.zeros((2, 3)), 0
     try:
         with open(temporary, "w+b", buffering=1 << 20) as file:
-            planar = JOB.options.encoding == "yuv420"
-            writer = FORMATS[JOB.options.format].Writer(file, len(row.samples), **({"planar": True} if planar else {}))
-            for i in row.samples:
-                _check_stop()
-                key, label = JOB.keys[row.split][i], int(split.labels[i])
-                try:
-                    data = split.read(i)
-                    payload, image = codec.convert(data, JOB.options.codec())
-                except ValueError as error:
-                    rejected.append({"split": split.name, "name": split.names[i], "key": key, "reason": str(error)})
-                    _count(0, 0, 1)
-                    continue
-                offset = writer.add(key, label, payload)
-                height, width = codec.shape(payload, image)
-                crc = zlib.crc32(payload)
-                records.append((label, offset, payload.nbytes, 0, height, width, crc, codec.kind(payload)))
-                keys.append(key)
-                total += codec.sums(image)
-                pixels += image.shape[0] * image.shape[1]
-                _count(1, data.nbytes, 0)
+            planar = job.options.encoding == "yuv420"
+            writer = FORMATS[job.options.format].Writer(file, len(row.samples), planar)
+            contents = _fill(writer, row, job)
             digest = writer.finish()
             file.flush()
             os.fsync(file.fileno())
             size = os.fstat(file.fileno()).st_size
         if isinstance(writer, tar.Writer):
-            _write_text(final.with_suffix(".idx"), writer.index_text())
+            write_text(final.with_suffix(".idx"), writer.index_text())
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
-    index.write(index.build(records, keys), work / f"{row.name}.index")
+    index.write(index.build(contents.rows, contents.keys), work / f"{row.name}.index")
     result = {
         "digest": row.digest,
-        "shard": {"file": row.name, "count": len(records), "bytes": size, "sha256": digest},
-        "rejected": rejected,
-        "sums": total.tolist(),
-        "pixels": pixels,
+        "shard": {"file": row.name, "count": len(contents.rows), "bytes": size, "sha256": digest},
+        "rejected": contents.rejected,
+        "sums": contents.sums.tolist(),
+        "pixels": contents.pixels,
     }
-    _write_text(work / f"{row.name}.json", json.dumps(result))
+    write_text(work / f"{row.name}.json", json.dumps(result))  # also syncs the folders' renames: the last step
     return result
 
 
-def _count(images: int, size: int, rejected: int) -> None:
-    with COUNTERS.get_lock():  # type: ignore[attr-defined]
-        COUNTERS[0] += images
-        COUNTERS[1] += size
-        COUNTERS[2] += rejected
+def _fill(writer, row: Row, job: Job) -> Contents:
+    split, keys = job.source.splits[row.split], job.keys[row.split]
+    settings = job.options.codec()
+    contents = Contents([], [], [], np.zeros((2, 3)))
+    for i in row.samples:
+        pool.check_stop()
+        key, label = keys[i], int(split.labels[i])
+        try:
+            data = split.read(i)
+            payload, image = codec.convert(data, settings)
+        except ValueError as error:
+            item = {"split": split.name, "name": split.names[i], "key": key, "reason": str(error)}
+            contents.rejected.append(item)
+            pool.count(0, 0, 1)
+            continue
+        offset = writer.add(key, label, payload)
+        crc = zlib.crc32(payload.data)
+        contents.rows.append((label, offset, payload.nbytes, 0, *codec.shape(payload, image), crc, codec.kind(payload)))
+        contents.keys.append(key)
+        contents.sums += codec.sums(image)
+        contents.pixels += image.shape[0] * image.shape[1]
+        pool.count(1, data.nbytes, 0)
+    return contents
 
 
-class Stopped(Exception):
-    """Another worker failed."""
-
-
-def _check_stop() -> None:
-    if COUNTERS[3]:
-        raise Stopped
-
-
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -280,15 +269,14 @@ def write(
         job = Job(options, out, found, keys, plan(options, found, keys))
         results = _finished(job)
         _clean(out, {row.name for row in job.rows})
-        _run(job, [row for row in job.rows if row.name not in results], results, jobs or _cores(), quiet)
+        todo = {row.name: row for row in job.rows if row.name not in results}
+        running[:] = [job]
+        total = sum(len(row.samples) for row in todo.values())
+        results |= pool.run(convert_shard, todo, jobs=jobs, total=total, quiet=quiet)
         manifest = _finish(job, results, max_rejected)
         _write_stamp(out, found, source)
     shutil.rmtree(out / WORK)
     return manifest
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _already_done(options: Options, source: Path | None, out: Path) -> dict | None:
@@ -303,7 +291,9 @@ def _already_done(options: Options, source: Path | None, out: Path) -> dict | No
             if manifest["options"].get(name) != value
         ]
         raise UserError(f"{out} holds shards made otherwise ({'; '.join(changed)}): choose another OUT or remove it")
-    if any(_size(out / row["file"]) != row["bytes"] for split in manifest["splits"].values() for row in split["shards"]):
+    if any(
+        _size(out / row["file"]) != row["bytes"] for split in manifest["splits"].values() for row in split["shards"]
+    ):
         return None
     stamp = out / STAMP
     if not stamp.exists() or json.loads(stamp.read_text()) != _stamp(json.loads(stamp.read_text()), source):
@@ -335,7 +325,7 @@ def _stamp(paths, source: Path | None) -> dict:
 
 
 def _write_stamp(out: Path, found: sources.Source, source: Path | None) -> None:
-    _write_text(out / STAMP, json.dumps(_stamp(found.watch, source)))
+    write_text(out / STAMP, json.dumps(_stamp(found.watch, source)))
 
 
 def _finished(job: Job) -> dict[str, dict]:
@@ -363,74 +353,6 @@ def _clean(out: Path, planned: set[str]) -> None:
 SHARD = re.compile(r"(train|val|unlabelled)-\d{5}\.(tar|idx|beton)")
 
 
-def _run(job: Job, todo: list[Row], results: dict[str, dict], jobs: int, quiet: bool) -> None:
-    global JOB, COUNTERS
-    if not todo:
-        return
-    context = multiprocessing.get_context("fork")  # workers inherit the listing and any arrays, nothing is copied
-    JOB, COUNTERS = job, context.Array("q", 4)  # type: ignore[assignment]
-    total = sum(len(row.samples) for row in todo)
-    pool = ProcessPoolExecutor(min(jobs, len(todo)), mp_context=context, initializer=_start_worker)
-    try:
-        futures = {pool.submit(convert_shard, row): row for row in todo}
-        with _Progress(total, quiet) as progress:
-            for future in _as_completed(futures, progress.update):
-                results[futures[future].name] = future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process died (killed, out of memory, or a decoder crashed); "
-            "finished shards are kept, the same command goes on from them"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{error.strerror or error}: {error.filename or job.out}; finished shards are kept") from error
-    finally:
-        COUNTERS[3] = 1
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _as_completed(futures: dict[Future, Row], tick: Callable[[], None]) -> Iterator[Future]:
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-        tick()
-        # The first error is the cause; those who stopped because of it are not.
-        yield from sorted(done, key=lambda future: isinstance(future.exception(), Stopped))
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the parent is killed
-    if os.getppid() != JOB.parent:
-        os._exit(1)
-    import cv2
-
-    cv2.setNumThreads(0)
-
-
-class _Progress:
-    """A bar with images/s, MB/s, time left and the number of rejected images."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        tqdm.monitor_interval = 0  # no thread of its own
-        self.bar, self.start = tqdm(total=total, unit="img", disable=quiet, smoothing=0.1), time.perf_counter()
-
-    def update(self) -> None:
-        images, size, rejected, _ = COUNTERS[:]
-        self.bar.update(images + rejected - self.bar.n)
-        seconds = time.perf_counter() - self.start
-        self.bar.set_postfix_str(f"{size / 1e6 / seconds:.0f} MB/s, {rejected} rejected", refresh=False)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.update()
-        self.bar.close()
-
-
 # --- the manifest ---------------------------------------------------------------------------------------------------
 
 
@@ -453,19 +375,20 @@ def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
     rejected = list(job.source.problems)
     for row in job.rows:
         rejected += results[row.name]["rejected"]
-    _write_text(job.out / "rejected.jsonl", "".join(json.dumps(item) + "\n" for item in rejected))
     total = sum(len(split.names) for split in job.source.splits) + len(job.source.problems)
-    if len(rejected) > max_rejected * total:
-        raise UserError(
-            f"{len(rejected)} of {total} images were rejected, more than {max_rejected:.2%}: "
-            f"see {job.out / 'rejected.jsonl'}, then repair them or raise --max-rejected"
-        )
+    write_rejected(job.out, rejected, total, max_rejected)
     splits = {split.name: _finish_split(job, number, results) for number, split in enumerate(job.source.splits)}
-    manifest = make_manifest(
-        job.out.name, job.options, job.source.classes, splits, len(rejected), job.source.fingerprint()
-    )
-    _write_text(job.out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    return manifest
+    return write_manifest(job.out, job.options, job.source.classes, splits, len(rejected), job.source.fingerprint())
+
+
+def write_rejected(out: Path, rejected: list[dict], total: int, allowed: float) -> None:
+    """`rejected.jsonl`; UserError if there are more than the allowed fraction of `total`."""
+    write_text(out / "rejected.jsonl", "".join(json.dumps(item) + "\n" for item in rejected))
+    if len(rejected) > allowed * total:
+        raise UserError(
+            f"{len(rejected)} of {total} images were rejected, more than {allowed:.2%}: "
+            f"see {out / 'rejected.jsonl'}, then repair them or raise --max-rejected"
+        )
 
 
 def _finish_split(job: Job, number: int, results: dict[str, dict]) -> dict:
@@ -501,14 +424,20 @@ def finish_split(out: Path, name: str, rows: index.Index, shards: list[dict], mo
     }
 
 
-def make_manifest(name, options: Options, classes, splits: dict, rejected: int, source: str) -> dict:
+def write_manifest(out: Path, options: Options, classes, splits: dict, rejected: int, source: str) -> dict:
+    """The last thing to be written: with it the shards are complete."""
     whole = hashlib.sha256(json.dumps([[key, split["fingerprint"]] for key, split in sorted(splits.items())]).encode())
-    return {
-        "name": name,
+    manifest = {
+        "name": out.resolve().name,
         "version": VERSION,
         "format": options.format,
         "encoding": options.encoding,
-        "encoder": {"quality": options.quality, "subsampling": codec.SUBSAMPLING, "resize": "area", "size": options.size},
+        "encoder": {
+            "quality": options.quality,
+            "subsampling": codec.SUBSAMPLING,
+            "resize": "area",
+            "size": options.size,
+        },
         "options": asdict(options),
         "fingerprint": whole.hexdigest(),
         "classes": list(classes),
@@ -516,3 +445,5 @@ def make_manifest(name, options: Options, classes, splits: dict, rejected: int, 
         "rejected": rejected,
         "splits": splits,
     }
+    write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return manifest

@@ -16,13 +16,12 @@ import numpy as np
 
 from pipeline.errors import UserError, nearest
 
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pnm .tga .ico .jp2 .avif".split()
-)
+IMAGE_TYPES = "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pnm tga ico jp2 avif"
+SUFFIXES = frozenset(f".{name}" for name in IMAGE_TYPES.split())
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (
-    "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag".split() + ["Ankle boot"]
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
 
@@ -51,8 +50,8 @@ class Source:
         for split in self.splits:
             digest.update(split.name.encode())
             digest.update("\0".join(split.names).encode("utf-8", "surrogateescape"))
-            digest.update(np.ascontiguousarray(split.labels))
-            digest.update(np.ascontiguousarray(split.sizes))
+            digest.update(np.ascontiguousarray(split.labels).data)
+            digest.update(np.ascontiguousarray(split.sizes).data)
         return digest.hexdigest()
 
 
@@ -64,7 +63,7 @@ def load(dataset: str, source: Path | None, download: bool = False, unlabelled: 
         raise UserError(f"dataset {dataset} needs SOURCE, the folder it lies in (--source DIRECTORY)")
     if source is not None and not source.exists() and not download:
         raise UserError(f"source {source} does not exist")
-    found = DATASETS[dataset](source, download, unlabelled)
+    found = DATASETS[dataset](source, download, unlabelled)  # type: ignore[arg-type]
     found.splits = [split for split in found.splits if split.names]
     if not found.splits:
         raise UserError(f"no images in {source}: looked for {', '.join(sorted(SUFFIXES))}")
@@ -183,6 +182,24 @@ def folder(source: Path, download: bool = False, unlabelled: bool = False, only:
     return result
 
 
+def imagenet(source: Path, only: set[str] | None = None) -> Source:
+    """Class folders below train/ and val/, or the official archives as they were downloaded."""
+    from pipeline import archives
+
+    return archives.imagenet_tars(source, only) if archives.has_imagenet_tars(source) else folder(source, only=only)
+
+
+def imagenet100_classes() -> set[str]:
+    text = Path(__file__).with_name("imagenet100.txt").read_text()
+    return {line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")}
+
+
+def existing(source: Path) -> Source:
+    from pipeline import archives
+
+    return archives.existing(source)
+
+
 # --- arrays ---------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +306,9 @@ def digits() -> Source:
 WITHOUT_SOURCE = {"digits", "fashion-mnist"}
 DATASETS: dict[str, Callable[[Path, bool, bool], Source]] = {
     "folder": folder,
+    "imagenet": lambda source, *_: imagenet(source),
+    "imagenet100": lambda source, *_: imagenet(source, imagenet100_classes()),
+    "shards": lambda source, *_: existing(source),
     "cifar10": lambda source, download, _: cifar("cifar10", source, download),
     "cifar100": lambda source, download, _: cifar("cifar100", source, download),
     "stl10": lambda source, download, _: stl10(source, download),

@@ -36,7 +36,9 @@ class Store:
         self.path, self.split = Path(path), split
         manifest = shards.read_manifest(self.path)
         if manifest is None:
-            raise UserError(f"no shards in {path} (no {shards.MANIFEST}); `make shards DATASET=… OUT={path}` writes them")
+            raise UserError(
+                f"no shards in {path} (no {shards.MANIFEST}); `make shards DATASET=… OUT={path}` writes them"
+            )
         if split not in manifest["splits"]:
             raise UserError(f"{path} has no split {split!r}; it has {', '.join(manifest['splits'])}")
         self.manifest, self.name, self.classes = manifest, manifest["name"], manifest["classes"]
@@ -113,6 +115,14 @@ class Store:
     def close(self) -> None:
         """Forget the memory maps; payloads still held stay valid."""
         self._maps = [None] * len(self.shards)
+
+
+def splits(path: str | Path) -> list[str]:
+    """Names of the splits of a folder of shards. UserError if there are none."""
+    manifest = shards.read_manifest(Path(path))
+    if manifest is None:
+        raise UserError(f"no shards in {path} (no {shards.MANIFEST}); `make shards DATASET=… OUT={path}` writes them")
+    return list(manifest["splits"])
 
 
 def statistics(manifest: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:

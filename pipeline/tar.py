@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,8 +15,8 @@ RECORD = 20 * BLOCK  # GNU tar pads archives to whole records
 class Writer:
     """Appends samples `key.jpg|npy` + `key.cls` to an open file and keeps the lines of the DALI index."""
 
-    def __init__(self, file: BinaryIO, count: int) -> None:
-        del count  # a tar needs no room in front; .beton does
+    def __init__(self, file: BinaryIO, count: int, planar: bool = False) -> None:
+        del count, planar  # a tar needs no room in front, and any payload fits; see .beton
         self.file, self.at, self.digest, self.lines = file, 0, hashlib.sha256(), []  # type: ignore[var-annotated]
 
     def add(self, key: str, label: int, payload: np.ndarray) -> int:
@@ -71,19 +69,3 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
-
-
-class Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-    regular: bool
-
-
-def members(path: Path) -> Iterator[Member]:
-    """Every member of any tar, uncompressed, through the standard library. Raises tarfile.TarError when damaged."""
-    import tarfile
-
-    with tarfile.open(path, "r:") as archive:
-        for info in archive:
-            yield Member(info.name, info.offset_data, info.size, info.isreg())

@@ -1,17 +1,19 @@
-"""Write, check, list, index and import shards. `python tools/shards.py write --help`."""
+"""Write, verify, list, index and import shards: `python tools/shards.py COMMAND --help`."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
 
-from pipeline import errors, shards
+from pipeline import adopt, errors, shards, store, verify
 from pipeline.errors import UserError
 
 
@@ -20,7 +22,7 @@ class Write:
     """Convert a dataset to shards. Run again after any interruption: it goes on where it stopped."""
 
     dataset: str
-    """imagenet, imagenet100, cifar10, cifar100, stl10, fashion-mnist, digits or folder."""
+    """imagenet, imagenet100, cifar10, cifar100, stl10, fashion-mnist, digits, folder or shards (tars and betons)."""
     source: Path | None = None
     """The folder (or archives) the dataset lies in."""
     out: Path | None = None
@@ -62,6 +64,82 @@ class Write:
         return 0
 
 
+@dataclass
+class Verify:
+    """Check shards against their manifest, index and checksums; every problem names shard and key. Exit 1 if any."""
+
+    path: tyro.conf.Positional[Path]
+    """The folder of shards."""
+
+    def run(self) -> int:
+        problems = verify.verify(self.path)
+        for line in problems:
+            print(line)
+        manifest = shards.read_manifest(self.path)
+        print(f"{summary(self.path, manifest or {})}: {len(problems)} problems")
+        return 1 if problems else 0
+
+
+@dataclass
+class List:
+    """Say what is in shards: splits, counts, sizes, statistics; with --records also single samples."""
+
+    path: tyro.conf.Positional[Path]
+    """The folder of shards."""
+    records: int = 0
+    """How many samples of each split to list."""
+
+    def run(self) -> int:
+        for split in store.splits(self.path):
+            show(store.Store(self.path, split), self.records)
+        return 0
+
+
+@dataclass
+class Index:
+    """Make tars and betons that exist readable where they are: a manifest and an index, nothing is copied."""
+
+    source: tyro.conf.Positional[Path]
+    """A .tar or .beton, or a folder of them."""
+    out: Path | None = None
+    """Where manifest and index go; the folder itself if not given."""
+    jobs: int = 0
+    """Processes; 0 = one a core."""
+    max_rejected: str = "1%"
+    """Images that may be left out before this counts as failed."""
+
+    def run(self) -> int:
+        manifest = adopt.adopt(self.source, self.out, jobs=self.jobs, max_rejected=fraction(self.max_rejected))
+        print(summary(self.out or self.source, manifest))
+        return 0
+
+
+@dataclass
+class Import:
+    """Convert existing tars, betons or shards of this program (another format, encoding or size)."""
+
+    source: Path
+    """A .tar or .beton, or a folder of them."""
+    out: Path
+    """Where the shards go."""
+    format: str = "webdataset"
+    """webdataset (.tar) or ffcv (.beton)."""
+    encoding: str = "jpeg"
+    """jpeg, raw or yuv420."""
+    size: int = 0
+    """Short side in pixels to shrink larger images to; 0 leaves them."""
+    jobs: int = 0
+    """Processes; 0 = one a core."""
+    max_rejected: str = "1%"
+    """Images that may be set aside before the conversion counts as failed."""
+
+    def run(self) -> int:
+        return Write(
+            "shards", self.source, self.out, self.format, self.encoding, self.size,
+            jobs=self.jobs, max_rejected=self.max_rejected,
+        ).run()  # fmt: skip
+
+
 def fraction(text: str) -> float:
     try:
         value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
@@ -72,13 +150,39 @@ def fraction(text: str) -> float:
     return value
 
 
+def show(data: store.Store, records: int) -> None:
+    known = sum(label >= 0 for label in set(data.labels.tolist()))
+    print(
+        f"{data.split}: {len(data):,} images of {known} classes in {len(data.shards)} {data.manifest['format']} shards, "
+        f"{data.nbytes() / 1e6:,.1f} MB, {data.heights.min()}-{data.heights.max()} x {data.widths.min()}-"
+        f"{data.widths.max()} pixels, mean {rounded(data.mean)}, std {rounded(data.std)}, "
+        f"fingerprint {data.fingerprint[:12]}"
+    )
+    for i in range(min(records, len(data))):
+        file = data.shards[data.shard_of[i]]["file"]
+        print(f"  {i} {data.key(i)} label {data.labels[i]} {data.heights[i]}x{data.widths[i]} in {file}")
+
+
+def rounded(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:.1f}" for value in values)
+
+
 def summary(out: Path, manifest: dict) -> str:
     parts = [f"{split['count']:,} {name}" for name, split in manifest["splits"].items()]
     return f"{out}: {', '.join(parts)} images, {manifest['format']}, {manifest['rejected']} rejected"
 
 
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "write": Write,
+    "verify": Verify,
+    "ls": List,
+    "index": Index,
+    "import": Import,
+}
+
+
 def main() -> int:
-    return tyro.extras.subcommand_cli_from_dict({"write": Write}, config=(tyro.conf.OmitArgPrefixes,)).run()
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, config=(tyro.conf.OmitArgPrefixes,)).run()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""Indexing shards that others wrote, where they are: a manifest and an index beside them, nothing copied."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import archives, beton, codec, index, pool, shards, tar
+from pipeline.errors import UserError
+
+
+@dataclass
+class Found:
+    """What is in one shard. `rows`: tuples in the order of `index.COLUMNS`, labels as they stand."""
+
+    size: int
+    sha256: str
+    keys: list[str] = field(default_factory=list)
+    rows: list[tuple] = field(default_factory=list)
+    rejected: list[dict] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # images that would have to be encoded
+    sums: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))
+    pixels: int = 0
+
+
+def adopt(source: Path, out: Path | None = None, *, jobs: int = 0, max_rejected: float = 0.01, quiet=False) -> dict:
+    """Index all tars and betons of `source` into `out` (default: there). Every image is decoded once, to be sure.
+
+    Returns the manifest. UserError: a damaged shard, images that cannot be used as they are (`import` converts those).
+    """
+    if not source.exists():
+        raise UserError(f"source {source} does not exist")
+    files = archives.shard_files(source)
+    out = out or (source if source.is_dir() else source.parent)
+    if shards.read_manifest(out) is not None:
+        raise UserError(f"{out} has a manifest already: remove {out / shards.MANIFEST} to index it anew")
+    if len(suffixes := {path.suffix for path in files}) > 1:
+        raise UserError(f"{source} holds both .tar and .beton: index one of them at a time")
+    out.mkdir(parents=True, exist_ok=True)
+    found = pool.run(adopt_shard, {str(path): path for path in files}, jobs=jobs, quiet=quiet)
+    results = [(path, found[str(path)]) for path in files]
+    if foreign := [f"{path}: {key}" for path, result in results for key in result.foreign]:
+        raise UserError(
+            f"{len(foreign)} images cannot be read where they are, the first is {foreign[0]}; "
+            f"`python tools/shards.py import --source {source} --out DIRECTORY` converts them"
+        )
+    if suffixes == {tar.SUFFIX}:
+        _dali_indexes(files, out)
+    return _manifest(source, out, results, max_rejected)
+
+
+def adopt_shard(path: Path) -> Found:
+    """Look at every sample of one shard."""
+    records, problems = archives.records(path)
+    with open(path, "rb") as file:
+        digest = index.sha256(file)
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    result = Found(len(data), digest, rejected=problems)
+    for record in records:
+        pool.check_stop()
+        try:
+            _adopt_record(record, data, result)
+            pool.count(1, record.size, 0)
+        except ValueError as error:
+            result.rejected.append({"name": f"{path.name}: {record.key}", "key": record.key, "reason": str(error)})
+            pool.count(0, 0, 1)
+    return result
+
+
+def _adopt_record(record: archives.Record, data: np.ndarray, result: Found) -> None:
+    offset, payload = record.offset, data[record.offset : record.offset + record.size]
+    if record.size == 0 or len(payload) != record.size:
+        raise ValueError("empty" if record.size == 0 else "the shard ends inside it")
+    if record.extension == "npy":
+        payload = archives.payload(record, payload)
+        offset += record.size - payload.nbytes
+        whole = payload.ndim == 3 and np.array_equal(data[offset : offset + payload.nbytes], payload.reshape(-1))
+    elif record.extension == "raw":
+        payload, whole = archives.payload(record, payload), True
+    else:
+        header = codec.jpeg_header(payload)
+        whole = header is not None and header.plain
+    if not whole:
+        result.foreign.append(record.key)
+        return
+    pixels = codec.decode(payload)
+    height, width = pixels.shape[:2]
+    crc = zlib.crc32(payload.data if payload.ndim == 1 else np.ascontiguousarray(payload).data)
+    result.keys.append(record.key)
+    result.rows.append((record.label, offset, payload.nbytes, 0, height, width, crc, codec.kind(payload)))
+    result.sums += codec.sums(pixels)
+    result.pixels += height * width
+
+
+def _dali_indexes(files: list[Path], out: Path) -> None:
+    for path in files:
+        target = out / f"{path.stem}.idx"
+        if not target.exists():
+            shards.write_text(target, dali_index(path))
+
+
+def dali_index(path: Path) -> str:
+    """What `wds2idx` writes for any tar."""
+    samples: list[list[str]] = []
+    last = None
+    with tarfile.open(path, "r:") as archive:
+        for info in archive:
+            folder, slash, base = info.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            if not info.isreg() or not stem:
+                continue
+            if folder + slash + stem != last:
+                samples.append([])
+                last = folder + slash + stem
+            samples[-1].append(f"{extension} {info.offset_data} {info.size} {info.name}")
+    return f"v1.2 {len(samples)}\n" + "".join(" ".join(parts) + "\n" for parts in samples)
+
+
+def _manifest(source: Path, out: Path, results: list[tuple[Path, Found]], max_rejected: float) -> dict:
+    rejected = [item for _, result in results for item in result.rejected]
+    total = len(rejected) + sum(len(result.rows) for _, result in results)
+    shards.write_rejected(out, rejected, total, max_rejected)
+    classes, labels = archives.number_labels([row[0] for _, result in results for row in result.rows])
+    splits = {}
+    numbered = iter(labels)
+    keys = [(archives.split_of(path, source), key) for path, result in results for key in result.keys]
+    again = len(set(keys)) != len(keys)  # keys that begin anew in every shard: the shard's name makes them unique
+    by_split: dict[str, list[tuple[Path, Found, index.Index]]] = {}
+    for path, result in results:
+        rows = [(next(numbered), *row[1:]) for row in result.rows]
+        part = index.build(rows, [f"{path.stem}/{key}" if again else key for key in result.keys])
+        by_split.setdefault(archives.split_of(path, source), []).append((path, result, part))
+    for split, found in sorted(by_split.items()):
+        listed = [
+            {"file": os.path.relpath(path, out), "count": len(part), "bytes": result.size, "sha256": result.sha256}
+            for path, result, part in found
+        ]
+        moments = sum(result.sums for _, result, _ in found) / max(sum(result.pixels for _, result, _ in found), 1)
+        rejects = sum(len(result.rejected) for _, result, _ in found)
+        splits[split] = shards.finish_split(
+            out, split, index.concatenate([part for *_, part in found]), listed, moments, rejects
+        )
+    kind = "ffcv" if results[0][0].suffix == beton.SUFFIX else "webdataset"
+    options = shards.Options("shards", kind)
+    digest = archives.digest([result.sha256 for _, result in results])
+    return shards.write_manifest(out, options, classes, splits, len(rejected), digest)

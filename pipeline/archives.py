@@ -1,0 +1,341 @@
+"""Sources that are archives: ImageNet's official tars, and shards that exist already. Nothing is unpacked."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline import beton, codec, tar
+from pipeline.errors import UserError
+from pipeline.sources import SUFFIXES, Source, Split
+
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+IMAGES = (*(suffix[1:] for suffix in sorted(SUFFIXES)), "npy")
+LABELS = ("cls", "label", "json", "txt")
+
+
+class Member(NamedTuple):
+    name: str
+    label: int
+    path: str
+    offset: int
+    size: int
+
+
+def read_range(path: str, offset: int, size: int) -> np.ndarray:
+    """Bytes of a file. ValueError if they are not all there."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = np.frombuffer(os.pread(file.fileno(), size, offset), np.uint8)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if len(data) != size:
+        raise ValueError("the archive ends inside it")
+    return data
+
+
+def _split(name: str, found: list[Member]) -> Split:
+    found = sorted(found, key=lambda member: os.fsencode(member.name))
+    labels, sizes = ([getattr(member, what) for member in found] for what in ("label", "size"))
+    return Split(
+        name,
+        [member.name for member in found],
+        np.array(labels, np.int64),
+        np.array(sizes, np.int64),
+        lambda i: read_range(*found[i][2:]),
+    )
+
+
+# --- ImageNet's own archives ----------------------------------------------------------------------------------------
+
+
+def has_imagenet_tars(source: Path) -> bool:
+    return (source / TRAIN).is_file() or (source / VAL).is_file()
+
+
+def imagenet_tars(source: Path, only: set[str] | None = None) -> Source:
+    """The official train and val archives in one folder; val's labels come from the development kit beside them.
+
+    The samples have the names they have in the class-folder layout, so both make the same shards.
+    """
+    result = Source([], [], watch=[str(source / name) for name in (TRAIN, VAL, DEVKIT) if (source / name).exists()])
+    train = _train_members(source / TRAIN, only, result) if (source / TRAIN).is_file() else {}
+    wnids = _devkit(source / DEVKIT) if (source / VAL).is_file() else []
+    result.classes = sorted(only or {*train, *wnids})
+    if train and (missing := sorted(set(result.classes) - set(train))):
+        raise UserError(f"{source / TRAIN} lacks {len(missing)} classes, the first is {missing[0]}")
+    number = {wnid: i for i, wnid in enumerate(result.classes)}
+    members = [member._replace(label=number[wnid]) for wnid, found in train.items() for member in found]
+    result.splits.append(_split("train", members))
+    if wnids:
+        result.splits.append(_split("val", _val_members(source / VAL, wnids, number, result)))
+    return result
+
+
+def _images(path: Path, offset: int, split: str, result: Source) -> Iterator[tarfile.TarInfo]:
+    """Image members of a tar that begins somewhere in a file; what is no plain file inside it goes to `problems`."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for info in archive:
+                    if reason := refused(info):
+                        result.problems.append({"split": split, "name": info.name, "reason": reason})
+                    elif not info.isreg() or os.path.splitext(info.name)[1].lower() not in {*SUFFIXES, ".tar"}:
+                        result.ignored += not info.isdir()
+                    else:
+                        yield info
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is no whole tar archive (at byte {offset}): {error}") from None
+
+
+def refused(info: tarfile.TarInfo) -> str:
+    """Why a member is not to be used; empty if it may."""
+    parts = info.name.split("/")
+    if info.name.startswith("/") or ".." in parts:
+        return "its name climbs out of the archive"
+    if info.issym() or info.islnk():
+        return "is a link"
+    return "is no regular file" if not (info.isreg() or info.isdir()) else ""
+
+
+def _train_members(path: Path, only: set[str] | None, result: Source) -> dict[str, list[Member]]:
+    found = {}
+    for outer in _images(path, 0, "train", result):
+        wnid = os.path.splitext(os.path.basename(outer.name))[0]
+        if only is None or wnid in only:
+            found[wnid] = [
+                Member(f"{wnid}/{info.name}", -1, str(path), info.offset_data, info.size)
+                for info in _images(path, outer.offset_data, "train", result)
+            ]
+    return found
+
+
+def _val_members(path: Path, wnids: list[str], number: dict[str, int], result: Source) -> list[Member]:
+    images = sorted(_images(path, 0, "val", result), key=lambda info: info.name)
+    if len(images) != len(wnids):
+        raise UserError(f"{path} has {len(images)} images, the development kit labels {len(wnids)}")
+    return [
+        Member(f"{wnid}/{info.name}", number[wnid], str(path), info.offset_data, info.size)
+        for wnid, info in zip(wnids, images)
+        if wnid in number
+    ]
+
+
+def _devkit(path: Path) -> list[str]:
+    """The class (wnid) of each validation image, in order of file name."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: it holds the labels of {VAL} (or remove {VAL} to convert train alone)")
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError("reading ImageNet's development kit takes scipy: pip install scipy") from None
+    with tarfile.open(path, "r:gz") as archive:
+        files = {os.path.basename(info.name): info for info in archive if info.isreg()}
+        try:
+            meta, truth = (
+                archive.extractfile(files[name]).read()  # type: ignore[union-attr]
+                for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+            )
+        except KeyError as error:
+            raise UserError(f"{path} holds no {error.args[0]}") from None
+    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    return [wnids[int(number)] for number in truth.split()]
+
+
+# --- shards that exist ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """One sample of an existing shard: where its image lies and what it is."""
+
+    key: str
+    extension: str  # of the image: jpg, png, npy, ...; "jpg" or "raw" in a .beton
+    offset: int
+    size: int
+    label: int | str
+    height: int = 0
+    width: int = 0
+
+
+def shard_files(source: Path) -> list[Path]:
+    """Existing tars and betons: the file itself, or all below a folder, sorted. UserError if there are none."""
+    if source.is_file():
+        return [source]
+    found = sorted(path for suffix in (tar.SUFFIX, beton.SUFFIX) for path in source.rglob(f"*{suffix}"))
+    if not found:
+        raise UserError(f"{source} holds no .tar and no .beton")
+    return found
+
+
+def split_of(path: Path, source: Path) -> str:
+    """`val` if the path says val, valid, validation or test, else `train`."""
+    text = str(path.relative_to(source) if source.is_dir() else path.name).lower()
+    return "val" if re.search(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)", text) else "train"
+
+
+def records(path: Path) -> tuple[list[Record], list[dict]]:
+    """Samples of one shard, in order, and what cannot be used. UserError if the file is damaged."""
+    try:
+        return _beton_records(path) if path.suffix == beton.SUFFIX else _tar_records(path)
+    except (tarfile.TarError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _beton_records(path: Path) -> tuple[list[Record], list[dict]]:
+    found = beton.read(path)
+    names = {codec.JPEG: "jpg", codec.RAW: "raw", codec.YUV420: "jpg"}  # a bytes field: the decoder will find out
+    columns = zip(found.kind, found.offset, found.length, found.label, found.height, found.width)
+    return [
+        Record(f"{i:08d}", names[int(kind)], *(int(value) for value in rest)) for i, (kind, *rest) in enumerate(columns)
+    ], []
+
+
+def _tar_records(path: Path) -> tuple[list[Record], list[dict]]:
+    found: list[Record] = []
+    problems: list[dict] = []
+    seen: set[str] = set()
+    with tarfile.open(path, "r:") as archive:
+        for key, parts in _groups(archive, problems):
+            if key in seen:
+                problems.append({"name": key, "reason": "its key occurs twice in this shard"})
+                continue
+            seen.add(key)
+            extension = next((name for name in IMAGES if name in parts), None)
+            if extension is None:
+                problems.append({"name": key, "reason": f"has no image, only {', '.join(sorted(parts)) or 'nothing'}"})
+                continue
+            image = parts[extension]
+            found.append(Record(key, extension, image.offset_data, image.size, _label(archive, parts)))
+    return found, problems
+
+
+def _groups(archive: tarfile.TarFile, problems: list[dict]) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Consecutive members with the same key, as WebDataset has it: the name up to the first dot of its last part."""
+    last, parts = None, {}  # type: ignore[var-annotated]
+    for info in archive:
+        if reason := refused(info):
+            problems.append({"name": info.name, "reason": reason})
+        if not info.isreg() or refused(info):
+            continue
+        folder, slash, base = info.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        key = folder + slash + stem
+        if key != last or extension.lower() in parts:
+            if last is not None:
+                yield last, parts
+            last, parts = key, {}
+        parts[extension.lower()] = info
+    if last is not None:
+        yield last, parts
+
+
+def _label(archive: tarfile.TarFile, parts: dict[str, tarfile.TarInfo]) -> int | str:
+    for name in LABELS:
+        if name in parts:
+            text = archive.extractfile(parts[name]).read().decode("utf-8", "replace").strip()  # type: ignore[union-attr]
+            if name == "json":
+                try:
+                    values = json.loads(text)
+                except json.JSONDecodeError:
+                    continue
+                found = next((values[word] for word in ("label", "cls", "class") if word in values), None)
+                if found is None:
+                    continue
+                text = str(found)
+            return int(text) if re.fullmatch(r"-?\d+", text) else text
+    return -1
+
+
+def number_labels(labels: list[int | str]) -> tuple[list[str], np.ndarray]:
+    """Class names and (n,) int64 labels: numbers stay, names are numbered in alphabetical order."""
+    if any(isinstance(label, str) for label in labels):
+        names = sorted({str(label) for label in labels if label != -1})
+        number = {name: i for i, name in enumerate(names)}
+        return names, np.array([-1 if label == -1 else number[str(label)] for label in labels], np.int64)
+    values = np.array(labels, np.int64)
+    return [str(i) for i in range(int(values.max(initial=-1)) + 1)], values
+
+
+def payload(record: Record, data: np.ndarray) -> np.ndarray:
+    """What `codec.convert` takes: the bytes of an image file, or pixels. ValueError for arrays that are no image."""
+    if record.extension == "raw":
+        return data.reshape(record.height, record.width, 3)
+    if record.extension != "npy":
+        return data
+    array = np.load(io.BytesIO(data.tobytes()), allow_pickle=False)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        raise ValueError(f"an array of {array.dtype}, {array.shape}, is no 8-bit image")
+    return array
+
+
+def digest(texts: list[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def existing(source: Path) -> Source:
+    """Existing shards as a source, to be written anew: our own folders, WebDataset tars, .beton files."""
+    if (source / "manifest.json").is_file():
+        return _own(source)
+    files = shard_files(source)
+    result = Source([], [], watch=[str(path) for path in files])
+    rows: list[tuple[str, str, Path, Record]] = []
+    for path in files:
+        found, problems = records(path)
+        split = split_of(path, source)
+        result.problems += [{"split": split, **problem} for problem in problems]
+        rows += [(split, record.key, path, record) for record in found]
+    if len({row[:2] for row in rows}) != len(rows):  # keys that begin anew in every shard
+        rows = [(split, f"{path.stem}/{key}", path, record) for split, key, path, record in rows]
+    result.classes, labels = number_labels([row[3].label for row in rows])
+    for name in sorted({row[0] for row in rows}):
+        mine = sorted((i for i, row in enumerate(rows) if row[0] == name), key=lambda i: os.fsencode(rows[i][1]))
+        result.splits.append(_existing_split(name, [rows[i] for i in mine], labels[mine]))
+    return result
+
+
+def _existing_split(name: str, rows: list, labels: np.ndarray) -> Split:
+    def read(i: int) -> np.ndarray:
+        _, _, path, record = rows[i]
+        return payload(record, read_range(str(path), record.offset, record.size))
+
+    names = [f"{key}.{record.extension}" for _, key, _, record in rows]
+    return Split(name, names, labels, np.array([row[3].size for row in rows], np.int64), read)
+
+
+def _own(source: Path) -> Source:
+    from pipeline import store
+
+    splits = store.shards.read_manifest(source)["splits"]  # type: ignore[index]
+    opened = {name: store.Store(source, name) for name in splits}
+    result = Source(next(iter(opened.values())).classes, [], watch=[str(source / "manifest.json")])
+    for name, data in opened.items():
+        result.splits.append(_own_split(name, data, store.Corrupt))
+    return result
+
+
+def _own_split(name: str, data, corrupt: type[Exception]) -> Split:
+    ranked = sorted(range(len(data)), key=data.key)
+    sizes = np.array([int(data.heights[i]) * int(data.widths[i]) for i in ranked], np.int64)
+
+    def read(i: int) -> np.ndarray:
+        try:
+            found = data.read(ranked[i])
+        except corrupt as error:
+            raise ValueError(str(error)) from None
+        return found if found.ndim == 1 else codec.decode(found)
+
+    return Split(name, [f"{data.key(i)}.img" for i in ranked], data.labels[ranked], sizes, read)
