@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -109,8 +110,6 @@ class Tracker:
         return write, writer.close
 
     def _wandb(self, folder: Path, config: dict[str, Any]) -> Any:
-        import os
-
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
@@ -118,8 +117,6 @@ class Tracker:
         return (lambda row: run.log(row, step=row["step"])), run.finish
 
     def _trackio(self, folder: Path, config: dict[str, Any]) -> Any:
-        import os
-
         os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
         import trackio
 
@@ -163,6 +160,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -184,8 +182,6 @@ def commit() -> str:
 
 def cpu_name() -> str:
     """Model name of the processor and the number of cores this process may use."""
-    import os
-
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

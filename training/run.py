@@ -49,6 +49,7 @@ class Run:
         self.say = self.console.say
         self.alarmed = False
         self.before, self.began, self.paused = seconds, time.perf_counter(), 0.0
+        self.paused_core = 0.0
         self.last_time, self.last_step, self.last_wait = self.began, start, 0.0
 
     @property
@@ -62,10 +63,11 @@ class Run:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """What happens inside is not training time."""
-        begun = time.perf_counter()
+        begun, core = time.perf_counter(), time.process_time()
         yield
         taken = time.perf_counter() - begun
         self.paused += taken
+        self.paused_core += time.process_time() - core
         self.last_time += taken
 
     def row(self, step: int, **numbers: Any) -> None:
@@ -93,6 +95,7 @@ class Run:
             step, loss=total, invariance=invariance, decorrelation=decorrelation, lr=lr, rank=rank, spread=spread,
             skipped=int(skipped), images_per_s=round(images_per_s, 1), views_per_s=round(taken * self.views / elapsed, 1),
             data_wait=round(wait, 4), peak_bytes=peak, timings={k: round(v, 3) for k, v in timings.items()},
+            core_seconds=round(time.process_time() - self.paused_core, 3),
         )  # fmt: skip
         self.console.live(
             f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {total:8.3f}  lr {lr:.1e}  {images_per_s:5.0f} img/s"
