@@ -109,7 +109,8 @@ def _build(name: str, image_size: int, stem: str) -> Any:
 def _small_stem(model: Any) -> None:
     """First convolution 3x3 at stride 1, no max-pool; BatchNorm and ReLU after it stay."""
     if isinstance(model.conv1, nn.Sequential):  # a deep stem is 3x3 already
-        model.conv1[0].stride = (1, 1)
+        deep: Any = model.conv1[0]
+        deep.stride = (1, 1)
     else:
         model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -192,17 +193,23 @@ def load(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
 def timm_snippet(header: dict[str, str], path: str = "backbone.safetensors") -> str:
     """Lines of Python that load the weights at `path` into timm, strictly, with nothing of this project."""
     name, image_size = header["backbone"], int(header["image_size"])
-    stem = _resolve(name, header["stem"], image_size)
-    kwargs = "".join(f", {key}={value!r}" for key, value in _kwargs(name, stem, image_size).items())
+    kwargs = _kwargs(name, _resolve(name, header["stem"], image_size), image_size)
+    arguments = "".join(f", {key}={value!r}" for key, value in kwargs.items())
     lines = ["import timm, torch", "from safetensors.torch import load_file"]
-    lines.append(f"model = timm.create_model({_timm(name)[0]!r}, num_classes=0{kwargs})")
-    if stem == "small" and _family(name) == "resnet":
-        deep = isinstance(_build(name, image_size, stem).conv1, nn.Sequential)
-        conv = (
-            "model.conv1[0].stride = (1, 1)"
-            if deep
-            else "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)"
-        )
-        lines += [conv, "model.maxpool = torch.nn.Identity()"]
+    lines.append(f"model = timm.create_model({_timm(name)[0]!r}, num_classes=0{arguments})")
+    lines += stem_lines(header)
     lines.append(f"model.load_state_dict(load_file({path!r}), strict=True)")
     return "\n".join(lines)
+
+
+def stem_lines(header: dict[str, str]) -> list[str]:
+    """The lines that give a timm or torchvision ResNet `model` the small stem; none where it has the standard one."""
+    name, image_size = header["backbone"], int(header["image_size"])
+    if _family(name) != "resnet" or _resolve(name, header["stem"], image_size) != "small":
+        return []
+    conv = _build(name, image_size, "small").conv1
+    if isinstance(conv, nn.Sequential):
+        first = "model.conv1[0].stride = (1, 1)"
+    else:
+        first = f"model.conv1 = torch.nn.Conv2d(3, {conv.out_channels}, 3, padding=1, bias=False)"
+    return [first, "model.maxpool = torch.nn.Identity()"]
