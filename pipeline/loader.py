@@ -97,7 +97,7 @@ class Loader:
         if not self.bad:
             return ids
         ids = ids.copy()
-        for b, i in enumerate(ids):
+        for b in range(len(ids)):
             while int(ids[b]) in self.bad:
                 ids[b] = self.plan.ids[(np.searchsorted(self.plan.ids, ids[b]) + 1) % self.plan.n]
         return ids

@@ -187,7 +187,8 @@ def parameters(
     sizes = tuple(group.size for group in chosen.groups for _ in range(group.count))
     empty = _empty(sizes, len(ids))
     integers = [np.ascontiguousarray(a, np.int64) for a in (epochs, ids, heights, widths)]
-    _draw(_table(chosen), np.uint64(seed), *integers, empty.box, empty.flip, empty.color, empty.sigma, empty.solarize)
+    outputs = (empty.box, empty.flip, empty.color, empty.sigma, empty.solarize)
+    _draw(_table(chosen), np.uint64(seed), *integers, *outputs)
     return empty
 
 
@@ -248,7 +249,7 @@ def _draw(table, seed, epochs, ids, heights, widths, box, flip, color, sigma, so
             # Every number has its own fixed place in the counter: none moves when another is not used.
             x0, x1, x2, x3 = philox(seed, ids[i], epochs[i], v, 16)
             y0, y1, y2, y3 = philox(seed, ids[i], epochs[i], v, 17)
-            z0, _, _, _ = philox(seed, ids[i], epochs[i], v, 18)
+            z0, z1, _, _ = philox(seed, ids[i], epochs[i], v, 18)
             flip[v, i] = uniform(x0) < flip_p
             grey, jitter = uniform(x1) < grey_p, uniform(x2) < jitter_p
             solarize[v, i] = uniform(x3) < solarize_p
@@ -261,9 +262,8 @@ def _draw(table, seed, epochs, ids, heights, widths, box, flip, color, sigma, so
                     strength * h * (2 * uniform(y3) - 1),
                     color[v, i],
                 )
-            z, _, _, w = philox(seed, ids[i], epochs[i], v, 19)
             if uniform(z0) < blur_p:
-                sigma[v, i] = sigma_low + (sigma_high - sigma_low) * uniform(z)
+                sigma[v, i] = sigma_low + (sigma_high - sigma_low) * uniform(z1)
 
 
 @njit(cache=True, nogil=True)

@@ -1,4 +1,4 @@
-"""Views on the CPU: each image is decoded once, and its views are made in threads that do not hold Python's lock."""
+"""Views on the CPU: each image is decoded once, its views are made in threads that do not hold Python's lock."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-import cv2
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 
 from pipeline.codec import decode
+from pipeline.engines.pixels import render
 from pipeline.store import Store
 from pipeline.views import Parameters
 
-IDENTITY = np.eye(3, 4, dtype=np.float32)
-
 
 class CPUEngine:
-    """`engine(ids, parameters)` -> per group a uint8 (V, B, 3, S, S) tensor with channels-last memory.
+    """`engine(ids, parameters)` -> a group: uint8 (V, B, 3, S, S) on `device`, channels-last memory.
 
-    `decoded` counts decoded images; `seconds` sums the threads' time in reading, decoding and rendering. Safe to call from several threads.
+    Raises `store.Corrupt`. `decoded` counts images; `seconds` sums the threads' time by stage. `submit` may be called
+    while earlier batches are under way, from any thread. `threads`: default the cores this process may use.
     """
 
     name = "cpu"
@@ -33,68 +31,62 @@ class CPUEngine:
         self.decoded = 0
         self.seconds = {"read": 0.0, "decode": 0.0, "render": 0.0}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(self.threads, "view")
-        cv2.setNumThreads(0)
-
-    def submit(self, ids: np.ndarray, parameters: Parameters) -> Future[list[torch.Tensor]]:
-        """Start a batch; its `result()` is what calling the engine returns."""
-        views, batch = parameters.flip.shape
-        outputs = [
-            np.empty((len(range(views)[g]), batch, parameters.sizes[g.start], parameters.sizes[g.start], 3), np.uint8)
-            for g in parameters.groups
-        ]
-        planes = [plane for output in outputs for plane in output]
-        work = [self._pool.submit(self._image, int(i), b, parameters, planes) for b, i in enumerate(ids)]
-        return _Pending(work, outputs, self.device)
+        self._pool = ThreadPoolExecutor(self.threads, "views")
 
     def __call__(self, ids: np.ndarray, parameters: Parameters) -> list[torch.Tensor]:
         return self.submit(ids, parameters).result()
 
-    def _image(self, i: int, b: int, p: Parameters, planes: list[np.ndarray]) -> None:
-        start = time.perf_counter()
-        payload = self.store.read(i)
-        read = time.perf_counter()
-        image = decode(payload)
-        decoded = time.perf_counter()
-        for v, plane in enumerate(planes):
-            render(image, p.box[v, b], p.flip[v, b], p.color[v, b], float(p.sigma[v, b]), p.solarize[v, b], plane[b])
-        done = time.perf_counter()
+    def submit(self, ids: np.ndarray, parameters: Parameters) -> Pending:
+        """Start a batch; `result()` of what is returned waits for it, `cancel()` drops it."""
+        batch = len(ids)
+        outputs = []
+        for group in parameters.groups:
+            size = parameters.sizes[group.start]
+            shape = (group.stop - group.start, batch, size, size, 3)
+            outputs.append(torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda"))
+        arrays = [output.numpy() for output in outputs]
+        # Several images a task where they are small, so that handing out work costs little beside doing it.
+        chunk = max(1, min(batch // (4 * self.threads), 2**19 // max(1, sum(size**2 for size in parameters.sizes))))
+        work = [
+            self._pool.submit(self._images, ids, range(first, min(first + chunk, batch)), parameters, arrays)
+            for first in range(0, batch, chunk)
+        ]
+        return Pending(work, outputs, self.device)
+
+    def _images(self, ids: np.ndarray, rows: range, p: Parameters, outputs: list[np.ndarray]) -> None:
+        spent = np.zeros(3)
+        for b in rows:
+            times = [time.perf_counter()]
+            payload = self.store.read(int(ids[b]))
+            times.append(time.perf_counter())
+            image = decode(payload)
+            times.append(time.perf_counter())
+            image.setflags(write=False)  # one compiled version of `render`, for decoded and for stored pixels
+            for group, out in zip(p.groups, outputs):
+                render(image, b, p.box[group], p.flip[group], p.color[group], p.sigma[group], p.solarize[group], out)
+            times.append(time.perf_counter())
+            spent += np.diff(times)
         with self._lock:
-            self.decoded += 1
-            self.seconds["read"] += read - start
-            self.seconds["decode"] += decoded - read
-            self.seconds["render"] += done - decoded
+            self.decoded += len(rows)
+            for stage, seconds in zip(self.seconds, spent):
+                self.seconds[stage] += float(seconds)
 
     def close(self) -> None:
+        """End the threads; batches not begun are dropped."""
         self._pool.shutdown(cancel_futures=True)
 
 
-class _Pending:
+class Pending:
     """The images of one batch under way."""
 
-    def __init__(self, work: list[Future], outputs: list[np.ndarray], device: torch.device):
+    def __init__(self, work: list[Future], outputs: list[torch.Tensor], device: torch.device):
         self._work, self._outputs, self._device = work, outputs, device
 
     def result(self) -> list[torch.Tensor]:
         for one in self._work:
             one.result()
-        return [torch.from_numpy(o).permute(0, 1, 4, 2, 3).to(self._device) for o in self._outputs]
+        return [o.permute(0, 1, 4, 2, 3).to(self._device, non_blocking=True) for o in self._outputs]
 
     def cancel(self) -> None:
         """Drop what has not begun and wait for what has."""
         wait([one for one in self._work if not one.cancel()])
-
-
-def render(image, box, flip, color, sigma, solarize, out) -> None:
-    """Write one view of `image` (H, W, 3) into `out` (S, S, 3), both uint8."""
-    top, left, height, width = box.tolist()
-    crop = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1)[None]
-    view = interpolate(crop, out.shape[:2], mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-    if not np.array_equal(color, IDENTITY):
-        view = cv2.transform(view, color)
-    if sigma > 0:
-        reach = 2 * int(np.ceil(3 * sigma)) + 1
-        view = cv2.GaussianBlur(view, (reach, reach), sigma)
-    if solarize:
-        view = np.where(view >= 128, 255 - view, view)
-    out[:] = view[:, ::-1] if flip else view
