@@ -135,9 +135,9 @@ def read(path: Path) -> Contents:
     if unknown := [kind for kind in types if kind not in RECORDS]:
         raise ValueError(f"field type {unknown[0]} has no known layout")
     front = HEADER.itemsize + fields.nbytes
-    metadata = np.fromfile(path, _metadata(types), samples, offset=front)
-    if len(metadata) != samples or front + metadata.nbytes > table:
+    if front + samples * _metadata(types).itemsize > table:
         raise ValueError(f"metadata of {samples} samples does not fit before the allocation table")
+    metadata = np.fromfile(path, _metadata(types), samples, offset=front)
     allocations = np.fromfile(path, ALLOCATION, offset=table)
     return _contents(types, metadata, allocations, int(header["page_size"]), table)
 

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import class_folders, jpeg, pixels
+
+from pipeline import shards, tar
+from pipeline.store import Store
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """JPEG shards, several a split."""
+    root = tmp_path_factory.mktemp("tars")
+    class_folders(class_folders(root / "in", 20, 3), 4, 3, seed=90, split="val")
+    shards.write(shards.Options("folder"), root / "in", root / "out", quiet=True)
+    return root / "out"
+
+
+def test_headers_are_those_of_tarfile():
+    for name, size in (("a.jpg", 0), ("folder/" + "k" * 80 + ".npy", 123456789)):
+        info = tarfile.TarInfo(name)
+        info.size = size
+        expected = info.tobuf(tarfile.USTAR_FORMAT)
+        ours = tar.header(name, size)
+        ours_info = tarfile.TarInfo.frombuf(ours, "ascii", "strict")
+        assert (ours_info.name, ours_info.size, ours_info.mode, ours_info.mtime) == (name, size, 0o644, 0)
+        # tarfile leaves the device numbers filled with zeros and pads its checksum alike
+        assert ours[:329] == expected[:329]
+    with pytest.raises(ValueError):
+        tar.header("k" * 101, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (32, 32, 3), (480, 640), (3000, 4000, 3)])
+def test_npy_headers_are_those_of_numpy(shape):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(shape, np.uint8))
+    assert buffer.getvalue()[:128] == tar.npy_header(shape)
+
+
+def test_an_archive_reads_back_with_tarfile_and_tar(tmp_path):
+    samples = {"a/x": np.frombuffer(jpeg(1), np.uint8), "b": pixels(2, 5, 7), "c": np.zeros((6, 4), np.uint8)}
+    with open(tmp_path / "t.tar", "wb") as file:
+        writer = tar.Writer(file, 3)
+        offsets = [writer.add(key, i - 1, payload) for i, (key, payload) in enumerate(samples.items())]
+        writer.finish()
+    data = (tmp_path / "t.tar").read_bytes()
+    assert len(data) % tar.RECORD == 0
+    for offset, payload in zip(offsets, samples.values()):
+        assert data[offset : offset + payload.nbytes] == payload.tobytes()
+    listed = subprocess.run(["tar", "tf", tmp_path / "t.tar"], capture_output=True, text=True, check=True).stdout
+    assert listed.split() == ["a/x.jpg", "a/x.cls", "b.npy", "b.cls", "c.npy", "c.cls"]
+    with tarfile.open(tmp_path / "t.tar") as archive:
+        assert np.array_equal(np.load(io.BytesIO(archive.extractfile("b.npy").read())), samples["b"])
+        assert archive.extractfile("a/x.cls").read() == b"-1"
+
+
+def test_stock_webdataset_reads_every_sample(photos):
+    import webdataset
+
+    for split in ("train", "val"):
+        store = Store(photos, split)
+        files = [str(photos / shard["file"]) for shard in store.shards]
+        samples = list(webdataset.WebDataset(files, shardshuffle=False, empty_check=False))
+        assert [sample["__key__"] for sample in samples] == [store.key(i) for i in range(len(store))]
+        for i, sample in enumerate(samples):
+            assert sample["jpg"] == store.read(i).tobytes() and int(sample["cls"]) == store.labels[i]
+
+
+def test_the_index_beside_is_what_wds2idx_writes(photos, digits, tmp_path):
+    for shard in [*photos.glob("*.tar"), *digits.glob("*.tar")]:
+        subprocess.run(["wds2idx", shard, tmp_path / "expected"], check=True, capture_output=True, env=_path())
+        assert shard.with_suffix(".idx").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def _path() -> dict:
+    import os
+    import sys
+
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.slow
+def test_dali_reads_every_sample(photos):
+    from nvidia.dali import fn, pipeline_def
+
+    store = Store(photos, "train")
+    files = [str(photos / shard["file"]) for shard in store.shards]
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def graph():
+        data, label = fn.readers.webdataset(
+            paths=files, index_paths=[file.replace(".tar", ".idx") for file in files], ext=["jpg", "cls"]
+        )
+        return data, label
+
+    reader = graph()
+    reader.build()
+    for i in range(len(store)):
+        data, label = (np.asarray(part[0]) for part in reader.run())
+        assert data.tobytes() == store.read(i).tobytes()
+        assert int(label.tobytes()) == store.labels[i]
