@@ -84,7 +84,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     # without a host sync
     peak, lr_reason = optim.learning_rate(cfg.optimizer, cfg.lr, cfg.batch_size)
     lr_at = optim.schedule(peak, steps, round(cfg.warmup * steps), cfg.final_lr)
-    optimizer = optim.create(cfg.optimizer, encoder, peak, cfg.weight_decay, cfg.momentum)
+    optimizer = optim.create(cfg.optimizer, encoder, peak, cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype is torch.float16 else 1.0)
     average = torch.optim.swa_utils.AveragedModel(
         encoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema), use_buffers=True
@@ -216,6 +216,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         log.say(f"stopped by a signal; saved at step {step} of {steps}. Go on with --resume")
     engine.close()
     log.close()
+    gc.unfreeze()
     return PREEMPTED if preempted else 0
 
 

@@ -69,7 +69,7 @@ def measure(args: Args) -> dict[str, Any]:
     trunk: Any = backbone.create(args.backbone, image_size=args.size)
     head = projector.Projector(trunk.num_features, args.projector_dim, args.projector_dim)
     encoder: Any = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = optim.create("adamw", encoder, 1e-4, 1e-4, 0.9)
+    optimizer = optim.create("adamw", encoder, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
     run: Any = torch.compile(encoder) if args.compile else encoder
     loss_of = objective.create("barlow")

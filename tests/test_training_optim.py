@@ -39,7 +39,7 @@ def test_rule_is_printed_with_its_numbers():
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_biases_and_norms_do_not_decay(name):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    optimizer = optim.create(name, model, 0.1, 0.5, 0.9)
+    optimizer = optim.create(name, model, 0.1, 0.5)
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -51,7 +51,7 @@ def test_biases_and_norms_do_not_decay(name):
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_scaler_skips_a_non_finite_step_and_takes_the_next(name):
     model = nn.Linear(3, 2)
-    optimizer = optim.create(name, model, 0.1, 0.0, 0.9)
+    optimizer = optim.create(name, model, 0.1, 0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     before = model.weight.detach().clone()
     for value, moves in ((float("nan"), False), (1.0, True)):

@@ -14,7 +14,15 @@ from torch import nn
 
 from model import backbone, objective
 from model.projector import Projector
-from training.step import Encoder, GlobalBatchNorm, backward, backward_chunked, embed, frozen_statistics, synchronize_batchnorm
+from training.step import (
+    Encoder,
+    GlobalBatchNorm,
+    backward,
+    backward_chunked,
+    embed,
+    frozen_statistics,
+    synchronize_batchnorm,
+)
 
 
 def encoder(dropout: float = 0.0) -> Encoder:

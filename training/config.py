@@ -97,8 +97,6 @@ class Config:
     """Share of the steps spent on linear warm-up."""
     weight_decay: float = 1e-4
     """On weight matrices and kernels only."""
-    momentum: float = 0.9
-    """Momentum, or AdamW's beta1."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, exported instead of them; 0 = none."""
     order: str = "random"

@@ -13,6 +13,7 @@ from torch import nn
 # V alone never changes the rate. lars: Barlow Twins' 0.2-0.3 per 256 images, linear (You et al. 2017, Zbontar et al. 2021);
 # sgd: lightly's and solo-learn's 0.06 per 256 on small images, linear; adamw: 1e-3 per 256, square root (Malladi et al. 2022).
 RULES = {"lars": (0.3, 1.0), "sgd": (0.06, 1.0), "adamw": (1e-3, 0.5)}
+MOMENTUM = 0.9
 
 
 def learning_rate(name: str, lr: float, batch_size: int) -> tuple[float, str]:
@@ -40,7 +41,7 @@ def schedule(peak: float, steps: int, warmup: int, final: float = 0.001) -> Call
     return at
 
 
-def create(name: str, module: nn.Module, lr: float, weight_decay: float, momentum: float) -> torch.optim.Optimizer:
+def create(name: str, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """The optimizer over `module`; biases and normalization parameters (ndim <= 1) get no weight decay and, under LARS,
     no layer-wise rate. torch's own are fused: one kernel for all tensors, no host sync under a GradScaler."""
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -49,7 +50,7 @@ def create(name: str, module: nn.Module, lr: float, weight_decay: float, momentu
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=(MOMENTUM, 0.999), fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, fused=True)
-    return Lars(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=True, fused=True)
+    return Lars(groups, lr=lr, momentum=MOMENTUM)
