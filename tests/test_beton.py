@@ -53,7 +53,7 @@ def test_stock_loader_gives_equal_pixels(tmp_path, encoding, os_cache):
             # FFCV decodes with libjpeg's fast, less exact transform; the same bytes so decoded are the same pixels.
             fast = simplejpeg.decode_jpeg(payload, fastdct=True) if encoding == "jpeg" else payload
             assert np.array_equal(np.asarray(image), fast)
-            assert np.abs(fast.astype(int) - codec.decode(payload)).mean() < 1
+            assert np.abs(fast.astype(int) - codec.decode(payload)).mean() < 2
             assert int(label[0]) == store.labels[seen]
             seen += 1
     assert seen == len(store) == 40

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import class_folders, encoded, jpeg, pixels
+
+from pipeline import pool, shards, sources
+from pipeline.errors import UserError
+from pipeline.store import Store
+from pipeline.verify import verify
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = [sys.executable, str(ROOT / "tools" / "shards.py")]
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Every file of a folder but the stamp, which holds times."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != shards.STAMP]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def write(source: Path, out: Path, jobs: int = 2, max_rejected: float = 0.01, **options) -> dict:
+    options = {"dataset": "folder", "shard_mb": 1, **options}
+    return shards.write(shards.Options(**options), source, out, jobs=jobs, max_rejected=max_rejected, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """About 14 shards of a megabyte: 3 classes, 2 splits."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, n in (("train", 60), ("val", 12)):
+        for i in range(n):
+            folder = root / split / f"class{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i}.jpg").write_bytes(encoded(_noisy(i), quality=97))
+    return root
+
+
+def _noisy(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (260, 300, 3), np.uint8)
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.binary(min_size=1, max_size=120).filter(lambda name: b"\0" not in name), unique=True, max_size=30))
+def test_keys_are_safe_and_unique_for_any_file_names(raw):
+    names = [os.fsdecode(name) + ".jpg" for name in raw]
+    keys = shards.safe_keys(names)
+    assert len(set(keys)) == len(keys) == len(names)
+    for key in keys:
+        assert shards.SAFE.fullmatch(key) and len(key) <= shards.KEY_LENGTH
+
+
+def test_keys_are_the_names_wherever_they_can_be():
+    names = ["n01/n01_3.JPEG", "a/x.jpg", "a/x.png", "with space.jpg", "dots.in.name.jpg", "../up.jpg", "/root.jpg"]
+    keys = shards.safe_keys(names)
+    assert keys[0] == "n01/n01_3" and keys[1] != keys[2] and all(key.startswith("a/x-") for key in keys[1:3])
+    assert keys[3].startswith("with_space-") and keys[4].startswith("dots_in_name-")
+    assert not any(part in ("..", ".", "") for key in keys for part in key.split("/"))
+    assert keys == shards.safe_keys(names)
+
+
+def test_a_file_named_like_anothers_hash_is_no_collision():
+    first = shards.safe_keys(["x.jpg", "x.png"])
+    keys = shards.safe_keys(["x.jpg", "x.png", f"{first[0]}.jpg"])
+    assert len(set(keys)) == 3
+
+
+def test_the_order_is_a_permutation_that_never_changes():
+    assert shards.order(10, 0, "train").tolist() == [2, 5, 9, 6, 1, 8, 0, 4, 7, 3]
+    assert sorted(shards.order(1000, 3, "val")) == list(range(1000))
+    assert shards.order(1000, 3, "val").tolist() != shards.order(1000, 4, "val").tolist()
+
+
+def test_shards_are_of_about_equal_size_and_hold_everything_once(photos):
+    source = sources.load("folder", photos)
+    keys = [shards.safe_keys(split.names) for split in source.splits]
+    rows = shards.plan(shards.Options("folder", shard_mb=1), source, keys)
+    for number, split in enumerate(source.splits):
+        mine = [row for row in rows if row.split == number]
+        assert sorted(np.concatenate([row.samples for row in mine])) == list(range(len(split.names)))
+        sizes = [split.sizes[row.samples].sum() for row in mine]
+        assert max(sizes) < 1.4 * min(sizes)
+    assert len(rows) > 5
+
+
+# --- what comes out -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", shards.FORMATS)
+def test_bytes_labels_and_statistics_are_those_of_the_source(photos, tmp_path, format):
+    manifest = write(photos, tmp_path / "out", format=format)
+    store = Store(tmp_path / "out")
+    assert len(store) == 60 and len(Store(tmp_path / "out", "val")) == 12 and store.classes == manifest["classes"]
+    everything = []
+    for i in range(len(store)):
+        path = photos / "train" / f"{store.key(i)}.jpg"
+        assert store.read(i).tobytes() == path.read_bytes()
+        assert store.classes[store.labels[i]] == path.parent.name
+        everything.append(shards.codec.decode(store.read(i)).reshape(-1, 3))
+    values = np.concatenate(everything)
+    assert np.allclose(store.mean, values.mean(0)) and np.allclose(store.std, values.std(0))
+    assert verify(tmp_path / "out") == []
+
+
+def test_both_formats_are_the_same_samples(photos, tmp_path):
+    one, other = (write(photos, tmp_path / name, format=name) for name in shards.FORMATS)
+    assert one["fingerprint"] == other["fingerprint"]
+    assert write(photos, tmp_path / "raw", encoding="raw")["fingerprint"] != one["fingerprint"]
+
+
+def test_the_result_does_not_depend_on_jobs_or_place(photos, tmp_path):
+    for name, jobs in (("one/x", 1), ("three/x", 3)):
+        write(photos, tmp_path / name, jobs=jobs)
+    assert digests(tmp_path / "one" / "x") == digests(tmp_path / "three" / "x")
+
+
+def test_doing_it_again_does_nothing_and_takes_no_time(photos, tmp_path):
+    out = tmp_path / "out"
+    command = [*TOOL, "write", "--dataset", "folder", "--source", str(photos), "--out", str(out), "--shard-mb", "1"]
+    subprocess.run(command, check=True, capture_output=True)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    start = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert time.perf_counter() - start < 2 and "60 train, 12 val" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_other_settings_or_another_source_are_refused(tmp_path):
+    class_folders(tmp_path / "in", 2, 2)
+    write(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(UserError, match="size 0, now 40"):
+        write(tmp_path / "in", tmp_path / "out", size=40)
+    (tmp_path / "in" / "train" / "class0" / "new.jpg").write_bytes(jpeg(70))
+    with pytest.raises(UserError, match="has changed since"):
+        write(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "train" / "class0" / "new.jpg").unlink()
+    write(tmp_path / "in", tmp_path / "out")  # the folder's time is new, but what it holds is not
+
+
+def test_a_lost_shard_is_made_again(photos, tmp_path):
+    write(photos, tmp_path / "out")
+    before = digests(tmp_path / "out")
+    (tmp_path / "out" / "train-00002.tar").unlink()
+    write(photos, tmp_path / "out")
+    assert digests(tmp_path / "out") == before
+
+
+def test_every_bad_option_is_named_at_once():
+    with pytest.raises(UserError) as error:
+        shards.check(shards.Options("folder", "webdatset", "jpg", -1, 0, shard_mb=-1))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 5 and "nearest: webdataset" in lines[0]
+
+
+def test_bad_flags_exit_2_without_a_traceback(tmp_path):
+    for words in (["write", "--dataset", "foldr"], ["write", "--datset", "x"], ["verify", str(tmp_path)], ["lst"]):
+        done = subprocess.run([*TOOL, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+
+
+# --- rejected images ------------------------------------------------------------------------------------------------
+
+
+def test_rejected_images_are_listed_with_their_reasons(tmp_path):
+    class_folders(tmp_path / "in", 30, 1)
+    folder = tmp_path / "in" / "train" / "class0"
+    bad = {
+        "empty.jpg": b"",
+        "html.jpg": b"<html>not found</html>",
+        "cut.jpg": jpeg(1)[:900],
+        "sp ace\n.jpg": jpeg(1)[:-30],
+    }
+    for name, data in bad.items():
+        (folder / name).write_bytes(data)
+    (folder / "fine.png").write_bytes(encoded(pixels(1), "PNG"))
+    (folder / "loop").symlink_to(folder)
+    with pytest.raises(UserError, match=r"5 of 36 images were rejected, more than 1\.00%"):
+        write(tmp_path / "in", tmp_path / "out")
+    manifest = write(tmp_path / "in", tmp_path / "out", max_rejected=0.2)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert {line["name"] for line in lines} == {f"class0/{name}" for name in bad} | {"class0/loop"}
+    assert all(line["reason"] and line["split"] == "train" for line in lines)
+    assert manifest["rejected"] == 5 and manifest["splits"]["train"]["count"] == 31
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_split_with_nothing_left_is_an_error(tmp_path):
+    folder = tmp_path / "in" / "train" / "a"
+    folder.mkdir(parents=True)
+    (folder / "x.jpg").write_bytes(b"no")
+    with pytest.raises(UserError, match="not one image"):
+        write(tmp_path / "in", tmp_path / "out", max_rejected=1.0)
+
+
+# --- interrupted ----------------------------------------------------------------------------------------------------
+
+
+def start(photos: Path, out: Path, *words: str) -> subprocess.Popen:
+    command = [*TOOL, "write", "--dataset", "folder", "--source", str(photos), "--out", str(out), "--shard-mb", "1"]
+    return subprocess.Popen([*command, "--jobs", "2", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", shards.FORMATS)
+def test_killed_at_random_points_it_ends_as_if_undisturbed(photos, tmp_path, format):
+    """Ten kills a format: two folders, each killed five times on the way."""
+    write(photos, tmp_path / "whole" / "x", format=format)
+    expected = digests(tmp_path / "whole" / "x")
+    rng = random.Random(format)
+    kills = 0
+    for chain in range(2):
+        out = tmp_path / str(chain) / "x"
+        for _ in range(5):
+            kills += start_and_kill(photos, out, format, rng.uniform(0, 0.12))
+            for path in (*out.glob("*.tar"), *out.glob("*.beton")):  # what has its final name is whole
+                assert expected[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+        write(photos, out, format=format)
+        assert digests(out) == expected
+    assert kills >= 5
+
+
+def start_and_kill(photos: Path, out: Path, format: str, delay: float) -> bool:
+    """SIGKILL to the parent alone; whether it was still running. Its workers must go with it."""
+    process = start(photos, out, "--format", format)
+    wait_for((out / shards.WORK / "lock").exists, process)
+    time.sleep(delay)
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    process.communicate()
+    psutil.wait_procs(children, timeout=5)
+    assert not [child for child in children if child.is_running()], "orphans"
+    return process.returncode == -signal.SIGKILL
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    end = time.time() + 30
+    while not condition() and process.poll() is None and time.time() < end:
+        time.sleep(0.01)
+
+
+def test_finished_shards_are_not_made_twice(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(shards, "_finish", lambda *_: sys.exit(9))  # as if killed before the manifest
+    with pytest.raises(SystemExit):
+        write(photos, out)
+    monkeypatch.undo()
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert len(times) > 5 and not (out / shards.MANIFEST).exists()
+    (out / ".train-00001.tar.77.tmp").write_bytes(b"half")
+    victim = sorted(times)[0]
+    victim.write_bytes(victim.read_bytes()[:-1])
+    write(photos, out)
+    assert {path for path in times if path.stat().st_mtime_ns != times[path]} == {victim}
+    assert verify(out) == [] and not list(out.glob(".*.tmp")) and not (out / shards.WORK).exists()
+
+
+def test_leftovers_of_another_plan_are_removed(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(shards, "_finish", lambda *_: sys.exit(9))
+    with pytest.raises(SystemExit):
+        write(photos, out)
+    monkeypatch.undo()
+    write(photos, out, format="ffcv")
+    assert not list(out.glob("*.tar")) and not list(out.glob("*.idx")) and verify(out) == []
+
+
+def test_two_writers_of_one_folder_exclude_each_other(photos, tmp_path):
+    import fcntl
+
+    out = tmp_path / "out"
+    (out / shards.WORK).mkdir(parents=True)
+    with open(out / shards.WORK / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process"):
+            write(photos, out)
+
+
+def test_a_dead_worker_ends_the_run_within_ten_seconds(photos, tmp_path):
+    out = tmp_path / "out"
+    process = start(photos, out)
+    me = psutil.Process(process.pid)
+    wait_for(me.children, process)
+    began = time.time()
+    me.children()[0].send_signal(signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert time.time() - began < 10 and process.returncode == 2
+    assert b"a worker process died" in err and b"Traceback" not in err
+    write(photos, out)
+    assert verify(out) == []
+
+
+def test_a_full_disk_ends_the_run_with_its_cause(photos, tmp_path):
+    """A limit on the size of files stands for it: writing fails in the same place, with another number."""
+    out = tmp_path / "out"
+    limit = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000)); "
+    code = limit + f"sys.argv = sys.argv[1:]; runpy.run_path({TOOL[1]!r}, run_name='__main__')"
+    words = ["write", "--dataset", "folder", "--source", str(photos), "--out", str(out), "--shard-mb", "1"]
+    began = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", code, TOOL[1], *words], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert time.time() - began < 20 and not list(out.glob("*.tar")) and not list(out.glob(".*.tmp"))
+    write(photos, out)
+    assert verify(out) == []
+
+
+def fail_at_three(item: int) -> None:
+    if item == 3:
+        raise ZeroDivisionError("the cause")
+    for _ in range(1000):
+        pool.check_stop()
+        time.sleep(0.005)
+
+
+def test_an_exception_in_a_worker_is_the_one_that_is_raised():
+    began = time.time()
+    with pytest.raises(ZeroDivisionError, match="the cause"):
+        pool.run(fail_at_three, {str(i): i for i in range(4)}, jobs=4, quiet=True)
+    assert time.time() - began < 4
+
+
+def test_ctrl_c_leaves_no_process_behind(photos, tmp_path):
+    process = start(photos, tmp_path / "out")
+    me = psutil.Process(process.pid)
+    wait_for(lambda: len(me.children()) == 2, process)
+    children = me.children()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and b"Traceback" not in err, err
+    assert not [child for child in children if child.is_running()]

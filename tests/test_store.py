@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import class_folders, encoded, jpeg, pixels
+
+from pipeline import adopt, codec, shards
+from pipeline.errors import UserError
+from pipeline.store import Corrupt, Store, splits
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return class_folders(class_folders(tmp_path_factory.mktemp("in"), 8, 3), 2, 3, seed=50, split="val")
+
+
+@pytest.fixture(scope="module", params=[(f, e) for f in shards.FORMATS for e in codec.ENCODINGS], ids="-".join)
+def folder(request, source, tmp_path_factory) -> Path:
+    format, encoding = request.param
+    out = tmp_path_factory.mktemp("out") / "x"
+    shards.write(shards.Options("folder", format, encoding), source, out, quiet=True)
+    return out
+
+
+def test_every_payload_is_the_source_image(folder, source):
+    store = Store(folder)
+    assert len(store) == 24 and splits(folder) == ["train", "val"] and store.name == "x" and store.split == "train"
+    for i in range(len(store)):
+        original = codec.decode(np.fromfile(source / "train" / f"{store.key(i)}.jpg", np.uint8))
+        image = codec.decode(store.read(i))
+        assert image.shape == (store.heights[i], store.widths[i], 3)
+        found, expected = image[: original.shape[0], : original.shape[1]].astype(int), original.astype(int)
+        assert np.abs(found - expected).mean() < (8 if store.read(i).ndim == 2 else 0.01)
+        assert store.classes[store.labels[i]] == store.key(i).split("/")[0]
+
+
+def test_types_are_those_of_the_contract(folder):
+    store = Store(folder, "val")
+    assert (store.labels.dtype, store.heights.dtype, store.widths.dtype) == (np.int64, np.int32, np.int32)
+    payload = store.read(0)
+    assert payload.dtype == np.uint8 and not payload.flags.writeable and payload.base is not None
+    assert store.nbytes() == sum(store.read(i).nbytes for i in range(len(store)))
+    assert store.max_pixels() == max(int(h) * int(w) for h, w in zip(store.heights, store.widths))
+    assert store.mean == Store(folder).mean and len(store.std) == 3  # one statistic for all splits: the training one
+    kept = store.read(3)
+    copy = kept.copy()
+    store.close()
+    assert np.array_equal(kept, copy) and np.array_equal(store.read(3), copy)
+
+
+def test_threads_read_the_same(folder):
+    store = Store(folder)
+    expected = [store.read(i).tobytes() for i in range(len(store))]
+    store.close()
+    wrong: list[int] = []
+
+    def reader(seed: int) -> None:
+        for i in np.random.default_rng(seed).integers(0, len(store), 300).tolist():
+            if store.read(i).tobytes() != expected[i]:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_is_not_there_is_a_user_error(folder, tmp_path):
+    with pytest.raises(UserError, match="make shards"):
+        Store(tmp_path)
+    with pytest.raises(UserError, match="no split 'tset'; it has train, val"):
+        Store(folder, "tset")
+
+
+def test_another_version_is_refused(folder, tmp_path):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        Store(tmp_path)
+
+
+def test_a_cut_shard_is_named_and_the_rest_usable_when_asked(source, tmp_path):
+    for i in range(40):
+        path = tmp_path / "in" / "train" / "a" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(np.random.default_rng(i).integers(0, 256, (200, 300, 3), np.uint8), "PNG"))
+    shards.write(shards.Options("folder", shard_mb=1), tmp_path / "in", tmp_path / "out", quiet=True)
+    shard = tmp_path / "out" / "train-00003.tar"
+    shard.write_bytes(shard.read_bytes()[:-600])
+    with pytest.raises(UserError, match=r"train-00003\.tar has \d+ bytes instead of"):
+        Store(tmp_path / "out")
+    store = Store(tmp_path / "out", allow_damaged=True)
+    good = 0
+    for i in range(len(store)):
+        if store.shard_of[i] == 3:
+            with pytest.raises(Corrupt, match=r"train-00003\.tar"):
+                store.read(i)
+        else:
+            store.read(i)
+            good += 1
+    assert 0 < good < len(store) == 40
+
+
+def test_adopting_refuses_what_needs_encoding_and_names_import(tmp_path):
+    import webdataset
+
+    with webdataset.ShardWriter(str(tmp_path / "t-%02d.tar"), verbose=0) as writer:
+        writer.write({"__key__": "a", "jpg": jpeg(1), "cls": 3})
+        writer.write({"__key__": "b", "png": encoded(pixels(2), "PNG"), "cls": 1})
+    with pytest.raises(UserError, match=r"1 images .* b; .*import"):
+        adopt.adopt(tmp_path, quiet=True)
+
+
+def test_adopted_tars_read_in_place(tmp_path):
+    import webdataset
+
+    with webdataset.ShardWriter(str(tmp_path / "t-%02d.tar"), maxcount=4, verbose=0) as writer:
+        for i in range(9):
+            image = {"npy": pixels(i, 20, 30)} if i % 3 == 0 else {"jpg": jpeg(i)}
+            writer.write({"__key__": f"k{i}", **image, "cls": i % 5})
+        writer.write({"__key__": "bad", "jpg": jpeg(3)[:500], "cls": 0})
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.tar")}
+    with pytest.raises(UserError, match="1 of 10 images were rejected"):
+        adopt.adopt(tmp_path, quiet=True)
+    adopt.adopt(tmp_path, max_rejected=0.1, quiet=True)
+    store = Store(tmp_path)
+    assert [store.key(i) for i in range(len(store))] == [f"k{i}" for i in range(9)]
+    for i in range(9):
+        payload = store.read(i)
+        assert np.array_equal(payload, pixels(i, 20, 30)) if i % 3 == 0 else payload.tobytes() == jpeg(i)
+    assert store.labels.tolist() == [i % 5 for i in range(9)]
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.tar")} == before
+    with pytest.raises(UserError, match="has a manifest already"):
+        adopt.adopt(tmp_path, quiet=True)
+
+
+def test_our_shards_are_imported_into_the_other_format(folder, tmp_path):
+    for format in shards.FORMATS:
+        encoding = json.loads((folder / "manifest.json").read_text())["encoding"]
+        options = shards.Options("shards", format, encoding)
+        shards.write(options, folder, tmp_path / format, quiet=True)
+        ours, theirs = Store(tmp_path / format), Store(folder)
+        known = {theirs.key(i): i for i in range(len(theirs))}
+        for i in range(len(ours)):
+            j = known[ours.key(i)]
+            found, expected = codec.decode(ours.read(i)).astype(int), codec.decode(theirs.read(j))
+            assert np.abs(found - expected).mean() < (4 if encoding == "yuv420" else 0.01)
+            assert ours.labels[i] == theirs.labels[j]
+        assert ours.classes == theirs.classes
