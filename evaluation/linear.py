@@ -44,41 +44,44 @@ class Heads:
 
     def scores(self, x: Tensor) -> Tensor:
         """Logits (H, N, C) of features (N, F), in evaluation mode."""
-        if self.mean is not None and self.var is not None:
-            x = (x - self.mean) * (self.var + EPS).rsqrt()
-        return self._logits(x).transpose(0, 1)
+        return self._logits(x, self.mean, self.var).transpose(0, 1)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
+        """(N, H, C). BatchNorm is folded into the weights: there are fewer of them than features in a batch."""
         weight, bias = self.weight, self.bias
-        if self.scale is not None and self.shift is not None:
-            bias = bias + (self.shift * weight).sum(0)
-            weight = self.scale * weight
+        if self.scale is not None and self.shift is not None and mean is not None and var is not None:
+            slope = self.scale * (var + EPS).rsqrt()[:, None, None]
+            bias = bias + ((self.shift - mean[:, None, None] * slope) * weight).sum(0)
+            weight = slope * weight
         return (x @ weight.flatten(1)).view(len(x), *bias.shape) + bias
 
     def gradients(self, x: Tensor, labels: Tensor) -> list[Tensor]:
-        """Of each head's mean cross-entropy, in the order of `parameters()`; x (B, F), already standardized with BN."""
-        error = self._logits(x).softmax(2)  # (B, H, C)
+        """Of each head's mean cross-entropy on a batch (B, F), in the order of `parameters()`.
+
+        As BatchNorm does in training, uses the batch's statistics and moves the running ones a tenth of the way.
+        """
+        var, mean = torch.var_mean(x, 0, correction=0) if self.scale is not None else (None, None)
+        error = self._logits(x, mean, var).softmax(2)  # (B, H, C)
         error[torch.arange(len(x), device=x.device), :, labels] -= 1
         error /= len(x)
         total = error.sum(0)
         weight = (x.T @ error.flatten(1)).view_as(self.weight)
-        if self.scale is None or self.shift is None:
+        if self.scale is None or self.shift is None or mean is None or var is None:
             return [weight, total]
+        self._track(mean, var * len(x) / (len(x) - 1))
+        # What the product would be with the standardized batch.
+        weight = (weight - mean[:, None, None] * total) * (var + EPS).rsqrt()[:, None, None]
         scale = (self.weight * weight).sum(2, keepdim=True)
         shift = (self.weight * total).sum(2, keepdim=True)
         return [self.scale * weight + self.shift * total, total, scale, shift]
 
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        if self.mean is not None and self.var is not None:
+            self.mean.lerp_(mean, 0.1)
+            self.var.lerp_(var, 0.1)
+
     def parameters(self) -> list[Tensor]:
         return [p for p in (self.weight, self.bias, self.scale, self.shift) if p is not None]
-
-    def standardize(self, x: Tensor) -> Tensor:
-        """BatchNorm's training step: batch statistics, and the running ones moved a tenth of the way."""
-        if self.mean is None or self.var is None:
-            return x
-        var, mean = torch.var_mean(x, 0, correction=0)
-        self.mean.lerp_(mean, 0.1)
-        self.var.lerp_(var * len(x) / (len(x) - 1), 0.1)
-        return (x - mean) * (var + EPS).rsqrt()
 
 
 def create(features: int, heads: int, classes: int, *, bn: bool, seed: int, device: torch.device | str) -> Heads:
@@ -116,6 +119,9 @@ def train(
     if len(x) < 2:
         raise UserError(f"a linear probe needs at least 2 labelled training samples, but there are {len(x)}")
     heads = create(x.shape[1], len(rates), classes, bn=bn, seed=seed, device=x.device)
+    # BatchNorm does not see a constant offset, but folding it into the weights would lose digits to a large one.
+    offset = x.mean(0) if bn else torch.zeros(1, device=x.device)
+    x = x - offset if bn else x
     # Heads are the last axis but one of every parameter.
     peak = torch.tensor(rates, device=x.device)[:, None] * min(batch, len(x)) / 256
     momentum = [torch.zeros_like(p) for p in heads.parameters()]
@@ -124,9 +130,11 @@ def train(
         rate = peak * schedule(epoch, epochs, warmup)
         # Batches of equal size to within one: a last batch of one sample would have no BatchNorm statistics.
         for ids in torch.randperm(len(x), generator=generator).to(x.device).tensor_split(math.ceil(len(x) / batch)):
-            gradients = heads.gradients(heads.standardize(x[ids]), labels[ids])
+            gradients = heads.gradients(x[ids], labels[ids])
             for p, m, g in zip(heads.parameters(), momentum, gradients):
                 p.sub_(m.mul_(MOMENTUM).add_(g) * rate)
+    if heads.mean is not None:
+        heads.mean += offset
     return heads
 
 

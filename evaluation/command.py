@@ -1,0 +1,197 @@
+"""The command line of tools/evaluate.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from evaluation import compare, encoder, figures, report, smoke, suite, tables
+from pipeline.errors import UserError
+from training.monitor import environment
+
+
+@dataclass
+class Config:
+    """Evaluate encoders: accuracies with intervals, the untrained network beside them, plots and a report."""
+
+    targets: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run directories, their checkpoints (.pt), .safetensors files, timm:NAME or torchvision:NAME; or the word `compare`
+    and run directories."""
+    data: tuple[Path, ...] = ()
+    """Shards to evaluate on; default: those that the run was trained on."""
+    protocols: tuple[str, ...] = ("quick",)
+    """knn, linear, ridge, label-free, overlap (these five: quick), lidar, averaged, in-domain, fewshot, full (these ten:
+    all), transductive."""
+    limit: int | None = None
+    """At most this many training images and a fifth as many test images, class-balanced; 0 = all. Default: 10000 where
+    every protocol is of the quick five, else all."""
+    seed: int = 0
+    """Of sub-samples, heads, held-out splits and the untrained network."""
+    epochs: int = 100
+    """Of the linear probes."""
+    finetune_epochs: int = 0
+    """Of few-shot and full fine-tuning; 0 = the presets' 30 and 100."""
+    batch: int = 256
+    """Images a forward pass."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    engine: str = "auto"
+    """What decodes the images: auto, cpu, dali, resident."""
+    threads: int | None = None
+    """Of the engine."""
+    weights: Path | None = None
+    """A local file with the weights of a timm or torchvision target, instead of the download."""
+    weights_key: str | None = None
+    """Which network inside a file of several."""
+    image_size: int | None = None
+    """Pixels for a timm or torchvision target; default: its own."""
+    out: Path | None = None
+    """Where to write; default: the run directory (runs/TARGET for public weights, runs/comparison for `compare`)."""
+    write: Path | None = None
+    """Also write the tables of all targets as Markdown, with command, commit, versions and hardware."""
+    smoke: bool = False
+    """Every protocol on a tiny ResNet and a tiny ViT with made-up images, in about a minute."""
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    if config.smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            runs, data = smoke.prepare(Path(folder))
+            for made in runs:
+                evaluate(
+                    str(made), replace(config, data=tuple(data), protocols=("all",), finetune_epochs=1), start("cpu")
+                )
+        return
+    if not config.targets:
+        raise UserError("nothing to evaluate: give a run directory, as in `python tools/evaluate.py runs/NAME`")
+    if config.targets[0] == "compare":
+        compare_runs(config)
+        return
+    device = start(config.device)
+    try:
+        contents = [evaluate(target, config, device) for target in config.targets]
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if config.write and all(contents):
+        write_markdown(config.write, contents, device)
+
+
+def start(wanted: str) -> torch.device:
+    """The device, and the process group where torchrun started several."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {wanted}: not one of auto, cpu, cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+
+
+def evaluate(target: str, config: Config, device: torch.device) -> dict:
+    """One target; returns the content of its eval.json (empty on ranks that only help with the features)."""
+    begun = time.perf_counter()
+    trained = encoder.load(target, weights=config.weights, key=config.weights_key, image_size=config.image_size)
+    run = run_directory(target)
+    settings = json.loads((run / "config.json").read_text()) if run and (run / "config.json").is_file() else {}
+    own_path = Path(settings["data"]) if settings else None
+    paths = list(config.data) or ([own_path] if own_path else [])
+    if not paths:
+        raise UserError(f"{target}: say what to evaluate on, as in `--data shards/cifar10`")
+    asked = suite.choose(config.protocols)
+    quick = set(asked) <= set(suite.QUICK)
+    options = suite.Options(
+        protocols=asked, limit=config.limit if config.limit is not None else suite.QUICK_LIMIT if quick else 0,
+        seed=config.seed, batch=config.batch, epochs=config.epochs, finetune_epochs=config.finetune_epochs,
+        engine=config.engine, device=str(device), threads=config.threads, policy=settings.get("policy", "simclr"),
+        augment=tuple(settings.get("augment", ())),
+    )  # fmt: skip
+    datasets = opened(paths, options)
+    own = next((d for d in datasets if own_path and d.path.resolve() == own_path.resolve()), None)
+    if own is None and own_path and own_path.is_dir():
+        own = suite.open_data(own_path, options)
+    out = config.out or directory_for(target, run)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    work = suite.Suite(trained, out, options, print if first else lambda _: None)
+    try:
+        drawn = []
+        for data in datasets:
+            work.run(data, own)
+            drawn += figures.draw(work, data) if first else []
+    finally:
+        work.close()
+    if not first:
+        return {}
+    if own is None and "overlap" in asked:
+        print("overlap with the pre-training data: not checked, that data is not here")
+    work.write()
+    content = work.content()
+    print(tables.console(content))
+    page = report.write(out, content, run, drawn)
+    print(f"\n{work.file}, {page}: {time.perf_counter() - begun:.0f} s")
+    return content
+
+
+def opened(paths: list[Path], options: suite.Options) -> list[suite.Data]:
+    """All datasets, or every reason why not at once."""
+    found, errors = [], []
+    for path in paths:
+        try:
+            found.append(suite.open_data(path, options))
+        except UserError as error:
+            errors.append(str(error))
+    names = [d.name for d in found]
+    errors += [
+        f"two sets of shards are called {name}: write one under another name"
+        for name in set(names)
+        if names.count(name) > 1
+    ]
+    if errors:
+        raise UserError("\n".join(errors))
+    return found
+
+
+def run_directory(target: str) -> Path | None:
+    """The run that a target belongs to."""
+    path = Path(target)
+    if path.is_dir():
+        return path
+    return next((p for p in path.parents if (p / "config.json").is_file()), None) if path.is_file() else None
+
+
+def directory_for(target: str, run: Path | None) -> Path:
+    path = Path(target)
+    if run is None:
+        return Path("runs") / target.replace(":", "-").replace("/", "-")
+    return run if path.is_dir() or path.name == "backbone.safetensors" else run / f"eval-{path.stem}"
+
+
+def compare_runs(config: Config) -> None:
+    out = config.out or Path("runs") / "comparison"
+    rows = compare.read([Path(t) for t in config.targets[1:]])
+    found = compare.write(rows, out, seed=config.seed)
+    pictures = figures.comparison(rows, found, out)
+    page = report.comparison(out, found, compare.averages(found), pictures)
+    print(tables.correlations(found))
+    print(f"\n{out / 'results.csv'}, {out / 'correlations.csv'}, {page}")
+
+
+def write_markdown(path: Path, contents: list[dict], device: torch.device) -> None:
+    """Tables that can be made again by the command they begin with."""
+    facts = environment(device)
+    words = [Path(sys.argv[0]).as_posix(), *sys.argv[1:]]
+    words[0] = "tools/evaluate.py"
+    path.write_text(tables.markdown(contents, f"python {shlex.join(words)}", facts))
+    print(f"wrote {path}")

@@ -1,0 +1,272 @@
+"""What is evaluated: a run of this project, an exported file, or weights of timm or torchvision."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from model import backbone
+from pipeline.errors import UserError, nearest
+from pipeline.store import Store
+
+HEADS = ("fc.", "head.", "head_dist.", "classifier.", "heads.", "last_linear.", "projector.", "prototypes.")
+PREFIXES = ("module.", "backbone.", "encoder.", "model.", "base_encoder.", "student.", "teacher.")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen network (N, 3, S, S) -> (N, F), and what has to be known to feed it."""
+
+    module: nn.Module
+    fresh: Callable[[], nn.Module]  # the same architecture with random weights
+    run: str  # how the tables name it
+    backbone: str
+    image_size: int
+    mean: tuple[float, float, float]  # of the input, in 0..255
+    std: tuple[float, float, float]
+    weights: str = "trained"  # or "untrained"
+    sha256: str = ""  # of the weights file
+    source: str = ""
+    step: str = ""
+    method: str = ""
+    pretrained_on: str = ""
+
+    @property
+    def crop_ratio(self) -> float:
+        """Of the short side that the evaluation view shows: all of a tiny image, the usual 7/8 of a photo."""
+        return 1.0 if self.image_size <= 96 else 0.875
+
+    @cached_property
+    def checkpoint(self) -> str:
+        """The identity of the parameters and buffers, as they were at first sight."""
+        return fingerprint(self.module)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers, names, types and shapes included."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict(keep_vars=False).items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, nothing may change `module`; a part left in training mode, or any changed tensor, is an error."""
+    training = [name or "the network itself" for name, part in module.named_modules() if part.training]
+    if training:
+        raise RuntimeError(f"a frozen encoder must be in evaluation mode, but {training[0]} is in training mode")
+    before = fingerprint(module)
+    yield
+    if fingerprint(module) != before:
+        raise RuntimeError("the frozen encoder's parameters or buffers changed while its features were computed")
+
+
+def load(target: str, *, weights: Path | None = None, key: str | None = None, image_size: int | None = None) -> Encoder:
+    """`target`: a run directory, one of its checkpoints (.pt), a .safetensors file, `timm:NAME` or `torchvision:NAME`.
+
+    `weights`: for the last two, a local file instead of the download; `key`: which of several networks inside it (also
+    of a checkpoint, where the default is the average of the weights if the run kept one, else the weights).
+    """
+    if target.startswith(("timm:", "torchvision:")):
+        return _public(target, weights, key, image_size)
+    if weights is not None or image_size is not None:
+        raise UserError("--weights and --image-size go with a target timm:NAME or torchvision:NAME")
+    path = Path(target)
+    if path.suffix == ".pt" and path.is_file():
+        return _checkpoint(path, key)
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        return _exported(path)
+    near = [p.as_posix() for p in Path(path.parent if path.parent.is_dir() else ".").glob("*/")]
+    kinds = "a run directory, a checkpoint or .safetensors file, timm:NAME or torchvision:NAME"
+    raise UserError(f"{nearest('target', target, near)} ({kinds})")
+
+
+def _exported(path: Path) -> Encoder:
+    """backbone.safetensors of a run directory, or any file of the same kind."""
+    file, header = backbone.locate(path), backbone.metadata(path)
+    made = _described(header, header.get("source") or file.stem)
+    fill(made.module, load_file(file), file.as_posix())
+    config = _config(file.parent)
+    return replace(made, run=path.name if path.is_dir() else file.stem, sha256=_sha256(file), source=file.as_posix(),
+                   step=header.get("step", str(config.get("steps", ""))), **_history(config))  # fmt: skip
+
+
+def _checkpoint(path: Path, key: str | None) -> Encoder:
+    """One of runs/NAME/checkpoints/step-*.pt; the run's config says what network it is."""
+    folder = path.parent.parent
+    config = _config(folder)
+    if not config:
+        raise UserError(f"{path}: no config.json in {folder}, which says what network this is")
+    data = Store(Path(config["data"]))
+    header = {k: str(config[n]) for k, n in (("backbone", "backbone"), ("stem", "stem"), ("image_size", "size"))}
+    made = _described(header | {"mean": json.dumps(data.mean), "std": json.dumps(data.std)}, folder.name)
+    state = torch.load(path, "cpu", weights_only=True, mmap=True)
+    key = key or ("average" if state.get("average") else "encoder")
+    if key not in state:
+        raise UserError(nearest(f"network in {path}", key, [k for k in ("encoder", "average") if k in state]))
+    tensors = {k.removeprefix("module."): v for k, v in state[key].items() if k != "n_averaged"}
+    fill(made.module, {k.removeprefix("backbone."): v for k, v in tensors.items()}, path.as_posix())
+    return replace(made, sha256=_sha256(path), source=f"{path.as_posix()} ({key})", step=str(state["step"]),
+                   **_history(config))  # fmt: skip
+
+
+def _described(header: dict[str, str], run: str) -> Encoder:
+    """The network that a header describes, with random weights."""
+    size = int(header["image_size"])
+    fresh = partial(backbone.create, header["backbone"], image_size=size, stem=header["stem"])
+    return Encoder(fresh().eval(), fresh, run, header["backbone"], size, _three(header["mean"]), _three(header["std"]))
+
+
+def _config(run: Path) -> dict[str, Any]:
+    file = run / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _history(config: dict[str, Any]) -> dict[str, Any]:
+    data = config.get("dataset") or Path(str(config.get("data", ""))).name
+    return {"method": str(config.get("objective", "")), "pretrained_on": data}
+
+
+def _three(text: str) -> tuple[float, float, float]:
+    r, g, b = json.loads(text)
+    return float(r), float(g), float(b)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as f:
+        while block := f.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def untrained(encoder: Encoder, seed: int) -> Encoder:
+    """The same architecture with random weights."""
+    torch.manual_seed(seed)
+    module = encoder.fresh().eval()
+    return replace(encoder, module=module, weights="untrained", sha256="", source=f"random, seed {seed}", step="")
+
+
+def _public(target: str, weights: Path | None, key: str | None, image_size: int | None) -> Encoder:
+    library, _, name = target.partition(":")
+    make, size, mean, std = (_timm if library == "timm" else _torchvision)(name, image_size)
+    try:
+        module = make(weights is None)
+    except Exception as error:  # the download clients raise many kinds, and what helps is the same for all
+        if weights is not None:
+            raise
+        raise UserError(_offline(target, error)) from None
+    if weights is not None:
+        fill(module, read_weights(weights, key), weights.as_posix())
+    return Encoder(
+        module.eval(), partial(make, False), target, name if library == "timm" else target, size, _bytes(mean),
+        _bytes(std), sha256=_sha256(weights) if weights else "",
+        source=weights.as_posix() if weights else f"the download of {library}", pretrained_on="imagenet",
+    )  # fmt: skip
+
+
+def _bytes(values: Sequence[float]) -> tuple[float, float, float]:
+    r, g, b = (255 * float(v) for v in values)
+    return r, g, b
+
+
+def _timm(name: str, image_size: int | None) -> tuple[Callable[[bool], nn.Module], int, Any, Any]:
+    if not timm.is_model(name.partition(".")[0]):
+        raise UserError(nearest("timm model", name, timm.list_models()))
+    config = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
+    size = image_size or (config.input_size[-1] if config else 224)
+    fixed: dict[str, Any] = {"img_size": size} if config and config.fixed_input_size else {}
+
+    def make(download: bool) -> nn.Module:
+        return timm.create_model(name, pretrained=download, num_classes=0, **fixed)
+
+    return make, size, config.mean if config else IMAGENET_DEFAULT_MEAN, config.std if config else IMAGENET_DEFAULT_STD
+
+
+def _torchvision(name: str, image_size: int | None) -> tuple[Callable[[bool], nn.Module], int, Any, Any]:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise UserError(nearest("torchvision model", name, names))
+
+    def make(download: bool) -> nn.Module:
+        return _headless(torchvision.models.get_model(name, weights="DEFAULT" if download else None))
+
+    return make, image_size or 224, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def _headless(module: nn.Module) -> nn.Module:
+    for name in ("fc", "classifier", "heads", "head"):
+        if hasattr(module, name):
+            setattr(module, name, nn.Identity())
+            return module
+    raise UserError(f"{type(module).__name__}: no known classifier to take off; use the timm version of this network")
+
+
+def _offline(target: str, error: Exception) -> str:
+    reason = re.sub(r"\s+", " ", str(error))[:120]
+    return f"{target}: its weights could not be fetched ({reason}); give a local file: --weights PATH"
+
+
+def read_weights(path: Path, key: str | None) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file (only tensors are read: nothing in it is executed).
+
+    A file with several networks (student and teacher, model and its average) needs `key` to say which.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: not readable as weights ({str(error).splitlines()[0][:120]})") from None
+    nested = {
+        k: v for k, v in content.items() if isinstance(v, dict) and any(isinstance(t, Tensor) for t in v.values())
+    }
+    if key is not None:
+        if key not in nested:
+            raise UserError(nearest(f"network in {path}", key, nested))
+        return _tensors(nested[key])
+    if len(nested) > 1:
+        raise UserError(f"{path}: several networks inside ({', '.join(nested)}); pick one with --weights-key")
+    return _tensors(next(iter(nested.values())) if nested else content)
+
+
+def _tensors(content: dict) -> dict[str, Tensor]:
+    found = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    while found and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in found)), "")):
+        found = {k.removeprefix(prefix): v for k, v in found.items()}
+    return found
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load every tensor of `module`; only a known head (`HEADS`) may be left over. `UserError` for another network."""
+    expected = module.state_dict()
+    kept = {k: v for k, v in tensors.items() if k in expected or not k.startswith(HEADS)}
+    missing, extra = sorted(expected.keys() - kept.keys()), sorted(kept.keys() - expected.keys())
+    shapes = [k for k in expected.keys() & kept.keys() if expected[k].shape != kept[k].shape]
+    if missing or extra or shapes:
+        matched = len(expected) - len(missing) - len(shapes)
+        parts = [
+            f"{len(names)} {what} (first: {sorted(names)[0]})"
+            for what, names in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+            if names
+        ]
+        raise UserError(
+            f"{source}: weights of another network: {matched} of {len(expected)} tensors match; {', '.join(parts)}"
+        )
+    module.load_state_dict(kept)
