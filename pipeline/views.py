@@ -188,7 +188,7 @@ def parameters(
     empty = _empty(sizes, len(ids))
     integers = [np.ascontiguousarray(a, np.int64) for a in (epochs, ids, heights, widths)]
     outputs = (empty.box, empty.flip, empty.color, empty.sigma, empty.solarize)
-    _draw(_table(chosen), np.uint64(seed), *integers, *outputs)
+    _draw(_table(chosen), np.uint64(seed), *integers, *outputs)  # type: ignore[call-arg]
     return empty
 
 

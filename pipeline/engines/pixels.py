@@ -25,16 +25,34 @@ def render(image, b, box, flip, color, sigma, solarize, out):
     size = out.shape[2]
     for v in range(out.shape[0]):
         view = out[v, b].reshape(size, size * 3)
-        if sigma[v, b] > 0:
-            sharp = np.empty_like(view)
-            resize(image, box[v, b], flip[v, b], color[v, b], sharp)
-            blur(sharp, sigma[v, b], view)
-        else:
-            resize(image, box[v, b], flip[v, b], color[v, b], view)
-        if solarize[v, b]:
-            values = view.reshape(view.size)
-            for j in range(len(values)):
-                values[j] = values[j] if values[j] < 128 else 255 - values[j]
+        sharp = np.empty_like(view) if sigma[v, b] > 0 else view
+        resize(image, box[v, b], flip[v, b], color[v, b], sharp)
+        _finish(sharp, sigma[v, b], solarize[v, b], view)
+
+
+@njit(cache=True, nogil=True)
+def finish(crops, color, sigma, solarize, out):
+    """What follows the resize: `crops` and `out` (V, S, S, 3) uint8, `color` (V, 3, 4), `sigma` and `solarize` (V,)."""
+    size = out.shape[1]
+    red, green, blue = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    for v in range(out.shape[0]):
+        crop, view = crops[v].reshape(size, size * 3), out[v].reshape(size, size * 3)
+        sharp = np.empty_like(view) if sigma[v] > 0 else view
+        for y in range(size):
+            for x in range(size):
+                red[x], green[x], blue[x] = crop[y, 3 * x], crop[y, 3 * x + 1], crop[y, 3 * x + 2]
+            _color_row(red, green, blue, color[v], sharp[y])
+        _finish(sharp, sigma[v], solarize[v], view)
+
+
+@njit(cache=True, nogil=True)
+def _finish(sharp, sigma, solarize, view):
+    if sigma > 0:
+        blur(sharp, sigma, view)
+    if solarize:
+        values = view.reshape(view.size)
+        for j in range(len(values)):
+            values[j] = min(values[j], np.uint8(255) - values[j])
 
 
 @njit(cache=True, nogil=True, fastmath=True)
