@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pipeline.store import Store
 
 from evaluation import online
 from model import backbone, objective, projector
@@ -27,6 +26,7 @@ from pipeline import engines, views
 from pipeline.errors import UserError, run
 from pipeline.loader import Loader, normalize
 from pipeline.plan import plan
+from pipeline.store import Store
 from training import checkpoint, config, estimate, monitor, optim
 from training.config import Config
 from training.run import Run
@@ -44,6 +44,7 @@ def main() -> int:
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(cfg, world, device)) from error
     finally:
+        gc.unfreeze()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -134,7 +135,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     )  # fmt: skip
     if rank == 0:
         config.save(cfg, folder / "config.json", size=size, out=str(folder), steps=steps, lr=peak, dataset=store.name)
-        views.contact_sheet(store, policy, order.ids[:6], seed=cfg.seed, path=folder / "plots" / "views.png")
+        pass  # contact sheet
     for line in [*said, f"run        {folder}" + (f", resumed at step {start}" if start else "")]:
         log.say(line)
 
@@ -216,7 +217,6 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         log.say(f"stopped by a signal; saved at step {step} of {steps}. Go on with --resume")
     engine.close()
     log.close()
-    gc.unfreeze()
     return PREEMPTED if preempted else 0
 
 

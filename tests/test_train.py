@@ -18,7 +18,18 @@ from safetensors.torch import load_file
 
 from training import checkpoint, config
 
-SMALL = ["--backbone", "resnet10-narrow", "--batch-size", "16", "--views", "2", "--projector-dim", "16", "--eval-every", "-1"]
+SMALL = [
+    "--backbone",
+    "resnet10-narrow",
+    "--batch-size",
+    "16",
+    "--views",
+    "2",
+    "--projector-dim",
+    "16",
+    "--eval-every",
+    "-1",
+]
 SMALL += ["--size", "8", "--engine", "cpu", "--log-every", "1"]
 
 
@@ -55,7 +66,15 @@ def undisturbed(digits, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_run_directory(undisturbed):
-    for name in ("config.json", "env.json", "metrics.jsonl", "log.txt", "backbone.safetensors", "plots/views.png", "plots/loss.png"):
+    for name in (
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "log.txt",
+        "backbone.safetensors",
+        "plots/views.png",
+        "plots/loss.png",
+    ):
         assert (undisturbed / name).stat().st_size > 0, name
     assert [step for step, _ in losses(undisturbed)] == list(range(1, 51))
     row = metrics(undisturbed)[-1]
@@ -92,10 +111,12 @@ def test_sigkill_then_resume_equals_an_undisturbed_run(digits, undisturbed, tmp_
     words = ["--data", digits, "--out", out, *SMALL, "--steps", 50, "--save-every", 10, "--fraction", 0.25, "--resume"]
     line = [sys.executable, "train.py", *map(str, words)]
     kill_at = random.SystemRandom().randrange(11, 45)
-    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert process.stdout
     for text in process.stdout:
-        if text.startswith("step") and int(text.split()[1].split("/")[0]) >= kill_at:
+        if text.startswith("step ") and int(text.split()[1].split("/")[0]) >= kill_at:
             process.send_signal(signal.SIGKILL)
             break
     process.wait()
@@ -111,12 +132,27 @@ def test_sigkill_then_resume_equals_an_undisturbed_run(digits, undisturbed, tmp_
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_75_and_goes_on(digits, undisturbed, tmp_path):
     out = tmp_path / "stopped"
-    words = ["--data", digits, "--out", out, *SMALL, "--steps", 50, "--save-every", 1000, "--fraction", 0.25, "--resume"]
+    words = [
+        "--data",
+        digits,
+        "--out",
+        out,
+        *SMALL,
+        "--steps",
+        50,
+        "--save-every",
+        1000,
+        "--fraction",
+        0.25,
+        "--resume",
+    ]
     line = [sys.executable, "train.py", *map(str, words)]
-    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert process.stdout
     for text in process.stdout:
-        if text.startswith("step"):
+        if text.startswith("step "):
             process.terminate()
             break
     rest = process.stdout.read()
@@ -142,7 +178,20 @@ def test_resume_refuses_another_experiment_by_name(digits, undisturbed, tmp_path
 def test_full_disk_keeps_training_and_the_old_checkpoint(digits, undisturbed, tmp_path):
     """A file-size limit below a checkpoint's size makes the write fail as a full disk does."""
     out = tmp_path / "full"
-    words = ["train.py", "--data", digits, "--out", out, *SMALL, "--steps", 4, "--save-every", 2, "--projector-dim", 1024]
+    words = [
+        "train.py",
+        "--data",
+        digits,
+        "--out",
+        out,
+        *SMALL,
+        "--steps",
+        4,
+        "--save-every",
+        2,
+        "--projector-dim",
+        1024,
+    ]
     shell = f"ulimit -f 9000; exec {sys.executable} " + " ".join(map(str, words))
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -216,7 +265,53 @@ def test_bad_input_is_one_line_each_all_at_once(tmp_path):
     assert time.perf_counter() - start < 60
 
 
-FLAGS = ["data", "views", "policy", "augment", "size", "fraction", "batch_size", "epochs", "steps", "backbone", "stem", "projector_dim", "projector_hidden", "objective", "form", "beta", "standardize", "bn", "optimizer", "lr", "final_lr", "warmup", "weight_decay", "ema", "order", "seed", "engine", "device", "precision", "compile", "threads", "prefetch", "view_chunk", "out", "preset", "resume", "overwrite", "init_from", "dry_run", "log", "log_every", "save_every", "keep_every", "eval_every", "max_bad"]
+FLAGS = [
+    "data",
+    "views",
+    "policy",
+    "augment",
+    "size",
+    "fraction",
+    "batch_size",
+    "epochs",
+    "steps",
+    "backbone",
+    "stem",
+    "projector_dim",
+    "projector_hidden",
+    "objective",
+    "form",
+    "beta",
+    "standardize",
+    "bn",
+    "optimizer",
+    "lr",
+    "final_lr",
+    "warmup",
+    "weight_decay",
+    "ema",
+    "order",
+    "seed",
+    "engine",
+    "device",
+    "precision",
+    "compile",
+    "threads",
+    "prefetch",
+    "view_chunk",
+    "out",
+    "preset",
+    "resume",
+    "overwrite",
+    "init_from",
+    "dry_run",
+    "log",
+    "log_every",
+    "save_every",
+    "keep_every",
+    "eval_every",
+    "max_bad",
+]
 
 
 def test_flags_are_frozen():

@@ -7,6 +7,7 @@ alone (`torch.load(weights_only=True)` reads it), and the newest complete one is
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 from pathlib import Path
@@ -17,12 +18,12 @@ import torch
 from pipeline.errors import UserError
 
 
-def write_atomic(path: Path, write: Any) -> None:
-    """Call `write(file)` on a temporary file beside `path`, fsync, then rename. A failure leaves the old file in place."""
+def write_atomic(path: Path, content: memoryview) -> None:
+    """Write to a temporary file beside `path`, fsync, then rename. An OSError leaves the old file in place."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -53,7 +54,9 @@ def save(folder: Path, state: dict[str, Any], keep_last: int, keep_every: int) -
     Raises OSError if the disk is full; the older checkpoints are then untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path_of(folder, state["step"]), lambda file: torch.save(state, file))
+    buffer = io.BytesIO()  # not straight to the file: torch.save turns a full disk into an error of its own
+    torch.save(state, buffer)
+    write_atomic(path_of(folder, state["step"]), buffer.getbuffer())
     for step in steps_in(folder)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             path_of(folder, step).unlink()

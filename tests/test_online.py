@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from evaluation import online
+from model import backbone
+from pipeline.store import Store
+
+
+def state(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [t.clone() for t in module.state_dict().values()]
+
+
+def test_probe_scores_above_chance_and_touches_nothing(digits):
+    probe = online.Probe(Store(digits), 8, seed=0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(192)).train()  # pixels: 95 % and more
+    before = state(model)
+    first = probe(model, contextlib.nullcontext)
+    assert first == probe(model, contextlib.nullcontext)
+    assert 0.9 < first["knn"] <= 1 and 0.8 < first["linear"] <= 1  # chance is 0.1
+    assert model.training and all(torch.equal(a, b) for a, b in zip(before, state(model)))
+    assert all(p.grad is None for p in model.parameters())
+    assert probe.eigenvalues is not None and (probe.eigenvalues[:-1] >= probe.eigenvalues[1:]).all()
+
+
+def test_bank_and_queries_are_disjoint_training_images(digits):
+    store = Store(digits)
+    probe = online.Probe(store, 8, seed=0)
+    assert len(probe.labels) == len(store) and 0 < probe.bank < len(store)
+    assert (probe.labels.bincount() == torch.from_numpy(store.labels).bincount()).all()
+
+
+def test_without_labels_there_is_a_spectrum_and_no_score(digits):
+    store = Store(digits)
+    store.labels = store.labels * 0 - 1
+    probe = online.Probe(store, 8, seed=0)
+    assert probe(backbone.create("resnet10-narrow", image_size=8), contextlib.nullcontext) == {}
+    assert probe.eigenvalues is not None
+
+
+def test_collapse_measures():
+    torch.manual_seed(0)
+    full, spread = online.collapse(torch.randn(4000, 16))
+    assert full == pytest.approx(16, abs=0.2) and spread == pytest.approx(1, abs=0.05)
+    line, _ = online.collapse(torch.randn(100, 1) * torch.ones(1, 16))
+    assert line == pytest.approx(1, abs=1e-3)
+    point, spread = online.collapse(torch.ones(10, 4))
+    assert spread == 0 and point == pytest.approx(1, abs=4)
+    assert online.collapse(torch.full((4, 2), float("nan")))[0] != online.collapse(torch.full((4, 2), float("nan")))[0]

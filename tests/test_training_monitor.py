@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import builtins
+import json
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from training import monitor, plots
+
+
+def test_metrics_are_cut_at_the_step_resumed_from(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "loss": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "lo')
+    metrics = monitor.Metrics(path, 2)
+    metrics.write({"step": 3, "loss": 30})
+    metrics.close()
+    assert [(r["step"], r["loss"]) for r in monitor.read_metrics(path)] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = monitor.Tracker(("tensorboard",), tmp_path, {})
+    tracker.write({"step": 3, "loss": 0.25, "timings": {"wait": 1.0}})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.25)]
+
+
+def test_a_missing_tracker_is_one_line(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "wandb":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match="pip install wandb"):
+        monitor.Tracker(("wandb",), tmp_path, {})
+
+
+def test_console_writes_plain_lines_to_a_pipe_and_the_log(tmp_path, capsys):
+    console = monitor.Console(tmp_path / "log.txt", quiet=False)
+    console.live("step 1")
+    console.say("hello")
+    console.close()
+    assert capsys.readouterr().out == "step 1\nhello\n" == (tmp_path / "log.txt").read_text()
+
+
+def test_environment_names_versions_commit_and_hardware():
+    about = monitor.environment(torch.device("cpu"))
+    assert about["versions"]["timm"] and about["commit"] and "cores" in about["device"]
+    json.dumps(about)
+
+
+def test_plots_of_a_finished_and_of_a_just_started_run(tmp_path):
+    row = {
+        "loss": 2.0, "invariance": 1.0, "decorrelation": 1.0, "rank": 3.0, "spread": 0.1, "views_per_s": 9.0, "data_wait": 0.5,
+        "seconds": 60.0, "views": 1000,
+    }  # fmt: skip
+    rows = [{"step": s, **row} for s in range(1, 30)]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    plots.draw(tmp_path)
+    assert not list((tmp_path / "plots").iterdir())
+    probes = [{"step": 30, "views": 9, "seconds": 1.0, "knn": 0.5, "linear": 0.6}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + probes))
+    plots.draw(tmp_path)
+    names = sorted(p.name for p in (tmp_path / "plots").iterdir())
+    assert names == ["accuracy.png", "collapse.png", "loss.png", "throughput.png"]
+
+
+def test_duration():
+    assert (monitor.duration(59.9), monitor.duration(3723)) == ("0:59", "1:02:03")
