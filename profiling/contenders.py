@@ -74,7 +74,7 @@ def ours(name: str, s: Setting, normalized: bool = False) -> Iterator[Contender]
                     normalize(group, MEAN, STD, torch.float32)
         return made
 
-    run.engine = engine  # type: ignore[attr-defined]
+    run.engine = engine
     try:
         yield run
     finally:
@@ -117,7 +117,7 @@ def _dataloader(s: Setting, load: Callable, transform: Callable) -> Iterator[Con
         yield run
     finally:
         if loader._iterator is not None:
-            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            loader._iterator._shutdown_workers()
 
 
 def _torchvision_policy(g: Group) -> list[Any]:
