@@ -38,7 +38,7 @@ class ResidentEngine:
             images[i] = torch.from_numpy(self._load(i, (height, width))).permute(2, 0, 1)
         self.images = images.to(self.device)
         self.seconds = {"load": time.perf_counter() - begun, "render": 0.0}
-        self._render = torch.compile(render, dynamic=False) if self.device.type == "cuda" else render
+        self._render = torch.compile(render) if self.device.type == "cuda" else render
 
     def _load(self, i: int, shape: tuple[int, int]) -> np.ndarray:
         try:
@@ -72,10 +72,9 @@ class ResidentEngine:
         numbers = [torch.from_numpy(array).to(self.device, non_blocking=True) for array in arrays]
         if self.device.type != "cpu":
             return self._render(images, numbers, size, *flags)
-        parts = zip(images.split(CHUNK), *(array.split(CHUNK, 1) for array in numbers))
-        return torch.cat([render(*part, size, *flags).permute(0, 1, 3, 4, 2) for part in parts], 1).permute(
-            0, 1, 4, 2, 3
-        )
+        parts = zip(images.split(CHUNK), zip(*(array.split(CHUNK, 1) for array in numbers)))
+        views = [render(some, theirs, size, *flags).permute(0, 1, 3, 4, 2) for some, theirs in parts]
+        return torch.cat(views, 1).permute(0, 1, 4, 2, 3)
 
     def close(self) -> None:
         self.images = self.images[:0]
@@ -97,8 +96,8 @@ class Pending:
 
 
 def render(images, numbers, size: int, blurred: bool, solarized: bool) -> torch.Tensor:
-    """(V, B, 3, size, size) uint8 views of `images` (B, 3, H, W); `numbers`: box, flip,
-    color, sigma and solarize of one group as in `views.Parameters`."""
+    """(V, B, 3, size, size) uint8 views of `images` (B, 3, H, W); `numbers`: box, flip, color, sigma and
+    solarize of one group as in `views.Parameters`."""
     box, flip, color, sigma, solarize = numbers
     views, batch = flip.shape
     height, width = images.shape[-2:]
