@@ -97,7 +97,6 @@ def measure(args: Args) -> dict[str, Any]:
     views, dims = numbers("--views", args.views, 2), numbers("--dim", args.dim, 1)
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of its every start otherwise
     neighbors = Neighbours()
     torch.manual_seed(args.seed)
     rows: list[dict[str, Any]] = []
@@ -252,6 +251,7 @@ def free_bytes(device: torch.device) -> int:
 
 def run(tasks: list[Task], rounds: int, device: torch.device) -> None:
     """Peak memory and time in products of every task, then rounds over all of them; slow ones take part once."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of its every start otherwise
     slow = [task for task in tasks if inspect(task, device) > SLOW_SECONDS]
     for _ in range(rounds):
         for task in tasks:
