@@ -5,11 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 import tarfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from pipeline import archives, beton, codec, index, pool, shards, tar
 from pipeline.errors import UserError
@@ -91,7 +91,7 @@ def _adopt_record(record: archives.Record, data: np.ndarray, result: Found) -> N
         return
     pixels = codec.decode(payload)
     height, width = pixels.shape[:2]
-    crc = zlib.crc32(payload.data if payload.ndim == 1 else np.ascontiguousarray(payload).data)
+    crc = crc32(np.ascontiguousarray(payload))
     result.keys.append(record.key)
     result.rows.append((record.label, offset, payload.nbytes, 0, height, width, crc, codec.kind(payload)))
     result.sums += codec.sums(pixels)

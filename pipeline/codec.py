@@ -18,6 +18,7 @@ import io
 import struct
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -88,30 +89,47 @@ def view(data: np.ndarray, kind: int, height: int, width: int) -> np.ndarray:
     return data.reshape((height, width, 3) if kind == RAW else (height * 3 // 2, width))
 
 
-def convert(data: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """A source image to (payload, its pixels (H, W, 3) uint8); every image is decoded completely, once.
+class Converted(NamedTuple):
+    """A payload, its pixels (H, W, 3) uint8 (None if they were not looked at), and its size."""
+
+    payload: np.ndarray
+    pixels: np.ndarray | None
+    height: int
+    width: int
+
+
+def convert(data: np.ndarray, settings: Settings, look: bool = True) -> Converted:
+    """A source image to a payload; the image is decoded completely, once.
 
     `data`: the bytes of an image file (1-D), or pixels (H, W) or (H, W, 3), uint8. A baseline JPEG keeps its bytes
     unless it is resized; everything else is encoded once. Raises ValueError with the reason when it cannot be used.
+    Without `look`, a baseline JPEG that may keep its bytes and is not cut off passes on the word of its headers.
     """
     jpeg = None
     if data.ndim == 1:
-        jpeg, pixels = _decode_any(data, settings.max_pixels)
+        jpeg = jpeg_header(data) if data[:3].tobytes() == b"\xff\xd8\xff" else None
+        if not look and jpeg is not None and _passes(jpeg, data, settings):
+            return Converted(data, None, jpeg.height, jpeg.width)
+        jpeg, pixels = _decode_any(data, jpeg, settings.max_pixels)
     else:
         pixels = data if data.ndim == 3 else np.repeat(data[..., None], 3, axis=2)
     small = shrink(pixels, settings.size) if settings.size else pixels
-    if max(small.shape[:2]) <= TINY or settings.encoding == "raw":
-        return np.ascontiguousarray(small), small
+    height, width = small.shape[:2]
+    if max(height, width) <= TINY or settings.encoding == "raw":
+        return Converted(np.ascontiguousarray(small), small, height, width)
     if settings.encoding == "yuv420":
-        return to_yuv420(small), small
+        return Converted(to_yuv420(small), small, height + height % 2, width + width % 2)
     if jpeg is not None and jpeg.plain and small is pixels:
-        return data, pixels
-    return encode(small, settings.quality), small
+        return Converted(data, pixels, height, width)
+    return Converted(encode(small, settings.quality), small, height, width)
 
 
-def shape(payload: np.ndarray, pixels: np.ndarray) -> tuple[int, int]:
-    """Height and width of a payload: those of the pixels, but for 4:2:0, which is even."""
-    return (payload.shape[0] * 2 // 3, payload.shape[1]) if payload.ndim == 2 else pixels.shape[:2]
+def _passes(jpeg: Jpeg, data: np.ndarray, settings: Settings) -> bool:
+    short, long = sorted((jpeg.height, jpeg.width))
+    _check_size(jpeg.height, jpeg.width, settings.max_pixels)
+    small = settings.size and short > settings.size
+    whole = data[-2:].tobytes() == b"\xff\xd9"
+    return jpeg.plain and whole and settings.encoding == "jpeg" and long > TINY and not small
 
 
 def encode(pixels: np.ndarray, quality: int = QUALITY) -> np.ndarray:
@@ -144,20 +162,20 @@ def shrink(pixels: np.ndarray, short: int) -> np.ndarray:
 
 
 def sums(pixels: np.ndarray) -> np.ndarray:
-    """(2, 3) float64: mean and mean square of each channel, times the number of pixels."""
+    """(2, 3) float64: sum of the values and of their squares, a channel."""
     import cv2
 
-    mean, std = (x.reshape(-1)[:3] for x in cv2.meanStdDev(pixels))
-    return np.stack([mean, std**2 + mean**2]) * (pixels.shape[0] * pixels.shape[1])
+    # Half the time of cv2.meanStdDev, a twentieth of numpy's, and exact.
+    squares = [cv2.norm(channel, cv2.NORM_L2SQR) for channel in cv2.split(pixels)]
+    return np.rint([cv2.sumElems(pixels)[:3], squares])
 
 
 # --- reading whatever people have -----------------------------------------------------------------------------------
 
 
-def _decode_any(data: np.ndarray, max_pixels: int) -> tuple[Jpeg | None, np.ndarray]:
+def _decode_any(data: np.ndarray, jpeg: Jpeg | None, max_pixels: int) -> tuple[Jpeg | None, np.ndarray]:
     if not len(data):
         raise ValueError("empty file")
-    jpeg = jpeg_header(data) if data[:3].tobytes() == b"\xff\xd8\xff" else None
     if jpeg is None or not jpeg.plain:
         return None, _decode_pillow(data, max_pixels)
     _check_size(jpeg.height, jpeg.width, max_pixels)

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from isal.isal_zlib import crc32  # the CRC-32 of zlib, ten times as fast
+from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
 from pipeline import codec, index, shards
 from pipeline.errors import UserError

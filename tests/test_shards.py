@@ -118,6 +118,16 @@ def test_bytes_labels_and_statistics_are_those_of_the_source(photos, tmp_path, f
     assert verify(tmp_path / "out") == []
 
 
+def test_checking_headers_alone_makes_the_same_shards(photos, tmp_path):
+    one, other = (write(photos, tmp_path / check, check=check) for check in shards.CHECKS)
+    assert (
+        one["fingerprint"] == other["fingerprint"]
+        and one["splits"]["train"]["shards"] == other["splits"]["train"]["shards"]
+    )
+    assert np.allclose(Store(tmp_path / "decode").mean, Store(tmp_path / "headers").mean, atol=2)
+    assert verify(tmp_path / "headers") == []
+
+
 def test_both_formats_are_the_same_samples(photos, tmp_path):
     one, other = (write(photos, tmp_path / name, format=name) for name in shards.FORMATS)
     assert one["fingerprint"] == other["fingerprint"]
