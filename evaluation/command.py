@@ -59,6 +59,8 @@ class Config:
     """Where to write; default: the run directory (runs/TARGET for public weights, runs/comparison for `compare`)."""
     write: Path | None = None
     """Also write the tables of all targets as Markdown, with command, commit, versions and hardware."""
+    plots: bool = True
+    """Draw the pictures and write report.html."""
     smoke: bool = False
     """Every protocol on a tiny ResNet and a tiny ViT with made-up images, in about a minute."""
 
@@ -129,7 +131,7 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
         drawn = []
         for data in datasets:
             work.run(data, own)
-            drawn += figures.draw(work, data) if first else []
+            drawn += figures.draw(work, data) if first and config.plots else []
     finally:
         work.close()
     if not first:
@@ -139,8 +141,8 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
     work.write()
     content = work.content()
     print(tables.console(content))
-    page = report.write(out, content, run, drawn)
-    print(f"\n{work.file}, {page}: {time.perf_counter() - begun:.0f} s")
+    written = [work.file, report.write(out, content, run, drawn)] if config.plots else [work.file]
+    print(f"\n{', '.join(map(str, written))}: {time.perf_counter() - begun:.0f} s")
     return content
 
 

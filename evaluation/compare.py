@@ -180,8 +180,8 @@ def _pair(group: str, predictor: str, dataset: str, target: str, x: dict, y: dic
     few += [f"{count} run{'s' * (count != 1)}: no interval from drawing runs"] if count < 3 else []
     result = []
     for kind, value, (low, high) in zip(KINDS, values, intervals):
-        numbers = map(_plain, (value, low, high, *analytic(value, n, kind)))
-        result.append(made(kind, *numbers, "; ".join(few)))
+        first, last = map(_plain, analytic(value, n, kind))
+        result.append(made(kind, _plain(value), _plain(low), _plain(high), first, last, "; ".join(few)))
     return result
 
 

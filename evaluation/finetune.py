@@ -150,7 +150,7 @@ def train(
     optimizer = torch.optim.SGD(groups(model, preset, total), momentum=MOMENTUM)
     smoothing = SMOOTHING if is_vit(model.backbone) else 0.0
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
-    labels = torch.from_numpy(np.asarray(store.labels, np.int64))
+    labels = torch.tensor(np.asarray(store.labels, np.int64))
     model.train()
     for epoch, chosen, images in _batches(encoder, store, ids, engine, preset, seed):
         for group in optimizer.param_groups:

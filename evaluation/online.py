@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
-from pipeline.store import Store
 from torch import Tensor, nn
 
 from evaluation import knn, label_free, linear
 from pipeline import views
 from pipeline.engines.cpu import CPUEngine
 from pipeline.loader import normalize
+from pipeline.store import Store
 
 BANK, QUERIES = 4000, 1000
 PIXEL_BUDGET = 2**28  # bytes of uint8 pixels kept for the whole run

@@ -50,7 +50,8 @@ th {
 td { padding: 7px 8px; border-bottom: 1px solid var(--line); vertical-align: top }
 tr:last-child td { border-bottom: 0 }
 td.n { white-space: nowrap }
-td small { display: block; max-width: 46ch; line-height: 1.35; font-size: 11.5px }
+td:first-child { width: 44% }
+td small { display: block; max-width: 62ch; line-height: 1.35; font-size: 11.5px }
 td small.long { max-width: 95ch }
 .bar { position: relative; height: 10px; width: 150px; background: #eef0f3; border-radius: 5px; margin-top: 6px }
 .bar i { position: absolute; left: 0; top: 0; bottom: 0; background: var(--blue); border-radius: 5px }
@@ -117,7 +118,10 @@ def _cards(content: dict) -> str:
                 made.append((f"{100 * line.top1:.1f} %", f"{first}: {protocol} ({norm}) {tables.spread(line)}{lift}"))
     for row in tables.others(content["results"], first):
         if row["weights"] == "trained" and row["protocol"] in ("rankme", "alpha-req"):
-            made.append((f"{row['value']:.3g}", f"{row['protocol']}, {row['text'].split(',')[-1].strip()}"))
+            words = (
+                "effective dimensions of the features" if row["protocol"] == "rankme" else "slope of the eigenspectrum"
+            )
+            made.append((f"{row['value']:.3g}", f"{first}: {row['protocol']}, {words}"))
     return (
         "<div class=cards>"
         + "".join(f"<div class=card><b>{a}</b><span>{html.escape(b)}</span></div>" for a, b in made)

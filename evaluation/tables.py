@@ -118,9 +118,9 @@ def spread(line: Line) -> str:
 def lifted(line: Line) -> str:
     if line.lift is None:
         return ""
-    known = line.lift_low is not None and line.lift_high is not None
-    between = "" if not known else f" [{100 * line.lift_low:+.2f}, {100 * line.lift_high:+.2f}]"
-    return f"{100 * line.lift:+.2f}{between}"
+    if line.lift_low is None or line.lift_high is None:
+        return f"{100 * line.lift:+.2f}"
+    return f"{100 * line.lift:+.2f} [{100 * line.lift_low:+.2f}, {100 * line.lift_high:+.2f}]"
 
 
 HEADER = ("protocol", "features", "top-1 %", "95 % interval or spread", "untrained", "lift", "top-5", "per class")
@@ -147,10 +147,8 @@ def console(content: dict) -> str:
                 "  " + "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
             )
             made += [f"      {line.text}"] if line else []
-        for row in others(rows, dataset):
-            made.append(
-                f"  {row['protocol']} ({row['weights']}) {row['value']:.4g} {row['metric']}\n      {row['text']}"
-            )
+        for r in others(rows, dataset):
+            made.append(f"  {r['protocol']} ({r['weights']}) {r['value']:.4g} {r['metric']}\n      {r['text']}")
     return "\n".join(made)
 
 

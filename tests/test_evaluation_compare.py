@@ -1,0 +1,147 @@
+import csv
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from evaluation import compare, figures, report
+from pipeline.errors import UserError
+
+
+def scipys(x, y) -> np.ndarray:
+    return np.array([stats.spearmanr(x, y)[0], stats.pearsonr(x, y)[0], stats.kendalltau(x, y)[0]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.floats(-1, 1)), min_size=5, max_size=30))
+def test_coefficients_are_scipys(points):
+    """To 1e-12, ties included."""
+    x = np.array([p[0] for p in points], float)
+    y = np.array([p[1] + 0.5 * round(p[2], 3) for p in points])
+    ours = compare.coefficients(x, y)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        assert np.isnan(ours).all()
+    else:
+        np.testing.assert_allclose(ours, scipys(x, y), atol=1e-12)
+
+
+def test_resampled_coefficients_are_those_of_the_repeated_points():
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, 6, 12).astype(float), generator.normal(size=12)
+    weights = generator.multinomial(12, [1 / 12] * 12, size=20)
+    for w, found in zip(weights, compare.coefficients(x, y, weights)):
+        np.testing.assert_allclose(found, scipys(np.repeat(x, w), np.repeat(y, w)), atol=1e-12)
+
+
+def test_bootstrap_draws_whole_runs():
+    """Copies of a run's checkpoint are no new evidence: the interval stays, where drawing points would shrink it."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=12)
+    y = x + generator.normal(size=12)
+    runs = [f"run{i}" for i in range(12)]
+    once = compare.bootstrap(x, y, runs)
+    copied = compare.bootstrap(np.tile(x, 8), np.tile(y, 8), runs * 8)
+    np.testing.assert_allclose(once, copied, atol=1e-9)
+    alone = compare.bootstrap(np.tile(x, 8), np.tile(y, 8), [str(i) for i in range(96)])
+    assert (alone[:, 1] - alone[:, 0] < 0.6 * (once[:, 1] - once[:, 0])).all()
+    assert np.isnan(compare.bootstrap(x, y, ["one"] * 12)).all()
+
+
+def test_bootstrap_covers():
+    """Of 60 samples of 25 independent points with r = 0.6, the 95 % interval holds r in most."""
+    generator = np.random.default_rng(1)
+    held = 0
+    for _ in range(60):
+        x = generator.normal(size=25)
+        y = 0.6 * x + 0.8 * generator.normal(size=25)
+        low, high = compare.bootstrap(x, y, [str(i) for i in range(25)], resamples=400)[1]
+        held += low <= 0.6 <= high
+    assert 50 <= held <= 60
+
+
+def test_analytic_intervals():
+    """The documented widths: r = 0.84 gives [0.67, 0.93] at n = 26, [0.45, 0.96] at 10, [0.09, 0.98] at 6."""
+    for n, low, high in ((26, 0.67, 0.93), (10, 0.45, 0.96), (6, 0.09, 0.98)):
+        assert compare.analytic(0.84, n, "pearson") == pytest.approx((low, high), abs=0.006)
+    assert compare.analytic(0.84, 26, "spearman") == pytest.approx((0.63, 0.94), abs=0.006)
+    assert compare.fisher_mean([0.5, 0.9]) == pytest.approx(np.tanh((np.arctanh(0.5) + np.arctanh(0.9)) / 2))
+
+
+def rows(models: int, *, seed: int = 0, datasets=("own", "far"), protocols=("knn", "linear")) -> list[dict]:
+    """Results of runs of quality 0..1, two checkpoints each, two backbones."""
+    generator = random.Random(seed)
+    made = []
+    for m in range(models):
+        quality = generator.random()
+        for dataset in datasets:
+            for protocol in protocols:
+                value = 0.3 + 0.5 * quality + 0.05 * generator.random()
+                made.append({
+                    "run": f"run{m // 2}", "checkpoint": f"c{m}", "step": str(m), "backbone": ("resnet", "vit")[m // 2 % 2],
+                    "method": "barlow", "pretrained_on": "own", "dataset": dataset, "mode": "retrained", "protocol": protocol,
+                    "norm": "l2", "seed": 0, "weights": "trained", "metric": "top1", "value": value, "low": value - 0.02,
+                    "high": value + 0.02, "n": 1000,
+                })  # fmt: skip
+    return made
+
+
+def test_order_of_rows_does_not_matter():
+    first = rows(12)
+    other = first[:]
+    random.Random(1).shuffle(other)
+    assert compare.correlate(first) == compare.correlate(other)
+
+
+def test_groups_counts_and_warnings():
+    found = compare.correlate(rows(24))
+    assert {c.group for c in found} == {"all", "resnet", "vit"}
+    everything = [c for c in found if c.group == "all"]
+    assert {c.n for c in everything} == {24}
+    assert {c.runs for c in everything} == {12}
+    assert all(c.note == "" and c.low <= c.r <= c.high for c in everything)
+    few = compare.correlate(rows(8))
+    assert all("n = 8 is small" in c.note for c in few if c.group == "all")
+    none = compare.correlate(rows(4))
+    assert all(c.r is None and "too few models" in c.note for c in none)
+    assert all(c.n for c in found + few + none)
+    mean = [
+        a for a in compare.averages(found) if (a["group"], a["predictor"], a["kind"]) == ("all", "knn (l2)", "pearson")
+    ]
+    assert mean[0]["per_dataset"].keys() == {"far"}
+
+
+def test_label_free_scores_untrained_networks_and_other_modes_are_not_ranked():
+    extra = rows(12)
+    for row, change in zip(extra, ({"metric": "rankme"}, {"weights": "untrained"}, {"mode": "in-domain probe"})):
+        row |= change
+    kept = {k: len(v) for k, v in compare.table(extra).items()}
+    assert sum(kept.values()) == len(extra) - 3
+
+
+def test_files_report_and_pictures(tmp_path):
+    for i, part in enumerate(np.array_split(np.arange(96), 6)):
+        folder = tmp_path / f"run{i}"
+        folder.mkdir()
+        (folder / "eval.json").write_text(json.dumps({"results": [rows(24)[j] for j in part]}))
+    (tmp_path / "empty").mkdir()
+    found = compare.read(sorted(tmp_path.glob("*")))
+    assert len(found) == 96
+    out = tmp_path / "comparison"
+    correlations = compare.write(found, out)
+    pictures = figures.comparison(found, correlations, out)
+    page = report.comparison(out, correlations, compare.averages(correlations), pictures).read_text()
+    assert page.count("data:image/png;base64,") == len(pictures) == 2
+    with (out / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 96
+    with (out / "correlations.csv").open() as file:
+        assert {r["n"] for r in csv.DictReader(file) if r["group"] == "all"} == {"24"}
+
+
+def test_runs_without_results_are_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"a: no eval.json there; make it with `python tools/evaluate.py"):
+        compare.read([tmp_path / "a"])

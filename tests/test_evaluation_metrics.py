@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+
+from evaluation import metrics, tables
+
+
+def scores_of(predictions: list[int], classes: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(predictions), classes).double()
+
+
+def test_hand_counted_scores():
+    truth = torch.tensor([0, 0, 0, 1, 2, 2])
+    found = metrics.score(scores_of([0, 0, 1, 1, 2, 0], 3), truth)
+    assert found.top1 == pytest.approx(4 / 6)
+    assert found.mean_per_class == pytest.approx((2 / 3 + 1 + 1 / 2) / 3)
+    assert found.top5 is None  # fewer than five classes
+    assert found.n == 6
+    assert metrics.confusion(scores_of([0, 0, 1, 1, 2, 0], 3), truth).tolist() == [[2, 1, 0], [0, 1, 0], [1, 0, 1]]
+
+
+def test_top5_and_classes_without_test_images():
+    scores = torch.arange(8.0).repeat(8, 1)  # always 7, 6, 5, 4, 3
+    found = metrics.score(scores, torch.arange(8))
+    assert (found.top1, found.top5) == (1 / 8, 5 / 8)
+    assert metrics.score(scores[:3], torch.tensor([7, 7, 0])).mean_per_class == 0.5  # of the two classes that occur
+
+
+def test_wilson_interval():
+    """Against Newcombe 1998, table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for correct, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert metrics.wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
+    assert metrics.wilson(20, 20)[1] == 1
+
+
+def test_lift_interval():
+    """Against Newcombe 1998 (differences), method 10: 56/70 - 48/80 = 0.2 [0.0524, 0.3339]."""
+    a, b = (metrics.Score(c / n, None, 0, *metrics.wilson(c, n), n) for c, n in ((56, 70), (48, 80)))
+    assert metrics.lift(a, b) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+
+
+def test_majority_class():
+    found = metrics.majority(torch.tensor([0, 1, 1, 2]), torch.tensor([1, 0, 1, 1]), 5)
+    assert found.top1 == 0.75
+
+
+def row(weights: str, value: float, *, seed: int = 0, protocol: str = "knn k=20", metric: str = "top1") -> dict:
+    low, high = metrics.wilson(round(value * 100), 100)
+    return {"dataset": "d", "mode": "retrained", "protocol": protocol, "norm": "l2", "text": "t", "seed": seed, "n": 100,
+            "weights": weights, "metric": metric, "value": value, "low": low, "high": high}  # fmt: skip
+
+
+def test_lines_put_the_baselines_beside_the_number():
+    rows = [row("trained", 0.8), row("untrained", 0.5), row("untrained", 0.1, protocol="majority class")]
+    rows += [row("trained", 0.75, metric="mean_per_class"), row("trained", 0.9, metric="top5")]
+    (line,) = tables.lines(rows)
+    assert (line.top1, line.untrained, line.majority, line.mean_per_class) == (0.8, 0.5, 0.1, 0.75)
+    assert line.lift == pytest.approx(0.3)
+    assert line.lift_low < 0.3 < line.lift_high
+    assert tables.cells(line)[2:6] == ("80.00", "[71.12, 86.66]", "50.00", "+30.00 [+16.91, +41.70]")
+
+
+def test_lines_of_several_draws_have_a_deviation_instead():
+    rows = [row("trained", v, seed=i) for i, v in enumerate((0.4, 0.5, 0.6))]
+    rows += [row("trained", 0.5, seed=i, metric=m) for i in range(3) for m in ("top5", "mean_per_class")]
+    (line,) = tables.lines(rows)
+    assert (line.top1, line.std, line.draws, line.low) == (pytest.approx(0.5), pytest.approx(0.1), 3, None)
+    assert tables.spread(line) == "± 10.00 (3 draws)"
+    assert tables.lifted(line) == ""  # nothing to hold it against
+
+
+def test_markdown_names_its_command():
+    rows = [row("trained", 0.8), row("untrained", 0.5)] + [
+        row("trained", 0.7, metric=m) for m in ("top5", "mean_per_class")
+    ]
+    facts = {"train": 400, "test": 100, "classes": ["a", "b"], "shift": "unknown", "notes": ["a note"]}
+    content = {"run": "r", "backbone": "net", "pretrained_on": "d", "image_size": 32, "transform": "t", "sha256": "f" * 64,
+               "source": "s", "checkpoint": "c" * 64, "datasets": {"d": facts}, "results": rows}  # fmt: skip
+    text = tables.markdown([json.loads(json.dumps(content))], "python tools/evaluate.py runs/r",
+                           {"versions": {"torch": "9"}, "commit": "abc", "python": "3", "device": "cpu", "threads": 2})  # fmt: skip
+    assert "Made by `python tools/evaluate.py runs/r`" in text
+    assert "| knn k=20 | l2 | 80.00 | [71.12, 86.66] | 50.00 |" in text
+    assert "400 training and 100 test images, 2 classes; a note" in text

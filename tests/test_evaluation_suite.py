@@ -1,0 +1,341 @@
+"""tools/evaluate.py from one end to the other: what it writes, what it reuses, and what bad input gets."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation import command as cli
+from evaluation import compare, encoder, finetune, protocols, smoke, suite
+from model import backbone
+from pipeline import engines, shards
+from pipeline.errors import UserError
+from tests.conftest import command
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return smoke.prepare(tmp_path_factory.mktemp("suite"))
+
+
+def evaluate(target, **settings) -> dict:
+    """One evaluation in this process, as the command does it."""
+    settings = {
+        "data": (),
+        "protocols": ("knn", "ridge", "label-free"),
+        "epochs": 10,
+        "device": "cpu",
+        "plots": False,
+    } | settings
+    return cli.evaluate(str(target), cli.Config(targets=(str(target),), **settings), cli.start("cpu"))
+
+
+def copy(run: Path, to: Path) -> Path:
+    return Path(
+        shutil.copytree(run, to / run.name, ignore=shutil.ignore_patterns("features", "plots", "eval*", "report*"))
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(made, tmp_path_factory):
+    """The default evaluation of the ResNet run, by the command itself."""
+    run = copy(made[0][0], tmp_path_factory.mktemp("quick"))
+    done = command("tools/evaluate.py", run, "--write", run / "table.md")
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout
+
+
+def test_default_measures_what_the_help_says(quick):
+    run, printed = quick
+    content = json.loads((run / "eval.json").read_text())
+    names = {row["protocol"].split()[0] for row in content["results"]}
+    assert names == {"knn-cosine-exp", "knn-euclid-invdist", "linear-sweep", "linear-paper", "ridge", "rankme", "alpha-req",
+                     "majority", "overlap"}  # fmt: skip
+    keys = {"run", "checkpoint", "step", "backbone", "method", "dataset", "protocol", "norm", "seed", "metric", "value", "low",
+            "high", "text", "weights", "mode"}  # fmt: skip
+    assert all(keys <= row.keys() for row in content["results"])
+    for line in content["table"]:
+        assert line["untrained"] is not None and line["majority"] == 0.2
+        assert line["text"] and line["text"] in printed
+        if line["draws"] == 1:
+            assert line["low"] <= line["top1"] <= line["high"]
+        else:
+            assert (line["draws"], line["std"] is not None) == (3, True)
+    assert content["sha256"] == encoder.load(str(run)).sha256
+    assert {p.name for p in (run / "plots").glob("*.png")} >= {
+        f"eval-patterns-{kind}.png" for kind in ("spectrum", "confusion", "neighbours", "map")
+    }
+    table = (run / "table.md").read_text()
+    assert f"Made by `python tools/evaluate.py {run} --write {run}/table.md`" in table
+    assert "| linear-sweep | bn |" in table
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the report in")
+def test_report_in_a_browser(quick, tmp_path):
+    """Every picture is shown, and nothing is asked of any other place: all network access goes to a closed port."""
+    run, _ = quick
+    page = (run / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)|url\(|@import|https?://""", page)
+    probe = """<script>addEventListener("load", () => {
+      const all = [...document.images], shown = all.filter(i => i.complete && i.naturalWidth > 50 && i.clientWidth > 50);
+      const asked = performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:"));
+      document.title = `pictures ${all.length} shown ${shown.length} asked ${asked.length} rows ${document.querySelectorAll("tr").length}`;
+    })</script></body>"""
+    copied = tmp_path / "report.html"
+    copied.write_text(page.replace("</body>", probe))
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--virtual-time-budget=5000",
+             f"--user-data-dir={tmp_path}/profile", "--proxy-server=127.0.0.1:9", "--dump-dom", f"file://{copied}"]  # fmt: skip
+    dom = subprocess.run([str(CHROMIUM), *words], capture_output=True, text=True, timeout=120).stdout
+    found = re.search(r"<title>pictures (\d+) shown (\d+) asked (\d+) rows (\d+)</title>", dom)
+    assert found, dom[:500]
+    pictures, shown, asked, rows = map(int, found.groups())
+    assert pictures == shown == 4
+    assert asked == 0
+    assert rows > 15
+    assert "timm.create_model" in dom
+
+
+@pytest.mark.slow
+def test_second_call_reads_instead_of_computing(quick):
+    run, _ = quick
+    before = {p.name: p.read_bytes() for p in (run / "eval.json", run / "report.html")}
+    begun = time.perf_counter()
+    for path in run.glob("features/*"):
+        path.unlink()  # not even features are needed for finished cells and kept pictures
+    evaluate(run, protocols=("quick",), epochs=100, plots=True)
+    assert time.perf_counter() - begun < 3
+    assert {p.name: p.read_bytes() for p in (run / "eval.json", run / "report.html")} == before
+    assert not list(run.glob("features/*"))
+
+
+def test_same_seed_same_bytes(made, tmp_path):
+    runs = [copy(made[0][0], tmp_path / name) for name in "ab"]
+    settings = {"protocols": ("knn", "linear", "ridge", "label-free", "fewshot"), "finetune_epochs": 1}
+    for run in runs:
+        evaluate(run, **settings)
+    a, b = ((run / "eval.json").read_text().replace(str(run), "RUN") for run in runs)
+    assert a == b
+    evaluate(runs[1], seed=1, **settings)
+    assert (runs[1] / "eval.json").read_text().replace(str(runs[1]), "RUN") != a
+
+
+def test_interrupted_evaluation_goes_on(made, tmp_path, monkeypatch):
+    """What is finished is neither computed again nor doubled; the result is that of an evaluation in one go."""
+    whole, broken = (copy(made[0][0], tmp_path / name) for name in "ab")
+    expected = evaluate(whole, protocols=("knn", "linear", "ridge"))
+    calls: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(protocols, "few_shots", lambda p: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(broken, protocols=("knn", "linear", "ridge"))
+    half = json.loads((broken / "eval.json").read_text())
+    assert {row["cell"] for row in half["results"]} == {
+        "patterns/majority/untrained",
+        "patterns/knn/trained",
+        "patterns/linear/trained",
+    }
+    original = protocols.nearest_neighbours
+    monkeypatch.setattr(
+        protocols, "nearest_neighbours", lambda p, prefix="": calls.append("knn") or original(p, prefix)
+    )
+    found = evaluate(broken, protocols=("knn", "linear", "ridge"))
+    assert calls == ["knn"]  # of the untrained network alone
+    assert [{k: v for k, v in r.items()} for r in found["results"]] == expected["results"]
+    assert len({(r["cell"], r["protocol"], r["norm"], r["seed"], r["metric"]) for r in found["results"]}) == len(
+        found["results"]
+    )
+
+
+def test_other_weights_or_data_are_evaluated_again(made, tmp_path, capsys):
+    run = copy(made[0][0], tmp_path)
+    first = evaluate(run, protocols=("knn",))
+    smoke.make_run(tmp_path / "other", made[1][0], "smoke-resnet", seed=5)
+    shutil.copy(tmp_path / "other" / "backbone.safetensors", run)
+    second = evaluate(run, protocols=("knn",))
+    assert "it is of other weights" in capsys.readouterr().out
+    assert second["checkpoint"] != first["checkpoint"]
+    assert second["results"] != first["results"]
+    third = evaluate(run, protocols=("knn",), limit=100)
+    assert {row["n_train"] for row in third["results"]} == {100}
+    assert any(
+        "100 of 200 training images (seed 0, class-balanced)" in n for n in third["datasets"]["patterns"]["notes"]
+    )
+
+
+def test_test_labels_change_the_score_alone(made, tmp_path):
+    """No peeking: with the test labels permuted, every choice and every prediction is what it was."""
+    data = suite.open_data(made[1][0], suite.Options())
+    run = encoder.load(str(made[0][0]))
+    work = suite.Suite(run, tmp_path, suite.Options(epochs=10), lambda _: None)
+    p = work.problem("trained", data)
+    work.close()
+    shuffled = protocols.Problem(p.x, p.labels, p.queries, p.truth.flip(0), p.classes)
+    for make in (protocols.nearest_neighbours, protocols.few_shots, lambda p: protocols.linear_probes(p, 0, 10)):
+        a, b = list(make(p)), list(make(shuffled))
+        assert [r.text for r in a] == [r.text for r in b]  # the chosen rate is part of the text
+        assert all((x.scores is None) or x.scores.equal(y.scores) for x, y in zip(a, b))
+        assert [r.score.top1 for r in a] != [r.score.top1 for r in b]
+
+
+def test_finetuning_scores_the_test_set_once_and_last(made, tmp_path, monkeypatch):
+    """A test curve that spikes in the middle cannot be reported: it is never drawn."""
+    events: list[str] = []
+    batches, predict = finetune._batches, finetune.predict
+    monkeypatch.setattr(finetune, "_batches", lambda *a: (events.append(f"epoch {b[0]}") or b for b in batches(*a)))
+    monkeypatch.setattr(finetune, "predict", lambda *a, **k: events.append("test") or predict(*a, **k))
+    content = evaluate(copy(made[0][0], tmp_path), protocols=("full",), finetune_epochs=3)
+    assert events == ["epoch 0", "epoch 1", "epoch 2", "test"] * 2  # trained, untrained
+    (line,) = content["table"]
+    assert "3 epochs" in line["text"] and line["text"].endswith("last epoch")
+
+
+@pytest.mark.slow
+def test_smoke_of_every_protocol():
+    """A ResNet and a ViT, two datasets, every protocol, transfer and in-domain probe apart: under two CPU minutes."""
+    begun = time.perf_counter()
+    done = command("tools/evaluate.py", "--smoke")
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - begun < 240  # wall, on a busy machine; 2 CPU minutes are checked below
+    for words in ("smoke-resnet", "smoke-vit", "finetune 1%", "finetune 10%", "finetune full", "averaged-16-views", "lidar",
+                  "in-domain probe", "± "):  # fmt: skip
+        assert words in done.stdout, words
+
+
+def test_transfer_and_in_domain_probe_are_kept_apart(made, tmp_path):
+    content = evaluate(copy(made[0][0], tmp_path), data=tuple(made[1]), protocols=("knn", "in-domain", "overlap"))
+    modes = {(line["dataset"], line["mode"]) for line in content["table"]}
+    assert modes == {("patterns", "retrained"), ("shifted", "retrained"), ("shifted", "in-domain probe")}
+    probe = [line for line in content["table"] if line["mode"] == "in-domain probe"]
+    assert all("trained on patterns, not on shifted" in line["text"] for line in probe)
+    assert not any(d and "in-domain" in c for d, c in compare.table(content["results"]))
+
+
+def test_overlap_is_found(made, tmp_path):
+    """Test images copied from the training images, one exactly, one with a few grey levels of noise."""
+    folder = smoke.images(tmp_path / "images", per_class={"train": 10, "val": 5})
+    shutil.copy(folder / "train/ring/0003.png", folder / "val/blob/0001.png")
+    picture = np.array(Image.open(folder / "train/blob/0002.png")).astype(int)
+    noisy = (picture + np.random.default_rng(0).integers(-3, 4, picture.shape)).clip(0, 255).astype(np.uint8)
+    Image.fromarray(noisy).save(folder / "val/ring/0004.png")
+    shards.write(shards.Options("folder", encoding="raw"), folder, tmp_path / "twins", jobs=1, quiet=True)
+    run = smoke.make_run(tmp_path / "run", tmp_path / "twins", "smoke-resnet")
+    found = {
+        r["protocol"]: r["value"] for r in evaluate(run, protocols=("overlap",))["results"] if r["metric"] == "images"
+    }
+    assert found == {"overlap exact": 1, "overlap near": 2}
+
+
+def test_a_trained_network_beats_a_random_one(digits, tmp_path):
+    """By three standard errors on real images; labels stand in for a pretraining that would take longer."""
+    run = smoke.make_run(tmp_path / "run", digits, "smoke-resnet")
+    random = replace(encoder.load(str(run)), image_size=16)
+    data = suite.open_data(digits, suite.Options())
+    engine = engines.create("cpu", data.train, threads=1)[0]
+    preset = finetune.Preset(0.1, 0.1, 5, batch=64)
+    trained = finetune.train(random, data.train, data.train_ids, 10, engine, preset).backbone
+    engine.close()
+    header = {k: v for k, v in backbone.metadata(run).items() if k not in ("format", "num_features")}
+    backbone.save(trained, run / "backbone.safetensors", header | {"image_size": "16"})
+    for line in evaluate(run, protocols=("knn", "linear"))["table"]:
+        if line["protocol"] in ("linear-sweep", "knn-cosine-exp k=20"):
+            error = math.sqrt(sum(p * (1 - p) / line["n"] for p in (line["top1"], line["untrained"])))
+            assert line["lift"] > 3 * error, line
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def shards_of(folder: Path, change) -> Path:
+    """Shards of pictures whose folders `change` has touched."""
+    images = smoke.images(folder / "images", per_class={"train": 6, "val": 4})
+    change(images)
+    shards.write(shards.Options("folder", encoding="raw"), images, folder / "shards", jobs=1, quiet=True)
+    return folder / "shards"
+
+
+def only_class(name: str, split: str = "*"):
+    def change(images: Path) -> None:
+        for path in images.glob(f"{split}/*"):
+            if path.name != name:
+                shutil.rmtree(path)
+
+    return change
+
+
+def test_one_class(made, tmp_path):
+    data = shards_of(tmp_path, only_class("ring"))
+    with pytest.raises(UserError, match=r"one class \(ring\).*only `--protocols label-free"):
+        evaluate(made[0][0], data=(data,), out=tmp_path / "out")
+    content = evaluate(made[0][0], data=(data,), out=tmp_path / "out", protocols=("label-free",))
+    assert {row["protocol"] for row in content["results"]} == {"rankme", "rankme centred", "alpha-req"}
+
+
+def test_fewer_test_classes_small_k_and_few_queries(made, tmp_path):
+    """Scores over all training classes; neighbours that the bank cannot give are left out, the others are right."""
+    data = shards_of(tmp_path, only_class("ring", "val"))
+    content = evaluate(made[0][0], data=(data,), out=tmp_path / "out", protocols=("knn", "linear"))
+    assert "4 of 5 classes have no test image" in content["datasets"]["shards"]["notes"]
+    assert {line["protocol"] for line in content["table"]} == {
+        "knn-cosine-exp k=10", "knn-cosine-exp k=20", "knn-euclid-invdist k=20", "linear-sweep", "linear-paper",
+    }  # fmt: skip
+    assert {line["n"] for line in content["table"]} == {4}
+    for row in content["results"]:
+        if "confusion" in row:
+            assert np.array(row["confusion"]).shape == (5, 5)
+
+
+def test_no_labels(made, tmp_path, monkeypatch):
+    store = suite.Store
+    monkeypatch.setattr(suite, "Store", lambda *a: _unlabelled(store(*a)))
+    with pytest.raises(UserError, match=r"train split has no labels: only `--protocols label-free lidar`"):
+        evaluate(made[0][0], out=tmp_path)
+    content = evaluate(made[0][0], out=tmp_path, protocols=("label-free", "lidar"))
+    assert {r["metric"] for r in content["results"]} == {"rankme", "alpha", "lidar"}
+
+
+def _unlabelled(store):
+    store.labels = np.full(len(store), -1)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "nothing to evaluate: give a run directory"),
+        (("RUN", "--protocols", "linaer"), "unknown protocol 'linaer'; nearest: linear"),
+        (("RUN", "--data", "shards/none"), "no shards in shards/none"),
+        (("RUN", "--device", "tpu"), "--device tpu: not one of"),
+        (("RUN", "--data", "DATA", "DATA"), "two sets of shards are called patterns"),
+        (("RUN", "--weights", "x.pth"), "--weights and --image-size go with a target timm:NAME"),
+        (("timm:resnet10t", "--weights", "none.pth"), "none.pth: no such file"),
+        (("compare",), "no run directories given"),
+    ],
+)
+def test_messages(made, words, said, monkeypatch, capsys):
+    words = [{"RUN": str(made[0][0]), "DATA": str(made[1][0])}.get(w, w) for w in words]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
+    with pytest.raises(UserError, match=re.escape(said)):
+        cli.main()
+
+
+def test_unknown_flag_is_exit_2():
+    assert command("tools/evaluate.py", "runs/x", "--protocol", "knn").returncode == 2
+
+
+def test_compare_command(made, tmp_path):
+    for run in made[0]:
+        evaluate(run, out=tmp_path / run.name, protocols=("knn",), data=tuple(made[1]))
+    done = command("tools/evaluate.py", "compare", *tmp_path.glob("smoke-*"), "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "n = 2: too few models for a coefficient (at least 5)" in done.stdout
+    assert (tmp_path / "out" / "results.csv").is_file() and (tmp_path / "out" / "report.html").is_file()
