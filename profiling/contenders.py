@@ -11,7 +11,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ Contender = Callable[[], int]
 def ours(name: str, s: Setting, normalized: bool = False) -> Iterator[Contender]:
     """This project's engine behind its loader."""
     engine, _ = engines.create(name, s.store, s.device, threads=s.threads)
-    order = plan(len(s.store), seed=0, batch=s.batch)
+    order = replace(plan(len(s.files), seed=0, batch=s.batch), ids=np.arange(len(s.files)))
     loader = Loader(s.store, order, s.policy, engine, seed=0)
 
     def run() -> int:
@@ -213,7 +213,6 @@ def floor(s: Setting) -> Iterator[Contender]:
     OpenCV's color matrix and blur of the smallest window. No shards, no checksums, no fixed order, uint8 out."""
     cv2.setNumThreads(0)
     data = [torch.from_numpy(np.fromfile(f, np.uint8)) for f in s.files]
-    torch.set_num_threads(1)
 
     def image(i: int, drawn: Parameters, b: int, out: np.ndarray) -> None:
         pixels = decode_jpeg(data[i], mode=ImageReadMode.RGB)
@@ -229,12 +228,14 @@ def floor(s: Setting) -> Iterator[Contender]:
 
     def run() -> int:
         made = 0
+        torch.set_num_threads(1)
         for rows in s.batches:
             ids = np.asarray(rows)
             drawn = parameters(s.policy, 0, 0 * ids, ids, sizes[ids, 0], sizes[ids, 1])
             out = np.empty((s.views, len(ids), s.group.size, s.group.size, 3), np.uint8)
             list(pool.map(lambda b, ids=ids, drawn=drawn, out=out: image(ids[b], drawn, b, out), range(len(ids))))
             made += out.shape[0] * out.shape[1]
+        torch.set_num_threads(s.threads)
         return made
 
     sizes = np.array([pil(f).size[::-1] for f in s.files])
@@ -260,6 +261,7 @@ def ffcv(s: Setting) -> Iterator[Contender]:
     with contextlib.redirect_stderr(io.StringIO()):
         loader = FFCVLoader(
             str(s.beton), s.batch, num_workers=s.threads, order=OrderOption.RANDOM, os_cache=True,
+            indices=range(len(s.files)),
             pipelines=pipelines | {"image": None, "label": None},
         )  # fmt: skip
 
@@ -295,5 +297,30 @@ def kornia(s: Setting) -> Iterator[Contender]:
         if s.device == "cuda":
             torch.cuda.synchronize()
         return made
+
+    yield run
+
+
+@contextlib.contextmanager
+def decode_ceiling(s: Setting) -> Iterator[Contender]:
+    """DALI decoding on the GPU and nothing else: no pipeline that decodes there is faster at one view."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    data = [np.fromfile(f, np.uint8) for f in s.files]
+
+    @pipeline_def(batch_size=s.batch, num_threads=s.threads, device_id=0, prefetch_queue_depth=1)
+    def graph() -> Any:
+        encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(encoded, device="mixed", output_type=types.RGB)
+
+    pipeline = graph()
+    pipeline.build()
+
+    def run() -> int:
+        for rows in s.batches:
+            pipeline.feed_input("images", [data[i] for i in rows])
+            pipeline.run()
+        torch.cuda.synchronize()
+        return len(s.files) * s.views
 
     yield run

@@ -165,10 +165,11 @@ class _Graph:
 
 def inputs(p: Parameters, fused: bool) -> dict[str, np.ndarray]:
     """What the graph is told: arrays whose first axis is the batch."""
-    start, end = p.box[..., :2].astype(np.float32), (p.box[..., :2] + p.box[..., 2:]).astype(np.float32)
-    start[p.flip, 1], end[p.flip, 1] = end[p.flip, 1], start[p.flip, 1]  # DALI mirrors what starts beyond its end
+    start, end = np.zeros((*p.flip.shape, 2), np.float32), np.ones((*p.flip.shape, 2), np.float32)
+    start[..., 1], end[..., 1] = p.flip, ~p.flip  # DALI mirrors what starts beyond its end
     result: dict[str, np.ndarray] = {}
     for v in range(len(p.sizes)):
+        result |= {f"corner{v}": p.box[v, :, :2], f"shape{v}": p.box[v, :, 2:]}
         result |= {f"start{v}": start[v], f"end{v}": end[v]}
         if not fused:
             result |= {f"matrix{v}": p.color[v, :, :, :3], f"offset{v}": p.color[v, :, :, 3]}
@@ -194,20 +195,25 @@ def build(parameters: Parameters, ndim: int, device: str, fused: bool) -> Any:
     else:
         images = fn.external_source(name="images", dtype=types.UINT8, ndim=3, layout="HWC")
         images = images.gpu() if device == "cuda" else images
-    crops = [
-        fn.resize(
-            images,
-            size=(size, size),
-            roi_start=_numbers(f"start{v}", 1),
-            roi_end=_numbers(f"end{v}", 1),
-            interp_type=types.INTERP_LINEAR,
-            antialias=True,
-        )
-        for v, size in enumerate(parameters.sizes)
-    ]
+    crops = [_crop(images, v, size) for v, size in enumerate(parameters.sizes)]
     if fused:
         return tuple(_fused(crops[group], g) for g, group in enumerate(parameters.groups))
     return tuple(_finish(crop, v, size) for v, (crop, size) in enumerate(zip(crops, parameters.sizes)))
+
+
+def _crop(images: Any, v: int, size: int) -> Any:
+    """Cut, then resize: `resize` alone, told the box, would mix in what lies outside (30 dB on small images)."""
+    corner, shape = (fn.external_source(name=f"{name}{v}", dtype=types.INT32, ndim=1) for name in ("corner", "shape"))
+    box = fn.slice(images, corner, shape, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
+    return fn.resize(
+        box,
+        size=(size, size),
+        roi_start=_numbers(f"start{v}", 1),
+        roi_end=_numbers(f"end{v}", 1),
+        roi_relative=True,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
 
 
 def _finish(crop: Any, v: int, size: int) -> Any:

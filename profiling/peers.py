@@ -1,0 +1,339 @@
+"""Views a second beside other pipelines: python tools/profile.py peers --data shards/photos --json results/pipeline.json
+
+All contenders get the same photos: ours as shards, the peers as files in a temporary folder (ffcv as a .beton). For each
+number of views all are built and warmed, then measured in turn, round after round, so that a noisy neighbour hits all.
+Wall time and the core time of the process tree are both kept; ratios are medians over rounds of the same round's ratio.
+`--table FILE.json` only prints the Markdown of an earlier run. On CUDA: `--device cuda`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import tyro
+from PIL import Image
+
+from pipeline import engines
+from pipeline.codec import decode
+from pipeline.engines import reference
+from pipeline.errors import UserError
+from pipeline.store import Store
+from pipeline.views import Policy, parameters, policy
+from profiling import contenders
+from profiling.contenders import Setting
+from profiling.host import cores
+from training.monitor import environment
+
+PLAIN = {"jitter": 0, "grey": 0, "blur": 0}  # crop, flip and normalize: what the stock ffcv loader can do
+PACKAGES = (
+    "torch", "torchvision", "numpy", "numba", "simplejpeg", "opencv-python-headless", "pillow", "lightly",
+    "kornia", "ffcv", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    data: Path = Path("shards/photos")
+    """Shards of photos."""
+    small: Path | None = None
+    """Shards of images of at most 96 px, for the second table (policy `cifar`, at their size)."""
+    views: str = "1,2,4,8,16"
+    """Numbers of views."""
+    size: int = 224
+    """Pixels of a view of the photos."""
+    batch: int = 32
+    threads: int = cores()
+    """Threads, or worker processes of the peers."""
+    rounds: int = 3
+    work: int = 768
+    """Views a contender makes in one pass; at least three batches of images."""
+    only: str = ""
+    """Contenders to take, by parts of their names; all if empty."""
+    device: str = "cpu"
+    json: Path | None = None
+    """Where the result goes; the same name with .md gets the tables."""
+    table: Path | None = None
+    """Print the tables of this earlier result and measure nothing."""
+
+
+def main(argv: list[str]) -> None:
+    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py peers")
+    if args.table:
+        print(markdown(json.loads(args.table.read_text())))
+        return
+    counts = _counts(args.views)
+    result: dict[str, Any] = {
+        "command": "python tools/profile.py peers " + shlex.join(argv),
+        "environment": environment(torch.device(args.device)),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "rounds": args.rounds, "batch": args.batch, "threads": args.threads, "rows": [], "ratios": [], "parity": {},
+    }  # fmt: skip
+    for path, name, size in [(args.data, "simclr", args.size), (args.small, "cifar", 0)]:
+        if path is not None:
+            store = Store(path)
+            side = size or int(store.heights[0])
+            result["parity"] |= parity(args, store, name, side)
+            for count in counts:
+                compare(args, store, name, side, count, result)
+    result["fits"] = fits(result["rows"])
+    text = markdown(result)
+    print(text)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.with_suffix(".md").write_text(text)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise UserError(f"--views {text}: expected numbers such as 1,2,4,8,16")
+    return counts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def chosen(args: Args, size: int) -> list[tuple[str, bool, Any]]:
+    """(name, on the plain policy, context manager to build it): ours first, as ratios are of those."""
+    ours, gpu = contenders.ours, args.device == "cuda"
+    small = size <= engines.SMALL
+    found: list[tuple[str, bool, Any]] = []
+    if not gpu or small:
+        found.append(("manyview cpu", False, partial(ours, "cpu")))
+    if _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"):
+        found.append(("manyview dali", False, partial(ours, "dali")))
+    if small:
+        found.append(("manyview resident", False, partial(ours, "resident")))
+    if gpu and not small:
+        found.append(("decode ceiling (nvJPEG)", False, contenders.decode_ceiling))
+    if not gpu:
+        found += [
+            ("torchvision v2 PIL + DataLoader", False, contenders.torchvision_pil),
+            ("torchvision v2 tensor + DataLoader", False, contenders.torchvision_tensor),
+        ]
+        found += [("lightly + DataLoader", False, contenders.lightly)] if _version("lightly") else []
+    if not gpu and not small:
+        found.append(("floor: threads, torch resize, OpenCV", False, contenders.floor))
+        if any(name == "manyview dali" for name, *_ in found):
+            found.append(("stock DALI CPU graph", False, contenders.stock_dali))
+        found.append(("manyview cpu", True, partial(ours, "cpu", normalized=True)))
+        found += [("stock ffcv Loader", True, contenders.ffcv)] if _version("ffcv") else []
+    found += [("kornia (decode not counted)", False, contenders.kornia)] if _version("kornia") else []
+    wanted = [part for part in args.only.split(",") if part]
+    return [one for one in found if not wanted or any(part in one[0] for part in wanted)]
+
+
+def compare(args: Args, store: Store, name: str, size: int, count: int, result: dict[str, Any]) -> None:
+    """Build every contender for `count` views, measure them in turn, and add their rows and ratios."""
+    images = min(len(store) // args.batch, max(3, -(-args.work // (args.batch * count)))) * args.batch
+    if images == 0:
+        raise UserError(f"{store.name} has {len(store)} images, fewer than one --batch of {args.batch}")
+    full, plain = policy(name, count, size), policy(name, count, size, PLAIN)
+    # Smaller images make shorter passes: take as many more.
+    passes = 1 if size > engines.SMALL else 4
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        files = extract(store, images, folder)
+        setting = Setting(store, files, full, count, args.batch, args.threads, args.device)
+        running = {}
+        for label, simple, build in chosen(args, size):
+            if label.startswith("stock ffcv"):
+                setting.beton = beton(args.data, folder)
+            running[label, simple] = stack.enter_context(build(replace(setting, policy=plain if simple else full)))
+            running[label, simple]()
+        taken: dict[tuple[str, bool], list[tuple[float, float]]] = {key: [] for key in running}
+        for _ in range(args.rounds):
+            for key, run in running.items():
+                taken[key].append(spend(run, passes, images * count))
+    for (label, simple), times in taken.items():
+        walls, core = zip(*times)
+        row = {
+            "pipeline": label, "policy": "crop+flip+normalize" if simple else name, "size": size, "views": count,
+            "views_per_s": round(images * count * passes / statistics.median(walls), 1),
+            "core_ms_per_image": round(1e3 * statistics.median(core) / images / passes, 4),
+            "spread": round((max(walls) - min(walls)) / statistics.median(walls), 3), "images": images * passes,
+        }  # fmt: skip
+        result["rows"].append(row)
+        print(f"{row['policy']:20s} {size:4d} px  V={count:<3d} {label:40s} {row['views_per_s']:10,.0f} views/s  "
+              f"{row['core_ms_per_image']:8.3f} core-ms/image", file=sys.stderr)  # fmt: skip
+    add_ratios(taken, name, size, count, result)
+
+
+def spend(run: contenders.Contender, passes: int, expected: int) -> tuple[float, float]:
+    """(wall, core) seconds of a measured run, worker processes included."""
+    core, begun = core_seconds(), time.perf_counter()
+    for _ in range(passes):
+        made = run()
+        assert made == expected, f"{made} views instead of {expected}"
+    return time.perf_counter() - begun, core_seconds() - core
+
+
+def core_seconds() -> float:
+    """Seconds of all cores spent by this process and its children that are alive."""
+    total = 0.0
+    for process in (me := psutil.Process(), *me.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def add_ratios(taken: dict, name: str, size: int, count: int, result: dict[str, Any]) -> None:
+    for (ours, simple), mine in taken.items():
+        for (peer, alike), theirs in taken.items():
+            if not ours.startswith("manyview") or peer.startswith("manyview") or simple != alike:
+                continue
+            wall, core = (statistics.median(b[k] / a[k] for a, b in zip(mine, theirs)) for k in (0, 1))
+            result["ratios"].append({
+                "ours": ours, "peer": peer, "policy": "crop+flip+normalize" if simple else name, "size": size,
+                "views": count, "times_the_views_per_s": round(wall, 2), "times_less_core_time": round(core, 2),
+            })  # fmt: skip
+
+
+def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """core-ms an image = a + b V for each of our rows' pipelines: decode once means that V does not touch `a`."""
+    found = []
+    for key in dict.fromkeys((r["pipeline"], r["policy"], r["size"]) for r in rows if r["pipeline"].startswith("many")):
+        mine = [r for r in rows if (r["pipeline"], r["policy"], r["size"]) == key]
+        if len(mine) < 3:
+            continue
+        v, t = np.array([r["views"] for r in mine]), np.array([r["core_ms_per_image"] for r in mine])
+        b, a = np.polyfit(v, t, 1)
+        r2 = 1 - ((t - a - b * v) ** 2).sum() / ((t - t.mean()) ** 2).sum()
+        found.append({"pipeline": key[0], "policy": key[1], "size": key[2],
+                      "a": round(float(a), 4), "b": round(float(b), 4), "r2": round(float(r2), 5)})  # fmt: skip
+    return found
+
+
+def parity(args: Args, store: Store, name: str, size: int) -> dict[str, Any]:
+    """Least and mean PSNR of our engines' views against the reference, and whether each image was decoded once."""
+    ids = np.arange(min(32, len(store)))
+    drawn = parameters(_with_solarize(name, size), 0, 0 * ids, ids, store.heights[ids], store.widths[ids])
+    truth = reference.engine(store, ids, drawn)[0].double()
+    result = {}
+    for label in dict.fromkeys(label for label, *_ in chosen(args, size) if label.startswith("manyview")):
+        engine, _ = engines.create(label.split()[1], store, args.device, threads=args.threads)
+        before = engine.decoded if label != "manyview resident" else engine.decoded - len(ids)
+        made = engine(ids, drawn)[0].cpu().double()
+        error = ((made - truth) ** 2).mean((2, 3, 4)).clamp_min(1e-9)
+        psnr = 10 * torch.log10(255**2 / error)
+        result[f"{label} {size} px"] = {
+            "min_db": round(float(psnr.min()), 1), "mean_db": round(float(psnr.mean()), 1),
+            "decodes_per_image": (engine.decoded - before) / len(ids),
+        }  # fmt: skip
+        engine.close()
+    return result
+
+
+def _with_solarize(name: str, size: int) -> Policy:
+    """Four views that use every step."""
+    return policy(name, 4, size, {"solarize": 0.2, "blur": 0.5})
+
+
+def extract(store: Store, images: int, folder: Path) -> list[Path]:
+    """The photos as files: the JPEGs as they are, raw pixels as PNG."""
+    files = []
+    for i in range(images):
+        payload = store.read(i)
+        files.append(folder / f"{i:06d}.{'jpg' if payload.ndim == 1 else 'png'}")
+        if payload.ndim == 1:
+            files[-1].write_bytes(payload.tobytes())
+        else:
+            Image.fromarray(decode(payload)).save(files[-1])
+    return files
+
+
+def beton(data: Path, folder: Path) -> Path:
+    """The photos in one .beton."""
+    command = [
+        "write",
+        "--dataset",
+        "shards",
+        "--source",
+        str(data),
+        "--out",
+        str(folder / "beton"),
+        "--format",
+        "ffcv",
+    ]
+    program = str(Path(__file__).resolve().parents[1] / "tools" / "shards.py")
+    subprocess.run([sys.executable, program, *command, "--shard-mb", "100000"], check=True, capture_output=True)
+    return next((folder / "beton").glob("train-*.beton"))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    env = result["environment"]
+    lines = [
+        "# Views a second", "",
+        f"`{result['command']}`", "",
+        f"Commit {env['commit']}, {env['device']} ({env['cores']} cores); {result['rounds']} rounds in turn, batches of "
+        f"{result['batch']}, {result['threads']} threads or workers; "
+        + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
+        "Core-ms is the time of all cores, worker processes included; it moves less than wall time on a shared machine.",
+    ]  # fmt: skip
+    for policy_, size in dict.fromkeys((r["policy"], r["size"]) for r in result["rows"]):
+        rows = [r for r in result["rows"] if (r["policy"], r["size"]) == (policy_, size)]
+        counts = sorted({r["views"] for r in rows})
+        lines += ["", f"## {policy_}, {size} px", "", "| pipeline | " + " | ".join(f"V={v}" for v in counts) + " |"]
+        lines += ["|---|" + "---:|" * len(counts)]
+        for label in dict.fromkeys(r["pipeline"] for r in rows):
+            mine = {r["views"]: r for r in rows if r["pipeline"] == label}
+            cells = (
+                f"{mine[v]['views_per_s']:,.0f} ({mine[v]['core_ms_per_image']:.3g})" if v in mine else ""
+                for v in counts
+            )
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines += ["", "views/s (core-ms an image)"]
+    lines += [
+        "",
+        "## Ratios",
+        "",
+        "| ours | peer | policy | px | V | views/s | core time |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r['ours']} | {r['peer']} | {r['policy']} | {r['size']} | {r['views']} | {r['times_the_views_per_s']:.3g}x | "
+        f"{r['times_less_core_time']:.3g}x less |"
+        for r in result["ratios"]
+    ]
+    lines += [
+        "",
+        "## Cost is a + b V core-ms an image",
+        "",
+        "| pipeline | policy | px | a | b | R2 |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {f['pipeline']} | {f['policy']} | {f['size']} | {f['a']:.3g} | {f['b']:.3g} | {f['r2']:.4f} |"
+        for f in result["fits"]
+    ]
+    lines += ["", "## Pixels against the slow reference", "", "| engine | least PSNR | mean PSNR | decodes an image |"]
+    lines += ["|---|--:|--:|--:|"]
+    lines += [
+        f"| {name} | {p['min_db']} dB | {p['mean_db']} dB | {p['decodes_per_image']:g} |"
+        for name, p in result["parity"].items()
+    ]
+    return "\n".join(lines) + "\n"
