@@ -20,11 +20,11 @@ from pipeline import codec, views
 from pipeline.loader import normalize
 from pipeline.views import Parameters
 from profiling.host import Spent, interval, now, spent, synchronize
+from profiling import workload
 from profiling.workload import Training, Workload, draw
 from training.step import embed
 
-ROUND_SECONDS = 0.25  # of one engine run
-SMALL_SECONDS = 0.004  # of a stage that is so short that it is repeated
+SMALL_SECONDS = 0.002  # of a stage that is so short that it is repeated
 OPERATIONS = ("solarize", "blur", "color", "flip")  # taken away in this order
 
 
@@ -73,7 +73,8 @@ def from_json(row: dict[str, Any]) -> Cost:
 class Ceilings:
     """`round()` measures everything once more; `costs` has what was found so far, in the order of the pipeline."""
 
-    def __init__(self, work: Workload):
+    def __init__(self, work: Workload, run_seconds: float):
+        """`run_seconds`: about how long one run of the engine takes; it decides on how many images."""
         self.work = work
         self.rng = np.random.default_rng(work.setup.seed)
         self.pool = ThreadPoolExecutor(work.threads, "ceiling")
@@ -94,10 +95,11 @@ class Ceilings:
             rows.append(("normalize", compute, "view"))
         self.cost = {name: Cost(name, where, per) for name, where, per in rows}
         self.repeats: dict[str, int] = {}
-        self.images = self._images()
+        self.images = self._images(run_seconds)
         made = [group for group in work.engine(*draw(work, work.plan.ids[: work.batch]))]
         self.made = [torch.randint_like(group, 256) for group in made]
-        self.z = torch.randn(work.policy.groups[0].count, work.setup.batch_size, work.setup.projector_dim, device=work.device)
+        dim = work.setup.projector_dim
+        self.z = [torch.randn(len(group), group.shape[1], dim, device=work.device) for group in self.made]
 
     @property
     def costs(self) -> list[Cost]:
@@ -108,15 +110,14 @@ class Ceilings:
 
     def round(self) -> None:
         ids = self.rng.choice(self.work.plan.ids, self.images)
-        self._planning(ids)
+        self._planning(self.rng.choice(self.work.plan.ids, self.work.batch))
         self._engine(ids)
         self._step()
 
-    def _images(self) -> int:
-        """Images of one engine run, for it to take `ROUND_SECONDS` or so."""
+    def _images(self, run_seconds: float) -> int:
         few = self.work.plan.ids[:8]
         taken = spent(lambda: self.work.engine(*draw(self.work, few)), self.work.device).wall / len(few)
-        return int(np.clip(ROUND_SECONDS / taken, 8, 2048))
+        return int(np.clip(run_seconds / taken, 16, 2048))
 
     def _repeat(self, name: str, call: Callable[[], Any], units: float) -> None:
         """Measure something short: often enough in a row to be seen."""
@@ -136,17 +137,26 @@ class Ceilings:
         store, plan, step = self.work.store, self.work.plan, int(self.rng.integers(1000))
         self._repeat("index", lambda: (store.heights[ids], store.widths[ids], store.labels[ids]), len(ids))
         self._repeat("plan", lambda: plan.batch(step), plan.global_batch)
-        self._repeat("parameters", lambda: draw(self.work, ids), len(ids) * self.work.policy.views)
+        sizes, epochs = (np.asarray(store.heights[ids]), np.asarray(store.widths[ids])), np.zeros(len(ids), np.int64)
+        seed, policy = self.work.setup.seed, self.work.policy
+        drawing = lambda: workload.parameters(policy, seed, epochs, ids, *sizes)  # noqa: E731
+        self._repeat("parameters", drawing, len(ids) * policy.views)
 
-    def _in_threads(self, call: Callable[[Any], Any], items: list[Any]) -> Spent:
-        """`call` on every item, in as many threads as the engine has."""
+    def _in_threads(self, name: str, call: Callable[[Any], Any], items: list[Any]) -> Spent:
+        """`call` on every item, in as many threads as the engine has; over and over where that is short."""
 
         def some(part: list[Any]) -> None:
-            for item in part:
-                call(item)
+            for _ in range(times):
+                for item in part:
+                    call(item)
 
-        parts = [items[i :: self.work.threads] for i in range(self.work.threads)]
-        return spent(lambda: list(self.pool.map(some, parts)), self.work.device)
+        parts, times = [items[i :: self.work.threads] for i in range(self.work.threads)], 1
+        if name not in self.repeats:
+            once = spent(lambda: list(self.pool.map(some, parts)), self.work.device).wall
+            self.repeats[name] = 1 + int(2 * SMALL_SECONDS / once)
+        times = self.repeats[name]
+        taken = spent(lambda: list(self.pool.map(some, parts)), self.work.device)
+        return Spent(taken.wall / times, taken.core / times)
 
     def _engine(self, ids: np.ndarray) -> None:
         """read and decode on their own; then the whole engine, and again with one step of a view less each time."""
@@ -154,11 +164,11 @@ class Ceilings:
         n_views = work.policy.views
         _, drawn = draw(work, ids, epoch=int(self.rng.integers(100)))
         numbers = [int(i) for i in ids]
-        read = self._in_threads(work.store.read, numbers)
+        read = self._in_threads("read", work.store.read, numbers)
         cost["read"].add(read, n)
         decode = Spent(0, 0)
         if work.engine.name == "cpu":
-            decode = self._in_threads(codec.decode, [work.store.read(i) for i in numbers])
+            decode = self._in_threads("decode", codec.decode, [work.store.read(i) for i in numbers])
         whole = spent(lambda: work.engine(ids, drawn), work.device)
         self.parallel.append(whole.core / whole.wall)
         for name in OPERATIONS:
@@ -191,11 +201,11 @@ class Ceilings:
             self._repeat("normalize", lambda: [normalize(g, mean, std, torch.float32) for g in self.made], rows)
             return
         for name, taken in self._training(work.training):
-            units = {"view": rows, "image": work.setup.batch_size, "step": 1}[cost[name].per]
+            units = {"view": rows, "image": work.batch, "step": 1}[cost[name].per]
             cost[name].add(taken, units)
 
     def _training(self, training: Training) -> list[tuple[str, Spent]]:
-        """One step, part by part. The objective is measured at the full batch: it takes no memory to speak of."""
+        """One step, part by part."""
         device, taken = self.work.device, []
 
         def part(name: str, call: Callable[[], Any]) -> Any:
@@ -211,9 +221,8 @@ class Ceilings:
                 return [embed(training.encoder, group, False) for group in groups]
 
         def objective() -> None:
-            z = self.z.requires_grad_()
-            z.grad = None
-            training.scaler.scale(training.loss_of(z, None).total).backward()
+            z = [one.detach().requires_grad_() for one in self.z]
+            training.scaler.scale(training.loss_of(z[0], z[1] if len(z) > 1 else None).total).backward()
 
         groups = part("normalize", lambda: training.normalized(self.made))
         z = part("forward", forward)

@@ -40,12 +40,15 @@ class Composed:
         self.blocks: list[Block] = []
         self.step = 0
 
-    def block(self, seconds: float, least: int = 3) -> None:
+    def block(self, seconds: float, least: int = 2) -> None:
         """Run for about `seconds`, `least` steps at the fewest."""
         work, loader = self.work, self.work.loader()
         batches = loader.batches(self.step, ENDLESS)
+        warmed = time.perf_counter()
         for _ in range(work.setup.prefetch + 1):
             self._one(batches)
+            if time.perf_counter() - warmed > seconds / 2:  # steps so long that queues are full anyway
+                break
         synchronize(work.device)
         before, neighbours, begun = dict(loader.timings), Neighbours(), now()
         taken, waited, marks = [], [], []

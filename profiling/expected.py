@@ -63,7 +63,7 @@ def loads(costs: Iterable[Cost], shape: Shape) -> dict[str, dict[str, float]]:
 
 def milliseconds(costs: Iterable[Cost], shape: Shape) -> float:
     """Expected milliseconds an image of everything together."""
-    return max(sum(stages.values()) for stages in loads(costs, shape).values())
+    return max((sum(stages.values()) for stages in loads(costs, shape).values()), default=0.0)
 
 
 def bottleneck(costs: Iterable[Cost], shape: Shape) -> tuple[str, str]:

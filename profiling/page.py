@@ -174,17 +174,18 @@ def section_limits(report: dict[str, Any]) -> str:
 
 def plot(title: str, points: list[tuple[float, float]], unit: str, line: tuple[float, float] | None = None, pick: float | None = None) -> str:
     """A small line chart, from zero up; `line`: (a, b) of a fitted a + b x; `pick`: the x of the point to mark."""
+    points = sorted(points)
     width, height, left, bottom, top = 250, 170, 42, 24, 30
     x_top, y_top = max(p[0] for p in points), 1.12 * max(p[1] for p in points)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return left + (width - left - 12) * x / x_top, height - bottom - (height - bottom - top) * y / y_top
 
-    marks = "".join(
-        f'<circle cx="{at(x, y)[0]:.1f}" cy="{at(x, y)[1]:.1f}" r="{5 if x == pick else 3.5}"{" class=pick" if x == pick else ""}/>'
-        f'<text x="{at(x, y)[0]:.1f}" y="{height - 8}" text-anchor="middle">{x:g}</text>'
-        for x, y in points
-    )
+    marks = ""
+    for x, y in points:
+        kind, radius = (' class="pick"', 5) if x == pick else ("", 3.5)
+        marks += f'<circle cx="{at(x, y)[0]:.1f}" cy="{at(x, y)[1]:.1f}" r="{radius}"{kind}/>'
+        marks += f'<text x="{at(x, y)[0]:.1f}" y="{height - 8}" text-anchor="middle">{x:g}</text>'
     ends = [at(0, line[0]), at(x_top, line[0] + line[1] * x_top)] if line else [at(*p) for p in points]
     path = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(ends))
     ticks = "".join(

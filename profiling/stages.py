@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,10 @@ def measure(args: Args, progress: Any = lambda text: None, extras: bool = True) 
     neighbours, begun = Neighbours(), time.perf_counter()
     cold = limits.disk(args) if extras else None
     opened = time.perf_counter()
-    work = build(args)
+    work = build(args, max(0.05, args.seconds / 150))
     startup = {"imports_s": imported, "build_s": time.perf_counter() - opened}
     network = limits.all_reduce() if extras and work.training else None
-    ceilings = Ceilings(work)
+    ceilings = Ceilings(work, args.seconds / 300)
     startup |= first_batch(work)
     composed, sweep = Composed(work), Sweep(work) if extras else None
     for part in range(3):  # ceilings and composed run by turns: what the machine does meanwhile hits both
@@ -144,6 +144,9 @@ def assemble(args: Args, work: Workload, ceilings: Ceilings, composed: Composed,
     together["expected_images_per_s"] = 1e3 / expected.milliseconds(costs, shape)
     together["expected_core_ms"] = expected.core_ms(costs, shape)
     together["efficiency"] = observed / together["expected_images_per_s"]
+    full = replace(shape, batch=args.batch_size)
+    faster = expected.milliseconds(costs, shape) / expected.milliseconds(costs, full)
+    together["full_batch_images_per_s"] = observed * faster
     resource, stage = expected.bottleneck(costs, shape)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
     return {

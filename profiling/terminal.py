@@ -71,9 +71,11 @@ def composed(report: dict[str, Any]) -> list[str]:
     low, high = c["images_per_s_interval"]
     used = ", ".join(f"{RESOURCES[k].removeprefix('the ')} {1e3 / v:,.0f}" for k, v in report["loads"].items() if v)
     wait, step = c["latency_ms"], c["step_ms"]
+    shrunk = c["batch"] != report["settings"]["batch_size"]
     lines = [
         f"observed {number(c['images_per_s'])} images/s ({number(low)} .. {number(high)}), {number(c['images_per_s'] * n_views)}"
-        f" views/s; expected {number(c['expected_images_per_s'])}; efficiency {c['efficiency']:.0%}",
+        f" views/s; expected {number(c['expected_images_per_s'])}; efficiency {c['efficiency']:.0%}"
+        + (f"; {number(c['full_batch_images_per_s'])} images/s at batch {report['settings']['batch_size']}" if shrunk else ""),
         f"limits by resource, images/s: {used}",
         f"core-ms an image {number(c['core_ms'])} (stages alone: {number(c['expected_core_ms'])}); peak memory"
         f" {report['peak_bytes'] / 2**30:.2f} GiB",

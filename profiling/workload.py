@@ -24,7 +24,6 @@ from pipeline.views import Parameters, Policy, parameters
 from training import estimate, optim
 from training.step import Encoder, backward
 
-STEP_SECONDS = 0.4  # a longer step is measured with fewer images
 
 
 @dataclass(kw_only=True)
@@ -161,8 +160,9 @@ def device_of(name: str) -> torch.device:
     return torch.device(wanted, 0 if wanted == "cuda" else None)  # type: ignore[arg-type]
 
 
-def build(setup: Setup) -> Workload:
-    """Open the data, the engine and, unless the backbone is `none`, the model."""
+def build(setup: Setup, step_seconds: float) -> Workload:
+    """Open the data, the engine and, unless the backbone is `none`, the model. On the CPU a step that would take longer
+    than `step_seconds` is measured with fewer images."""
     torch.manual_seed(setup.seed)
     device = device_of(setup.device)
     store = Store(setup.data, setup.split)
@@ -173,12 +173,12 @@ def build(setup: Setup) -> Workload:
     whole = plan(store.labels, seed=setup.seed, batch=setup.batch_size)
     work = Workload(setup, store, policy, whole, engine, reason, device, training)
     if device.type == "cpu":
-        work.plan = replace(whole, global_batch=trial_batch(work, size))
+        work.plan = replace(whole, global_batch=trial_batch(work, size, step_seconds))
     return work
 
 
-def trial_batch(work: Workload, size: int) -> int:
-    """Images of a step that takes about `STEP_SECONDS` at most; 2 at least. Costs a view hardly change with the batch."""
+def trial_batch(work: Workload, size: int, step_seconds: float) -> int:
+    """Images of a step of about `step_seconds`; 2 at least. Costs a view hardly change with the batch."""
     seconds = 0.0
     if work.training is not None:
         rows = sum(group.count * (group.size / size) ** 2 for group in work.policy.groups)
@@ -188,7 +188,7 @@ def trial_batch(work: Workload, size: int) -> int:
     begun = time.perf_counter()
     work.engine(ids, drawn)
     seconds += (time.perf_counter() - begun) / len(ids)
-    return min(work.setup.batch_size, max(2, int(STEP_SECONDS / seconds)))
+    return min(work.setup.batch_size, max(2, int(step_seconds / seconds)))
 
 
 def draw(work: Workload, ids: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, Parameters]:
