@@ -1,4 +1,5 @@
-"""Measure: python tools/profile.py NAME --help, with NAME one of stages, peers, objective, step, memory, shards."""
+"""Measure: python tools/profile.py NAME --help, with NAME one of stages, diff, capacity, peers, objective,
+step, memory, shards."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.errors import UserError, nearest, run
 
-NAMES = sorted(p.stem for p in (Path(sys.path[0]) / "profiling").glob("[a-z]*.py"))
+NAMES = ("capacity", "diff", "memory", "objective", "peers", "shards", "stages", "step")
 
 
 def main() -> int | None:
