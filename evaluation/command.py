@@ -33,8 +33,8 @@ class Config:
     """knn, linear, ridge, label-free, overlap (these five: quick), lidar, averaged, in-domain, fewshot, full (these ten:
     all), transductive."""
     limit: int | None = None
-    """At most this many training images and a fifth as many test images, class-balanced; 0 = all. Default: 10000 where
-    every protocol is of the quick five, else all."""
+    """At most this many training images and half as many test images, class-balanced; 0 = all. Default: 5000 where every
+    protocol is of the quick five, else all."""
     seed: int = 0
     """Of sub-samples, heads, held-out splits and the untrained network."""
     epochs: int = 100

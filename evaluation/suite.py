@@ -33,7 +33,7 @@ VERSION = 1
 QUICK = ("knn", "linear", "ridge", "label-free", "overlap")
 ALL = (*QUICK, "lidar", "averaged", "in-domain", "fewshot", "full")
 PROTOCOLS = (*ALL, "transductive")
-QUICK_LIMIT = 10_000
+QUICK_LIMIT = 5_000
 LIDAR_IMAGES, LIDAR_VIEWS, AVERAGED_VIEWS = 1000, 8, 16
 OVERLAP_LIMIT, THUMBNAIL = 100_000, 16
 
@@ -43,7 +43,7 @@ class Options:
     """What does not belong to the encoder or the data."""
 
     protocols: tuple[str, ...] = QUICK
-    limit: int = 0  # training images, and a fifth as many test images; 0 = all
+    limit: int = 0  # training images, and half as many test images; 0 = all
     seed: int = 0
     batch: int = 256
     epochs: int = 100  # of the linear probes
@@ -114,7 +114,7 @@ def open_data(path: Path, options: Options) -> Data:
     notes = targets.differences(train.name, train.labels, test.labels, classes)
     train_ids = _sample(train.labels, labelled if len(labelled) else np.arange(len(train)), options.limit, options.seed)
     test_pool = np.flatnonzero(test.labels >= 0) if len(labelled) else np.arange(len(test))
-    test_ids = _sample(test.labels, test_pool, options.limit // 5, options.seed)
+    test_ids = _sample(test.labels, test_pool, options.limit // 2, options.seed)
     for what, ids, store in (("training", train_ids, train), ("test", test_ids, test)):
         if len(ids) < len(store):
             why = f"seed {options.seed}, class-balanced" if options.limit else "those with labels"

@@ -116,8 +116,8 @@ def test_groups_counts_and_warnings():
 
 def test_label_free_scores_untrained_networks_and_other_modes_are_not_ranked():
     extra = rows(12)
-    for row, change in zip(extra, ({"metric": "rankme"}, {"weights": "untrained"}, {"mode": "in-domain probe"})):
-        row |= change
+    for changed, change in zip(extra, ({"metric": "rankme"}, {"weights": "untrained"}, {"mode": "in-domain probe"})):
+        changed.update(change)
     kept = {k: len(v) for k, v in compare.table(extra).items()}
     assert sum(kept.values()) == len(extra) - 3
 

@@ -277,7 +277,7 @@ def test_public_weights_from_a_file(tmp_path):
         found = encoders.load("timm:resnet10t", weights=path, key=key, image_size=64)
         assert all(torch.equal(v, full[k]) for k, v in found.module.state_dict().items())
         assert (found.image_size, found.weights, len(found.sha256)) == (64, "trained", 64)
-    with pytest.raises(UserError, match="several networks inside .student, teacher.; pick one"):
+    with pytest.raises(UserError, match=r"several networks inside .student, teacher.; pick one"):
         encoders.load("timm:resnet10t", weights=path)
     save_file(bare, tmp_path / "w.safetensors")
     found = encoders.load("timm:resnet10t", weights=tmp_path / "w.safetensors")

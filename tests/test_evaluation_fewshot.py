@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_subset_is_seeded_written_and_needs_labels(tmp_path):
 def test_shots_are_nested_and_balanced():
     labels = torch.tensor([0] * 30 + [1] * 30 + [2] * 3)
     chosen = [fewshot.shots(labels, n, 0) for n in fewshot.SHOTS]
-    for small, large in zip(chosen, chosen[1:]):
+    for small, large in pairwise(chosen):
         assert set(small.tolist()) <= set(large.tolist())
     assert [torch.bincount(labels[c]).tolist() for c in chosen] == [[1, 1, 1], [5, 5, 3], [10, 10, 3], [25, 25, 3]]
     assert fewshot.shots(labels, 5, 0).tolist() != fewshot.shots(labels, 5, 1).tolist()

@@ -65,7 +65,7 @@ def test_chunks_do_not_matter(metric, chunk):
 
 def test_float32_far_from_the_origin_keeps_the_nearest():
     """A common offset of 1000 deviations is where |q|^2 - 2qx + |x|^2 in float32 goes wrong."""
-    (x, y), (q, _) = clusters(800), clusters(100, seed=1)
+    (x, _), (q, _) = clusters(800), clusters(100, seed=1)
     near = knn.neighbours(x, q, 20, metric="euclid")[1]
     far = knn.neighbours((x + 1000).float(), (q + 1000).float(), 20, metric="euclid")[1]
     assert (near.sort(1).values == far.sort(1).values).float().mean() > 0.98

@@ -69,7 +69,7 @@ def test_rate_zero_is_chance_and_a_wild_rate_loses():
 def test_the_rate_is_chosen_without_the_test_set():
     """A test curve that spikes at another rate changes nothing: test labels are no argument of the sweep, and test
     features do not move the choice either."""
-    (x, y), (q, truth) = problem(1500), problem(500, seed=1)
+    (x, y), (q, _) = problem(1500), problem(500, seed=1)
     first = linear.sweep(x, y, q, 5, bn=True, epochs=20)
     other = linear.sweep(x, y, q.flip(0) * 100, 5, bn=True, epochs=20)
     assert (first.rate, first.held_out) == (other.rate, other.held_out)

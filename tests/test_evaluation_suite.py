@@ -89,7 +89,8 @@ def test_report_in_a_browser(quick, tmp_path):
     probe = """<script>addEventListener("load", () => {
       const all = [...document.images], shown = all.filter(i => i.complete && i.naturalWidth > 50 && i.clientWidth > 50);
       const asked = performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:"));
-      document.title = `pictures ${all.length} shown ${shown.length} asked ${asked.length} rows ${document.querySelectorAll("tr").length}`;
+      const rows = document.querySelectorAll("tr").length;
+      document.title = `pictures ${all.length} shown ${shown.length} asked ${asked.length} rows ${rows}`;
     })</script></body>"""
     copied = tmp_path / "report.html"
     copied.write_text(page.replace("</body>", probe))
@@ -150,7 +151,7 @@ def test_interrupted_evaluation_goes_on(made, tmp_path, monkeypatch):
     )
     found = evaluate(broken, protocols=("knn", "linear", "ridge"))
     assert calls == ["knn"]  # of the untrained network alone
-    assert [{k: v for k, v in r.items()} for r in found["results"]] == expected["results"]
+    assert found["results"] == expected["results"]
     assert len({(r["cell"], r["protocol"], r["norm"], r["seed"], r["metric"]) for r in found["results"]}) == len(
         found["results"]
     )
