@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import class_folders, pixels
+from PIL import Image
+
+from pipeline import engines, shards
+from pipeline.engines import reference, resident
+from pipeline.engines.cpu import CPUEngine
+from pipeline.errors import UserError
+from pipeline.store import Corrupt, Store
+from pipeline.views import Parameters, clean, parameters, policy
+
+HAS_DALI = find_spec("nvidia") is not None
+
+
+def dali(test):
+    """DALI is an extra; and building a graph takes seconds."""
+    return pytest.mark.slow(pytest.mark.skipif(not HAS_DALI, reason="pip install nvidia-dali-cuda130")(test))
+
+
+DALI = pytest.param("dali", marks=[pytest.mark.slow, pytest.mark.skipif(not HAS_DALI, reason="needs DALI")])
+STEPS = {"solarize": 0.3, "blur": [0.5, 1.0]}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    shards.write(shards.Options("folder"), class_folders(root / "in", 8, 2), root / "out", quiet=True)
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """Images of 32 px, which shards hold as raw pixels."""
+    root = tmp_path_factory.mktemp("tiny")
+    for i in range(12):
+        folder = root / "in" / "train" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(i, 32, 32)).save(folder / f"{i}.png")
+    shards.write(shards.Options("folder"), root / "in", root / "out", quiet=True)
+    return root / "out"
+
+
+def drawn(store: Store, ids: np.ndarray, name="simclr", count=4, size=64, changes=STEPS) -> Parameters:
+    return parameters(policy(name, count, size, changes), 0, 0 * ids, ids, store.heights[ids], store.widths[ids])
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return 10 * torch.log10(255**2 / ((a.double() - b.double()) ** 2).mean((-1, -2, -3)).clamp_min(1e-6))
+
+
+def make(name: str, store: Store, threads: int = 2):
+    if name == "dali gpu graph":  # the operators of the GPU's graph, run on the CPU
+        from pipeline.engines.dali import DALIEngine
+
+        engine = DALIEngine(store, threads=threads)
+        engine.fused = False
+        return engine
+    return engines.create(name, store, threads=threads)[0]
+
+
+POLICIES = [("simclr", 64), ("multicrop", 28), ("byol", 17)]
+MATRIX = [("cpu", where, *one) for where in ("photos", "tiny") for one in POLICIES]
+MATRIX += [("resident", "tiny", *one) for one in POLICIES]
+MATRIX += [
+    pytest.param(name, where, *one, marks=DALI.marks)
+    for name, where, one in [
+        ("dali", "photos", POLICIES[1]),
+        ("dali", "tiny", POLICIES[0]),
+        ("dali gpu graph", "photos", POLICIES[0]),
+        ("dali gpu graph", "tiny", POLICIES[2]),
+    ]
+]
+
+
+@pytest.mark.parametrize(("name", "where", "policy_name", "size"), MATRIX)
+def test_every_engine_against_the_reference(name, where, policy_name, size, request):
+    store = Store(request.getfixturevalue(where))
+    ids = np.array([3, 0, 9, 5, 5])
+    p = drawn(store, ids, policy_name, 4, size)
+    engine = make(name, store)
+    before = engine.decoded
+    found, truth = engine(ids, p), reference.engine(store, ids, p)
+    assert engine.decoded == (before if name == "resident" else len(ids))  # decode once, whatever V is
+    engine.close()
+    assert [f.shape for f in found] == [t.shape for t in truth]
+    for mine, theirs in zip(found, truth):
+        assert mine.dtype == torch.uint8 and mine[0].is_contiguous(memory_format=torch.channels_last)
+        assert psnr(mine, theirs).min() > 40
+
+
+def test_each_step_alone_is_right(photos):
+    """One step at a time, so that no error hides behind another; a level or so is rounding."""
+    store = Store(photos)
+    ids = np.arange(4)
+    engine = CPUEngine(store, threads=1)
+    nothing = {"flip": 0, "jitter": 0, "grey": 0, "blur": 0, "solarize": 0}
+    for change in ({}, {"flip": 1}, {"jitter": 1}, {"grey": 1}, {"blur": 1}, {"solarize": 1}):
+        p = drawn(store, ids, changes=nothing | change)
+        worst = (engine(ids, p)[0].int() - reference.engine(store, ids, p)[0].int()).abs()
+        if change != {"solarize": 1}:  # there a level of rounding at the threshold becomes a jump
+            assert worst.max() <= (8 if "jitter" in change else 3), change  # jitter multiplies a level of rounding
+        assert worst.float().mean() < 0.6, change
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["cpu", DALI])
+def test_decoding_is_exact(name, photos):
+    store = Store(photos)
+    ids = np.arange(3)
+    p = clean(32, np.full(3, 32), np.full(3, 32))  # a box of 32 px at 32 px: nothing but decoding is left
+    engine = make(name, store)
+    assert torch.equal(engine(ids, p)[0], reference.engine(store, ids, p)[0])
+    engine.close()
+
+
+def test_blur_far_wider_than_the_image_is_finite(tiny):
+    store = Store(tiny)
+    ids = np.arange(2)
+    p = drawn(store, ids, count=1, size=5, changes={"blur": 1, "sigma": [6, 6]})
+    made = [make(name, store)(ids, p)[0] for name in ("cpu", "resident")]
+    assert all(x.float().std((-1, -2)).max() < 12 for x in made)  # all but flat
+
+
+@pytest.mark.parametrize("name", ["cpu", DALI, "resident"])
+def test_the_same_pixels_for_any_threads_batch_and_order(name, tiny):
+    store = Store(tiny)
+    ids = np.arange(12)
+    p = drawn(store, ids, "byol", 2, 32, None)
+    one, many = make(name, store, 1), make(name, store, 4)
+    whole = one(ids, p)[0]
+    part = np.array([11, 2, 7])
+    found = many(part, drawn(store, part, "byol", 2, 32, None))[0]
+    if name == "resident":  # sums in another order
+        assert (found.int() - whole[:, part].int()).abs().max() <= 1
+    else:
+        assert torch.equal(found, whole[:, part])
+        assert name == "dali" or torch.equal(many(ids, p)[0], whole)
+    one.close(), many.close()
+
+
+@pytest.mark.parametrize("name", ["cpu", DALI])
+def test_batches_under_way_come_back_as_their_own(name, photos):
+    store = Store(photos)
+    engine = make(name, store)
+    parts = [np.array([i, i + 1]) for i in range(6)]
+    alone = [engine(ids, drawn(store, ids))[0].clone() for ids in parts]
+    pending = [engine.submit(ids, drawn(store, ids)) for ids in parts]
+    pending[1].cancel()
+    for i in (4, 0, 5, 2, 3):  # also out of order
+        assert torch.equal(pending[i].result()[0], alone[i]), i
+    engine.close()
+
+
+def test_memory_is_reused_only_when_no_tensor_is_left(photos):
+    store = Store(photos)
+    engine = CPUEngine(store, threads=1)
+    ids = np.arange(4)
+    first = engine(ids, drawn(store, ids))[0]
+    kept, copy, place = first[1, 2], first[1, 2].clone(), first.data_ptr()
+    del first  # but a slice of it lives
+    second = engine(ids, drawn(store, ids, changes={"flip": 1}))[0]
+    assert second.data_ptr() != place and torch.equal(kept, copy)
+    del kept
+    assert engine(ids, drawn(store, ids))[0].data_ptr() == place
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["cpu", DALI, "resident"])
+def test_an_altered_record_is_named_and_the_engine_goes_on(name, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "x")
+    good = Store(tiny)
+    shard = folder / good.shards[0]["file"]
+    start = int(good._rows["offset"][5])
+    with open(shard, "r+b") as file:
+        file.seek(start + 100)
+        file.write(b"\xff\x00\xff")
+    store = Store(folder)
+    engine = make(name, store)
+    ids = np.arange(8)
+    with pytest.raises(Corrupt) as error:
+        engine(ids, drawn(store, ids))
+    assert error.value.id == 5 and error.value.key == store.key(5)
+    ids = np.array([0, 1, 7])
+    assert torch.equal(engine(ids, drawn(store, ids))[0], make(name, good)(ids, drawn(good, ids))[0])
+    engine.close()
+
+
+@dali
+def test_an_image_that_only_dali_refuses_is_decoded_on_the_host(photos):
+    store = Store(photos)
+
+    class Refused(Store):
+        def read(self, i):
+            payload = super().read(i)
+            if i != 2 or refuse == 0:
+                return payload
+            return payload[: len(payload) // 3] if next(calls) == 0 else payload
+
+    store.__class__ = Refused
+    refuse, calls = 1, iter([0, *[1] * 100])
+    engine = make("dali", store)
+    ids = np.arange(4)
+    found = engine(ids, drawn(store, ids))[0]
+    refuse = 0
+    assert psnr(found, reference.engine(store, ids, drawn(store, ids))[0]).min() > 40
+    assert torch.equal(engine(ids, drawn(store, ids))[0], found)
+    engine.close()
+
+
+def test_auto_chooses_and_says_why(photos, tiny, monkeypatch):
+    name, reason = engines.choose(Store(photos), torch.device("cpu"))
+    assert name == "cpu" and reason.startswith("auto: ")
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    assert engines.choose(Store(tiny), cuda)[0] == "resident"
+    name, reason = engines.choose(Store(photos), cuda)
+    assert name == "dali" and "larger than 96" in reason
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
+    assert engines.choose(Store(tiny), cuda)[0] == "dali"
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    name, reason = engines.choose(Store(photos), cuda)
+    assert name == "cpu" and "pip install" in reason
+
+
+def test_bad_choices_are_named(photos, monkeypatch):
+    store = Store(photos)
+    with pytest.raises(UserError, match="resident"):
+        engines.create("residnet", store)
+    with pytest.raises(UserError, match="several sizes"):
+        engines.create("resident", store)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        engines.create("dali", store)
+
+
+def test_resident_blur_is_a_convolution():
+    sigma = torch.tensor([0.0, 0.7, 2.0])
+    matrices = resident.gaussian(sigma, 16)
+    assert torch.allclose(matrices.sum(-1), torch.ones(3, 16))
+    assert torch.equal(matrices[0], torch.eye(16))
+    assert torch.allclose(matrices[2, 8, 2:15], matrices[2, 8, 2:15].flip(0), atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["dali", "resident", "cpu"])
+def test_on_the_gpu(name, tiny, photos):
+    store = Store(tiny if name == "resident" else photos)
+    ids = np.arange(8)
+    p = drawn(store, ids, "byol", 4, 32)
+    engine, _ = engines.create(name, store, "cuda")
+    found = engine(ids, p)[0]
+    assert found.device.type == "cuda" and found[0].is_contiguous(memory_format=torch.channels_last)
+    assert psnr(found.cpu(), reference.engine(store, ids, p)[0]).min() > 35  # nvJPEG's pixels differ by rounding
+    engine.close()
+
+
+@pytest.mark.skipif("MANYVIEW_PHOTOS" not in os.environ, reason="extra: MANYVIEW_PHOTOS names shards of real photos")
+@pytest.mark.parametrize("name", ["cpu", DALI])
+def test_on_real_photos(name):
+    store = Store(os.environ["MANYVIEW_PHOTOS"])
+    ids = np.arange(64)
+    p = drawn(store, ids, size=224)
+    assert psnr(make(name, store)(ids, p)[0], reference.engine(store, ids, p)[0]).min() > 40

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from pictures import class_folders
+
+from pipeline import engines, shards
+from pipeline.engines.cpu import CPUEngine
+from pipeline.errors import UserError
+from pipeline.loader import Loader, embed_batches, normalize
+from pipeline.plan import plan
+from pipeline.store import Store
+from pipeline.views import policy
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    shards.write(shards.Options("folder"), class_folders(root / "in", 10, 2), root / "out", quiet=True)
+    return root / "out"
+
+
+def loader(folder, *, batch=6, world=1, rank=0, threads=2, seed=4, name="cpu", views=2, **options) -> Loader:
+    store = Store(folder)
+    order = plan(store.labels, seed=seed, batch=batch, world=world, rank=rank)
+    engine, _ = engines.create(name, store, threads=threads)
+    return Loader(store, order, policy("simclr", views, 32), engine, seed=seed, **options)
+
+
+def taken(made: Loader, start: int, stop: int) -> list[torch.Tensor]:
+    found = [b.views[0].clone() for b in made.batches(start, stop)]
+    made.engine.close()
+    return found
+
+
+def test_batches_are_as_promised(photos):
+    made = loader(photos)
+    batches = list(made.batches(0, 5))
+    assert [b.step for b in batches] == [0, 1, 2, 3, 4]
+    for b in batches:
+        assert b.views[0].shape == (2, 6, 3, 32, 32) and b.views[0].dtype == torch.uint8
+        assert b.ids.dtype == b.labels.dtype == b.epochs.dtype == torch.int64
+        assert torch.equal(b.labels, torch.from_numpy(made.store.labels[b.ids.numpy()]))
+    assert torch.bincount(torch.cat([b.ids[b.epochs == 0] for b in batches]), minlength=20).eq(1).all()
+    assert made.timings["batches"] == 5 and made.engine.decoded == 30
+    assert {"wait", "parameters", "read", "decode", "render"} <= set(made.timings)
+    made.engine.close()
+
+
+def test_the_same_tensors_for_any_threads_and_prefetch(photos):
+    expected = taken(loader(photos, threads=1, prefetch=1), 0, 5)
+    for threads, prefetch in ((2, 2), (5, 4)):
+        for mine, theirs in zip(taken(loader(photos, threads=threads, prefetch=prefetch), 0, 5), expected):
+            assert torch.equal(mine, theirs)
+
+
+def test_the_same_tensors_for_any_number_of_ranks(photos):
+    expected = taken(loader(photos), 0, 5)
+    for world in (2, 3):
+        parts = [taken(loader(photos, world=world, rank=r), 0, 5) for r in range(world)]
+        for step in range(5):
+            assert torch.equal(torch.cat([p[step] for p in parts], 1), expected[step])
+
+
+def test_the_same_tensors_after_a_resume_in_mid_epoch(photos):
+    expected = taken(loader(photos), 0, 9)
+    for start in (1, 3, 8):  # 20 samples in batches of 6: all in the middle of an epoch
+        for mine, theirs in zip(taken(loader(photos), start, 9), expected[start:]):
+            assert torch.equal(mine, theirs)
+
+
+def test_another_process_makes_the_same_tensors(photos):
+    program = (
+        "import sys, hashlib; sys.path[:0] = sys.argv[1:3]; from test_loader import loader, taken;"
+        "print(hashlib.sha256(b''.join(v.numpy().tobytes() for v in taken(loader(sys.argv[3]), 2, 4))).hexdigest())"
+    )
+    line = [sys.executable, "-c", program, str(ROOT), str(ROOT / "tests"), str(photos)]
+    hashes = {subprocess.run(line, capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    hashes.add(hashlib.sha256(b"".join(v.numpy().tobytes() for v in taken(loader(photos), 2, 4))).hexdigest() + "\n")
+    assert len(hashes) == 1
+
+
+def test_views_and_epochs_and_seeds_differ(photos):
+    a, b = taken(loader(photos, batch=20), 0, 2)
+    (c,) = taken(loader(photos, batch=20, seed=5), 0, 1)
+    for one, two in ((a[0], a[1]), (a, b), (a, c)):
+        assert (one.float() - two.float()).abs().mean() > 5
+
+
+def damaged(folder: Path, out: Path, ids: list[int]) -> Store:
+    store = Store(shutil.copytree(folder, out))
+    for i in ids:
+        with open(out / store.shards[int(store.shard_of[i])]["file"], "r+b") as file:
+            file.seek(int(store._rows["offset"][i]) + 200)
+            file.write(b"\xff\xd8\x00")
+    return store
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("dali", marks=pytest.mark.slow)])
+def test_bad_samples_cost_themselves_alone(photos, tmp_path, capfd, name):
+    if name == "dali":
+        pytest.importorskip("nvidia.dali")
+    store = damaged(photos, tmp_path / "x", [4, 5])
+    made = loader(tmp_path / "x", max_bad=0.1, name=name)
+    batches = list(made.batches(0, 7))
+    assert sorted(made.bad) == [4, 5] and "checksum" in made.bad[4]
+    good = {b.step: b for b in loader(photos).batches(0, 7)}
+    for b in batches:
+        expected = good[b.step].ids.clone()
+        expected[(expected == 4) | (expected == 5)] = 6  # the next good one
+        assert torch.equal(b.ids, expected) and len(b.ids) == 6
+        same = b.ids == good[b.step].ids
+        if name == "cpu":
+            assert torch.equal(b.views[0][:, same], good[b.step].views[0][:, same])
+        assert b.views[0].float().std((-1, -2)).min() > 0  # nothing black
+    log = capfd.readouterr().err
+    assert log.count(store.key(4)) == 1 and log.count(store.key(5)) == 1
+    made.engine.close()
+
+
+def test_too_many_bad_samples_stop_with_a_message(photos, tmp_path):
+    damaged(photos, tmp_path / "x", [4, 5])
+    made = loader(tmp_path / "x", max_bad=0.05)
+    with pytest.raises(UserError, match=r"2 bad samples are more than --max-bad 0\.05 of 20"):
+        list(made.batches(0, 7))
+    made.engine.close()
+
+
+def test_embedding_takes_every_image_once_in_order(photos, tmp_path, capfd):
+    store = Store(photos)
+    engine = CPUEngine(store, threads=2)
+    whole = list(embed_batches(store, engine, 24, 7))
+    assert [len(ids) for ids, _, _ in whole] == [7, 7, 6]
+    assert torch.cat([ids for ids, _, _ in whole]).tolist() == list(range(20))
+    assert whole[0][2].shape == (7, 3, 24, 24)
+    parts = [torch.cat([v for _, _, v in embed_batches(store, engine, 24, 7, 3, r)]) for r in range(3)]
+    assert torch.equal(torch.cat(parts), torch.cat([v for _, _, v in whole]))
+    engine.close()
+    bad = damaged(photos, tmp_path / "x", [3])
+    engine = CPUEngine(bad, threads=2)
+    assert torch.cat([ids for ids, _, _ in embed_batches(bad, engine, 24, 7)]).tolist() == [
+        i for i in range(20) if i != 3
+    ]
+    assert "left out" in capfd.readouterr().err
+    engine.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_normalize(dtype):
+    views = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    mean, std = (123.0, 117.0, 104.0), (58.0, 57.0, 56.0)
+    found = normalize(views, mean, std, dtype)
+    expected = (views.double() - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert found.dtype == dtype and found.stride() == views.stride()
+    assert (found.double() - expected).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3}[
+        dtype
+    ]
+
+
+def test_closing_early_leaves_no_thread_and_no_work(photos):
+    before = threading.active_count()
+    made = loader(photos, prefetch=4)
+    batches = made.batches(0, 1000)
+    next(batches)
+    batches.close()
+    made.engine.close()
+    assert threading.active_count() == before
+
+
+def test_an_engine_that_raises_does_not_hang(photos):
+    made = loader(photos)
+    made.store.read = lambda i: (_ for _ in ()).throw(OSError("disk gone"))
+    with pytest.raises(OSError, match="disk gone"):
+        next(made.batches(0, 3))
+    made.engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["exit", "interrupt"])
+@pytest.mark.parametrize("name", ["cpu", "dali"])
+def test_no_process_thread_or_shared_memory_is_left(photos, ending, name):
+    """A program that stops in the middle of loading, normally or by Ctrl-C, without closing anything."""
+    if name == "dali":
+        pytest.importorskip("nvidia.dali")
+    program = (
+        "import sys, os, signal; sys.path[:0] = sys.argv[1:3]\n"
+        "from test_loader import loader\n"
+        "for b in loader(sys.argv[3], name=sys.argv[5]).batches(0, 10**6):\n"
+        "    if b.step == 3:\n"
+        "        print('running', flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGINT) if sys.argv[4] == 'interrupt' else sys.exit(0)\n"
+    )
+    before = set(os.listdir("/dev/shm"))
+    line = [sys.executable, "-c", program, str(ROOT), str(ROOT / "tests"), str(photos), ending, name]
+    child = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert "running" in child.stdout
+    assert child.returncode == 0 if ending == "exit" else "KeyboardInterrupt" in child.stderr
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_epochs(tmp_path):
+    """Five epochs of photos of very different sizes, measured after the second."""
+    from pictures import jpeg
+
+    folder = tmp_path / "in" / "train" / "a"
+    folder.mkdir(parents=True)
+    for i in range(60):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i, 60 + 37 * i % 900, 80 + 53 * i % 1100))
+    shards.write(shards.Options("folder"), tmp_path / "in", tmp_path / "out", quiet=True)
+    made = loader(tmp_path / "out", batch=12, views=4)
+    used = []
+    for epoch in range(7):
+        for _ in made.batches(5 * epoch, 5 * epoch + 5):
+            pass
+        gc.collect()
+        used.append(psutil.Process().memory_info().rss / 2**20)
+    made.engine.close()
+    assert used[-1] - used[1] < 25, json.dumps(used)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import itertools
+import time
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import plan as module
+from pipeline.errors import UserError
+from pipeline.plan import evaluation_batches, permutation, plan, shuffle_quality
+
+numbers = st.integers(1, 60)
+
+
+@pytest.mark.parametrize("order", module.ORDERS)
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [1, 7, 24, 101, 1000])
+def test_every_sample_once_an_epoch_over_all_ranks(n, world, order):
+    batch, epochs = 24, 3
+    plans = [plan(n, seed=3, batch=batch, world=world, rank=r, order=order) for r in range(world)]
+    steps = -(-n * epochs // batch)  # enough to cover; what is beyond belongs to the fourth epoch
+    seen: Counter = Counter()
+    for step in range(steps):
+        for p in plans:
+            ids, epoch = p.batch(step)
+            assert len(ids) == len(epoch) == batch // world
+            seen.update(zip(epoch.tolist(), ids.tolist()))
+    assert all(seen[e, i] == 1 for e in range(epochs) for i in range(n))
+    assert sum(seen.values()) == steps * batch and max(seen.values()) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=numbers, share=st.integers(1, 9), world=st.sampled_from([1, 2, 3, 8]), step=st.integers(0, 1000))
+def test_ranks_share_the_batch_of_one_process(n, share, world, step):
+    whole = plan(n, seed=1, batch=share * world)
+    parts = [plan(n, seed=1, batch=share * world, world=world, rank=r).batch(step) for r in range(world)]
+    ids, epochs = whole.batch(step)
+    assert np.array_equal(ids, np.concatenate([p[0] for p in parts]))
+    assert np.array_equal(epochs, np.concatenate([p[1] for p in parts]))
+
+
+def test_a_batch_straddles_epochs_and_needs_no_memory():
+    p = plan(10, seed=0, batch=7)
+    stream = [p.batch(s) for s in range(4)]
+    assert stream[1][1].tolist() == [0, 0, 0, 1, 1, 1, 1]
+    permutation.cache_clear()
+    again = plan(10, seed=0, batch=7).batch(3)
+    assert np.array_equal(again[0], stream[3][0])
+
+
+def test_seed_and_epoch_change_the_order():
+    a, b, c = permutation(1000, 0, 0), permutation(1000, 0, 1), permutation(1000, 1, 0)
+    assert not np.array_equal(a, b) and not np.array_equal(a, c)
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.1 and abs(np.corrcoef(a, c)[0, 1]) < 0.1
+
+
+def test_permutations_are_uniform():
+    counts = Counter(tuple(permutation(4, 5, e).tolist()) for e in range(4800))
+    assert len(counts) == 24
+    chi2 = sum((c - 200) ** 2 / 200 for c in counts.values())
+    assert chi2 < 49.7  # 99.9 % of 23 degrees of freedom
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=80), st.integers(0, 5))
+def test_a_fraction_is_nested_and_balanced(labels, seed):
+    labels = np.array(labels)
+    kept = [plan(labels, seed=seed, batch=1, fraction=f).ids for f in (0.1, 0.25, 0.5, 0.9, 1.0)]
+    for small, large in itertools.pairwise(kept):
+        assert set(small) <= set(large)
+    for fraction, ids in zip((0.1, 0.25, 0.5, 0.9, 1.0), kept):
+        assert np.all(np.diff(ids) > 0)
+        for label in np.unique(labels):
+            want = max(1, np.floor((labels == label).sum() * fraction + 0.5))
+            assert (labels[ids] == label).sum() == want
+
+
+def test_a_fraction_is_random():
+    kept = plan(10_000, seed=0, batch=1, fraction=0.25).ids
+    other = plan(10_000, seed=1, batch=1, fraction=0.25).ids
+    assert len(kept) == 2500 and abs(kept.mean() - 5000) < 200
+    assert 400 < len(set(kept) & set(other)) < 850
+
+
+def test_blocks_stay_together_and_are_mixed():
+    n = module.BLOCK * module.WINDOW * 3 + 77
+    order = permutation(n, 0, 0, "blocks")
+    assert np.array_equal(np.sort(order), np.arange(n))
+    first = np.unique(order[: module.BLOCK * module.WINDOW] // module.BLOCK)
+    assert len(first) <= module.WINDOW + 1  # a window reads so many blocks and no others
+    assert 0.99 < shuffle_quality(permutation(n, 0, 0)) < 1.01
+    assert 0.2 < shuffle_quality(order) < 0.9
+    assert shuffle_quality(np.arange(n)) < 1e-3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [1, 7, 100])
+def test_evaluation_takes_every_id_once_in_order(n, world):
+    parts = [np.concatenate([*evaluation_batches(n, 8, world, r), np.empty(0, int)]) for r in range(world)]
+    assert np.array_equal(np.concatenate(parts), np.arange(n))
+    assert max(len(b) for r in range(world) for b in evaluation_batches(n, 8, world, r)) <= 8
+
+
+def test_steps_round_down_to_at_least_one():
+    p = plan(100, seed=0, batch=32)
+    assert [p.steps(e) for e in (0.1, 1, 2.5, 8)] == [1, 3, 7, 25]
+
+
+def test_bad_input_is_named_all_at_once():
+    with pytest.raises(UserError) as error:
+        plan(10, seed=0, batch=9, world=2, fraction=0, order="bloks")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and "fraction" in lines[0] and "nearest: 8" in lines[1] and "blocks" in lines[2]
+    with pytest.raises(UserError, match="no samples"):
+        plan(0, seed=0, batch=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.5}, {"order": "blocks"}], ids=str)
+def test_fourteen_million_samples(options):
+    labels = np.arange(14_000_000) % 21_841
+    plan(np.arange(10), seed=0, batch=2, fraction=0.5).batch(0)  # compiled
+    tracemalloc.start()
+    begun = time.process_time()
+    plan(labels, seed=0, batch=4096, **options).batch(10)
+    seconds, (_, peak) = time.process_time() - begun, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    permutation.cache_clear()
+    assert peak < 500e6, f"{peak / 1e6:.0f} MB"
+    assert seconds < 2, f"{seconds:.2f} s"
