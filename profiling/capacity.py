@@ -46,7 +46,11 @@ class Args:
 
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py capacity")
-    errors = [f"--{k} must be positive, not {v}" for k, v in (("images", args.images), ("gpus", args.gpus), ("epochs", args.epochs)) if v <= 0]
+    errors = [
+        f"--{k} must be positive, not {v}"
+        for k, v in (("images", args.images), ("gpus", args.gpus), ("epochs", args.epochs))
+        if v <= 0
+    ]
     if errors:
         raise UserError("\n".join(errors))
     result = plan(read(args.profile), args)
@@ -59,7 +63,9 @@ def main(argv: list[str]) -> None:
 def plan(report: dict[str, Any], args: Args) -> dict[str, Any]:
     """Everything `text` says, as numbers: rates are for all GPUs together, bandwidths in bytes a second."""
     costs, measured = costs_of(report), shape_of(report)
-    shape = replace(measured, views=args.views or measured.views, batch=args.batch_size or report["settings"]["batch_size"])
+    shape = replace(
+        measured, views=args.views or measured.views, batch=args.batch_size or report["settings"]["batch_size"]
+    )
     efficiency = report["composed"]["efficiency"]
     resource, stage = expected.bottleneck(costs, shape)
     rate = args.gpus * efficiency * 1e3 / expected.milliseconds(costs, shape)
@@ -78,7 +84,9 @@ def plan(report: dict[str, Any], args: Args) -> dict[str, Any]:
     }  # fmt: skip
     if report.get("limits", {}).get("gradient_bytes") and args.gpus > 1:
         steps_per_s = rate / args.gpus / shape.batch
-        result["network_bytes_per_s"] = 2 * report["limits"]["gradient_bytes"] * (args.gpus - 1) / args.gpus * steps_per_s
+        result["network_bytes_per_s"] = (
+            2 * report["limits"]["gradient_bytes"] * (args.gpus - 1) / args.gpus * steps_per_s
+        )
     if args.hours:
         factor = result["hours"] / args.hours
         result |= {"deadline_hours": args.hours, "gpus_for_deadline": math.ceil(args.gpus * factor - 1e-9),
@@ -98,15 +106,21 @@ def text(result: dict[str, Any]) -> str:
     lines = [
         f"{result['images']:,} images x {result['views']} views x {result['epochs']:g} epochs on {result['gpus']} {kind},"
         f" batch {result['batch']} each",
-        f"  time       {result['hours']:,.1f} hours at {result['images_per_s']:,.0f} images/s ({result['views_per_s']:,.0f} views/s);"
-        f" {result['bottleneck']} holds it back",
+        f"  time       {result['hours']:,.1f} hours at {result['images_per_s']:,.0f} images/s"
+        f" ({result['views_per_s']:,.0f} views/s); {result['bottleneck']} holds it back",
         f"  cores      {result['cores']:,.1f} kept busy, {result['core_hours']:,.0f} core-hours",
         f"  storage    {quantity(result['storage_bytes'], 'B')}",
         f"  reads      {quantity(result['read_bytes_per_s'], 'B/s')}"
-        + (f" (measured here, cold: {quantity(result['disk_bytes_per_s'], 'B/s')})" if result["disk_bytes_per_s"] else ""),
+        + (
+            f" (measured here, cold: {quantity(result['disk_bytes_per_s'], 'B/s')})"
+            if result["disk_bytes_per_s"]
+            else ""
+        ),
     ]
     if "network_bytes_per_s" in result:
-        lines.append(f"  gradients  {quantity(result['network_bytes_per_s'], 'B/s')} in and out of each, if averaged by a ring")
+        lines.append(
+            f"  gradients  {quantity(result['network_bytes_per_s'], 'B/s')} in and out of each, if averaged by a ring"
+        )
     if result["disk_bytes_per_s"] and result["read_bytes_per_s"] > result["disk_bytes_per_s"]:
         lines.append("  the disk measured here is too slow for that unless the data fits in memory")
     if "deadline_hours" in result:

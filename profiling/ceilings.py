@@ -19,8 +19,8 @@ import torch
 from pipeline import codec, views
 from pipeline.loader import normalize
 from pipeline.views import Parameters
-from profiling.host import Spent, interval, now, spent, synchronize
 from profiling import workload
+from profiling.host import Spent, interval, now, spent, synchronize
 from profiling.workload import Training, Workload, draw
 from training.step import embed
 
@@ -96,7 +96,7 @@ class Ceilings:
         self.cost = {name: Cost(name, where, per) for name, where, per in rows}
         self.repeats: dict[str, int] = {}
         self.images = self._images(run_seconds)
-        made = [group for group in work.engine(*draw(work, work.plan.ids[: work.batch]))]
+        made = work.engine(*draw(work, work.plan.ids[: work.batch]))
         self.made = [torch.randint_like(group, 256) for group in made]
         dim = work.setup.projector_dim
         self.z = [torch.randn(len(group), group.shape[1], dim, device=work.device) for group in self.made]

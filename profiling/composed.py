@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,7 +52,9 @@ class Composed:
                 break
         synchronize(work.device)
         before, neighbours, begun = dict(loader.timings), Neighbours(), now()
-        taken, waited, marks = [], [], []
+        taken: list[float] = []
+        waited: list[float] = []
+        marks: list[Any] = []
         while len(taken) < least or time.perf_counter() - begun.wall < seconds:
             start = time.perf_counter()
             waited.append(self._one(batches, marks))
@@ -61,7 +64,9 @@ class Composed:
         engine = {k: v - before[k] for k, v in loader.timings.items() if k in getattr(work.engine, "seconds", {})}
         batches.close()  # type: ignore[attr-defined]
         images = len(taken) * work.batch
-        self.blocks.append(Block(images, passed.wall, passed.core, others, taken, waited, engine, idle(marks, passed.wall)))
+        self.blocks.append(
+            Block(images, passed.wall, passed.core, others, taken, waited, engine, idle(marks, passed.wall))
+        )
 
     def _one(self, batches: Iterator, marks: list | None = None) -> float:
         """One step; seconds that the batch kept it waiting."""
@@ -121,7 +126,7 @@ def idle(marks: list, wall: float) -> float | None:
     """
     if not marks:
         return None
-    gaps = [max(0.0, before[1].elapsed_time(after[0])) for before, after in zip(marks, marks[1:])]
+    gaps = [max(0.0, before[1].elapsed_time(after[0])) for before, after in pairwise(marks)]
     return min(1.0, sum(gaps) / 1e3 / wall)
 
 

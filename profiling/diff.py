@@ -45,11 +45,15 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
     """Stages (see `verdict.compare`), the composed run's core-ms, rates where they may be compared, and what does not match."""
     old, new = before["composed"], after["composed"]
     ratio = new["core_ms"] / old["core_ms"]
-    apart = new["core_ms_interval"][0] > old["core_ms_interval"][1] or new["core_ms_interval"][1] < old["core_ms_interval"][0]
+    apart = (
+        new["core_ms_interval"][0] > old["core_ms_interval"][1]
+        or new["core_ms_interval"][1] < old["core_ms_interval"][0]
+    )
     certified = before["noise"]["certified"] and after["noise"]["certified"]
     return {
         "stages": compare(before, after),
-        "core_ms": {"before": old["core_ms"], "after": new["core_ms"], "ratio": ratio, "changed": bool(apart and abs(ratio - 1) > CHANGE)},
+        "core_ms": {"before": old["core_ms"], "after": new["core_ms"], "ratio": ratio,
+                    "changed": bool(apart and abs(ratio - 1) > CHANGE)},
         "slower": bool(apart and ratio > 1 + CHANGE),
         "images_per_s": {"before": old["images_per_s"], "after": new["images_per_s"]} if certified else None,
         "mismatch": mismatch(before, after),
@@ -59,7 +63,18 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
 def mismatch(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Settings, data or hardware that differ: the comparison is then one of those too."""
     found = []
-    for key in ("views", "policy", "augment", "size", "backbone", "batch_size", "projector_dim", "objective", "optimizer", "precision"):
+    for key in (
+        "views",
+        "policy",
+        "augment",
+        "size",
+        "backbone",
+        "batch_size",
+        "projector_dim",
+        "objective",
+        "optimizer",
+        "precision",
+    ):
         one, two = before["settings"][key], after["settings"][key]
         if one != two:
             found.append(f"{key}: {one} / {two}")
@@ -79,13 +94,18 @@ def table(result: dict[str, Any]) -> str:
     for row in result["stages"]["rows"]:
         mark = "" if not row["changed"] else "slower" if row["ratio"] > 1 else "faster"
         ratio = f"{row['ratio']:.2f}x" if row["before_ms"] > 0 else "new"
-        lines.append(f"{row['stage']:12s}{number(row['before_ms']):>10s}{number(row['after_ms']):>10s}{ratio:>8s}  {mark}")
+        lines.append(
+            f"{row['stage']:12s}{number(row['before_ms']):>10s}{number(row['after_ms']):>10s}{ratio:>8s}  {mark}"
+        )
     whole = result["core_ms"]
     said = "no change" if not whole["changed"] else "slower" if whole["ratio"] > 1 else "faster"
     lines.append(f"{'together':12s}{number(whole['before']):>10s}{number(whole['after']):>10s}{whole['ratio']:>7.2f}x  {said},"
                  " core-ms an image")  # fmt: skip
     if rates := result["images_per_s"]:
-        lines.append(f"{'images/s':12s}{number(rates['before']):>10s}{number(rates['after']):>10s}{rates['after'] / rates['before']:>7.2f}x")
+        lines.append(
+            f"{'images/s':12s}{number(rates['before']):>10s}{number(rates['after']):>10s}"
+            f"{rates['after'] / rates['before']:>7.2f}x"
+        )
     else:
         lines.append("images/s are not compared: one of the runs is not certified")
     lines += [f"differs: {text}" for text in result["mismatch"]]

@@ -12,40 +12,77 @@ from profiling.terminal import number, quantity
 from profiling.waterfall import bars
 
 STYLE = """
-:root { --ink:#1f2933; --muted:#66727f; --line:#e4e7eb; --paper:#ffffff; --tile:#f5f7fa; --data:#2f6db5; --train:#d9822b;
-        --total:#9aa5b1; --seen:#3e4c59; --good:#1b7f4b; --goodbg:#e3f6ec; --bad:#9a5b00; --badbg:#fff3dc; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e4e7eb; --muted:#9aa5b1; --line:#323f4b; --paper:#171d23; --tile:#1f2831;
-        --data:#5b9be0; --train:#eba25a; --total:#616e7c; --seen:#cbd2d9; --good:#7ddcab; --goodbg:#143527; --bad:#ffd38a;
-        --badbg:#3d2d0c; } }
-* { box-sizing:border-box } body { margin:0; background:var(--paper); color:var(--ink);
-  font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif; }
-main { max-width:1040px; margin:0 auto; padding:40px 28px 64px } h1 { font-size:28px; line-height:1.2; margin:0 0 6px; letter-spacing:-.01em }
-h2 { font-size:17px; margin:44px 0 4px } p.note { color:var(--muted); margin:0 0 14px; font-size:13.5px; max-width:76ch }
-p.verdict { font-size:18px; line-height:1.5; margin:18px 0 0; max-width:78ch; border-left:4px solid var(--data); padding-left:16px }
-.badge { display:inline-block; font-size:12.5px; font-weight:600; border-radius:99px; padding:3px 11px; margin-top:12px }
-.good { color:var(--good); background:var(--goodbg) } .bad { color:var(--bad); background:var(--badbg) }
+:root {
+  --ink:#1f2933; --muted:#66727f; --line:#e4e7eb; --paper:#ffffff; --tile:#f5f7fa; --data:#2f6db5;
+  --train:#d9822b; --total:#9aa5b1; --seen:#3e4c59; --good:#1b7f4b; --goodbg:#e3f6ec; --bad:#9a5b00;
+  --badbg:#fff3dc;
+}
+@media (prefers-color-scheme: dark) { :root {
+  --ink:#e4e7eb; --muted:#9aa5b1; --line:#323f4b; --paper:#171d23; --tile:#1f2831; --data:#5b9be0;
+  --train:#eba25a; --total:#616e7c; --seen:#cbd2d9; --good:#7ddcab; --goodbg:#143527; --bad:#ffd38a;
+  --badbg:#3d2d0c;
+} }
+* { box-sizing:border-box }
+body {
+  margin:0; background:var(--paper); color:var(--ink);
+  font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+}
+main { max-width:1040px; margin:0 auto; padding:40px 28px 64px }
+h1 { font-size:28px; line-height:1.2; margin:0 0 6px; letter-spacing:-.01em }
+h2 { font-size:17px; margin:44px 0 4px }
+p.note { color:var(--muted); margin:0 0 14px; font-size:13.5px; max-width:76ch }
+p.verdict {
+  font-size:18px; line-height:1.5; margin:18px 0 0; max-width:78ch; border-left:4px solid var(--data);
+  padding-left:16px;
+}
+.badge {
+  display:inline-block; font-size:12.5px; font-weight:600; border-radius:99px; padding:3px 11px; margin-top:12px;
+}
+.good { color:var(--good); background:var(--goodbg) }
+.bad { color:var(--bad); background:var(--badbg) }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin-top:24px }
-.tile { background:var(--tile); border-radius:10px; padding:13px 15px } .tile b { display:block; font-size:24px; line-height:1.2; letter-spacing:-.01em }
-.tile span { color:var(--muted); font-size:12.5px; display:block } .tile i { font-style:normal; font-size:12.5px; color:var(--muted) }
+.tile { background:var(--tile); border-radius:10px; padding:13px 15px }
+.tile b { display:block; font-size:24px; line-height:1.2; letter-spacing:-.01em }
+.tile span { color:var(--muted); font-size:12.5px; display:block }
+.tile i { font-style:normal; font-size:12.5px; color:var(--muted) }
 .row { display:grid; grid-template-columns:110px 1fr; align-items:center; font-size:13.5px; height:27px }
-.row.wide { grid-template-columns:220px 1fr } .track { position:relative; height:19px; background:linear-gradient(var(--line),var(--line)) 0 100%/100% 1px no-repeat }
-.bar { position:absolute; top:0; height:18px; border-radius:2px } .tag { position:absolute; top:-1px; white-space:nowrap; padding-left:7px; font-variant-numeric:tabular-nums }
-.tag em { font-style:normal; color:var(--muted) } .key { font-size:12.5px; color:var(--muted); margin-top:8px }
-.key s { display:inline-block; width:10px; height:10px; border-radius:2px; margin:0 5px 0 14px } .key s:first-child { margin-left:0 }
-.scroll { overflow-x:auto } table { border-collapse:collapse; font-size:13px; width:100%; font-variant-numeric:tabular-nums }
-th,td { text-align:right; padding:5px 9px; border-bottom:1px solid var(--line); white-space:nowrap } th { color:var(--muted); font-weight:500 }
-th:first-child,td:first-child,td.l,th.l { text-align:left } tr.top td { font-weight:650 }
-.plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(230px,1fr)); gap:16px } svg text { fill:var(--muted); font-size:11px }
-svg .ax { stroke:var(--line) } svg .ln { stroke:var(--data); fill:none; stroke-width:2 } svg circle { fill:var(--data) } svg .pick { fill:var(--train) }
-pre { background:var(--tile); border-radius:10px; padding:13px 15px; overflow-x:auto; font-size:13px; margin:8px 0 0 } details { margin-top:40px; color:var(--muted); font-size:13px }
+.row.wide { grid-template-columns:220px 1fr }
+.track {
+  position:relative; height:19px; background:linear-gradient(var(--line),var(--line)) 0 100%/100% 1px no-repeat;
+}
+.bar { position:absolute; top:0; height:18px; border-radius:2px }
+.tag { position:absolute; top:-1px; white-space:nowrap; padding-left:7px; font-variant-numeric:tabular-nums }
+.tag em { font-style:normal; color:var(--muted) }
+.key { font-size:12.5px; color:var(--muted); margin-top:8px }
+.key s { display:inline-block; width:10px; height:10px; border-radius:2px; margin:0 5px 0 14px }
+.key s:first-child { margin-left:0 }
+.scroll { overflow-x:auto }
+table { border-collapse:collapse; font-size:13px; width:100%; font-variant-numeric:tabular-nums }
+th,td { text-align:right; padding:5px 9px; border-bottom:1px solid var(--line); white-space:nowrap }
+th { color:var(--muted); font-weight:500 }
+th:first-child,td:first-child,td.l,th.l { text-align:left }
+tr.top td { font-weight:650 }
+.plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(230px,1fr)); gap:16px }
+svg text { fill:var(--muted); font-size:11px }
+svg .ax { stroke:var(--line) }
+svg .ln { stroke:var(--data); fill:none; stroke-width:2 }
+svg circle { fill:var(--data) }
+svg .pick { fill:var(--train) }
+pre {
+  background:var(--tile); border-radius:10px; padding:13px 15px; overflow-x:auto; font-size:13px; margin:8px 0 0;
+}
+details { margin-top:40px; color:var(--muted); font-size:13px }
 @media print { main { padding:0 } }
 """
 
 
 def html(report: dict[str, Any]) -> str:
     """A whole page."""
-    parts = [header(report), tiles(report), section_waterfall(report), section_what_if(report), section_queues(report),
-             section_limits(report), section_sweep(report), section_table(report), section_baseline(report), footer(report)]  # fmt: skip
+    sections = (
+        header, tiles, section_waterfall, section_what_if, section_queues, section_limits, section_sweep, section_table,
+        section_baseline, footer,
+    )  # fmt: skip
+    parts = [section(report) for section in sections]
     title = f"Throughput of {report['data']['name']}"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -80,7 +117,11 @@ def tiles(report: dict[str, Any]) -> str:
     c, n_views = report["composed"], report["shape"]["views"]
     found = [
         ("observed", f"{number(c['images_per_s'])}", f"images/s, {number(c['images_per_s'] * n_views)} views/s"),
-        ("of what was expected", f"{c['efficiency']:.0%}", f"{number(c['expected_images_per_s'])} images/s from the stages"),
+        (
+            "of what was expected",
+            f"{c['efficiency']:.0%}",
+            f"{number(c['expected_images_per_s'])} images/s from the stages",
+        ),
         ("cost", f"{number(c['core_ms'])}", f"core-ms an image, {number(c['core_ms'] / n_views)} a view"),
         ("waiting for data", f"{c['data_wait']:.0%}", f"{c['ready']:.0%} of batches were ready"),
     ]
@@ -113,9 +154,15 @@ def section_waterfall(report: dict[str, Any]) -> str:
             f"{number(r['ms'])} ms", f"{r['share']:.0%}")
         for r in rows
     ]  # fmt: skip
-    lines.append(bar("expected", 0, expected / span, "total", f"{number(expected)} ms", f"{number(1e3 / expected)} images/s"))
-    lines.append(bar("observed", 0, observed / span, "seen", f"{number(observed)} ms", f"{number(1e3 / observed)} images/s"))
-    loads = "; ".join(f"{RESOURCES[k].removeprefix('the ')} {number(1e3 / v)} images/s" for k, v in report["loads"].items() if v)
+    lines.append(
+        bar("expected", 0, expected / span, "total", f"{number(expected)} ms", f"{number(1e3 / expected)} images/s")
+    )
+    lines.append(
+        bar("observed", 0, observed / span, "seen", f"{number(observed)} ms", f"{number(1e3 / observed)} images/s")
+    )
+    loads = "; ".join(
+        f"{RESOURCES[k].removeprefix('the ')} {number(1e3 / v)} images/s" for k, v in report["loads"].items() if v
+    )
     return (
         "<h2>Where the time of one image goes</h2>"
         f'<p class="note">Milliseconds of {resource}, which set the pace, by stage measured alone. What each resource would'
@@ -137,7 +184,8 @@ def section_what_if(report: dict[str, Any]) -> str:
                          f"{number(observed)} → {number(row['images_per_s'])} images/s", more))  # fmt: skip
     return (
         "<h2>If one stage cost nothing</h2>"
-        f'<p class="note">From the observed {number(observed)} images/s, and what would hold the run back next.</p>{"".join(lines)}'
+        f'<p class="note">From the observed {number(observed)} images/s, and what would hold the run back next.</p>'
+        + "".join(lines)
     )
 
 
@@ -146,12 +194,15 @@ def section_queues(report: dict[str, Any]) -> str:
     rows = []
     for name, key in (("waiting for a batch", "latency_ms"), ("a whole step", "step_ms")):
         p = c[key]
-        rows.append(f"<tr><td>{name}</td><td>{number(p['p50'])}</td><td>{number(p['p95'])}</td><td>{number(p['p99'])}</td><td>{p['n']}</td></tr>")
+        rows.append(
+            f"<tr><td>{name}</td><td>{number(p['p50'])}</td><td>{number(p['p95'])}</td><td>{number(p['p99'])}</td><td>{p['n']}</td></tr>"
+        )
     engine = ", ".join(f"{k} {number(v)} ms" for k, v in c["engine_ms"].items())
     return (
         f'<h2>Queues and latency</h2><p class="note">{c["ready"]:.0%} of batches were ready when asked for.'
         + (f" In the composed run the engine's threads spent, an image: {escape(engine)}." if engine else "")
-        + f" Start-up: imports {start['imports_s']:.1f} s, build {start['build_s']:.1f} s, first batch {start['first_batch_s']:.2f} s.</p>"
+        + f" Start-up: imports {start['imports_s']:.1f} s, build {start['build_s']:.1f} s,"
+        f" first batch {start['first_batch_s']:.2f} s.</p>"
         '<div class="scroll"><table><tr><th>milliseconds</th><th>p50</th><th>p95</th><th>p99</th><th>of</th></tr>'
         + "".join(rows) + "</table></div>"
     )  # fmt: skip
@@ -172,7 +223,13 @@ def section_limits(report: dict[str, Any]) -> str:
     )
 
 
-def plot(title: str, points: list[tuple[float, float]], unit: str, line: tuple[float, float] | None = None, pick: float | None = None) -> str:
+def plot(
+    title: str,
+    points: list[tuple[float, float]],
+    unit: str,
+    line: tuple[float, float] | None = None,
+    pick: float | None = None,
+) -> str:
     """A small line chart, from zero up; `line`: (a, b) of a fitted a + b x; `pick`: the x of the point to mark."""
     points = sorted(points)
     width, height, left, bottom, top = 250, 170, 42, 24, 30
@@ -207,7 +264,9 @@ def section_sweep(report: dict[str, Any]) -> str:
     fit, knees = sweep["fit"], sweep["knees"]
     pictures = []
     if fit:
-        pictures.append(plot("views an image", list(zip(fit["views"], fit["core_ms"])), "core-ms an image", (fit["a"], fit["b"])))
+        pictures.append(
+            plot("views an image", list(zip(fit["views"], fit["core_ms"])), "core-ms an image", (fit["a"], fit["b"]))
+        )
     for name in ("threads", "batch", "prefetch"):
         points = [(p["value"], p["images_per_s"]) for p in sweep["lines"][name]]
         if len(points) > 1:
@@ -220,7 +279,8 @@ def section_sweep(report: dict[str, Any]) -> str:
     )
     return (
         f'<h2>Other settings</h2><p class="note">The data path alone, one setting changed at a time.{law} Marked: the smallest'
-        f' setting within 3 % of the best.</p><div class="plots">{"".join(pictures)}</div><pre>{escape(terminal.command(report))}</pre>'
+        f' setting within 3 % of the best.</p><div class="plots">{"".join(pictures)}</div>'
+        f"<pre>{escape(terminal.command(report))}</pre>"
     )
 
 
@@ -230,7 +290,7 @@ def section_table(report: dict[str, Any]) -> str:
     body = []
     for row in report["stages"]:
         low, high = (max(0.0, x) for x in row["core_interval"])
-        cells = [row["name"], row["where"], number(row["core_ms"]), row["per"], f"{number(low)} – {number(high)}",
+        cells = [row["name"], row["where"], number(row["core_ms"]), row["per"], f"{number(low)} .. {number(high)}",
                  terminal.rate(row), number(row["views_per_s"]) if row["images_per_s"] else "-", number(row["core_ms_image"]),
                  number(gone[row["name"]]["images_per_s"]) if gone[row["name"]]["gain"] > 1.001 else "same"]  # fmt: skip
         mark = ' class="top"' if row["name"] == report["bottleneck"]["stage"] else ""
@@ -251,7 +311,8 @@ def section_baseline(report: dict[str, Any]) -> str:
         for r in report["baseline"]["rows"]
     )
     return (
-        '<h2>Against the baseline</h2><p class="note">Changed: the intervals are apart, by more than 5 %.</p><div class="scroll"><table>'
+        '<h2>Against the baseline</h2><p class="note">Changed: the intervals are apart, by more than 5 %.</p>'
+        '<div class="scroll"><table>'
         "<tr><th>stage</th><th>core-ms before</th><th>now</th><th>ratio</th><th>changed</th><th>images/s if undone</th></tr>"
         f"{rows}</table></div>"
     )

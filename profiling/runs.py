@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ from training.monitor import read_metrics
 def ask(folder: Path) -> str:
     """A table of where the time went and a sentence, from metrics.jsonl, config.json and env.json."""
     found = summary(folder)
-    lines = [f"{folder}: {found['steps']:,} steps of {found['batch']} images x {found['views']} views in {found['seconds']:,.0f} s"]
+    lines = [
+        f"{folder}: {found['steps']:,} steps of {found['batch']} images x {found['views']} views in {found['seconds']:,.0f} s"
+    ]
     lines.append(f"{'where the time went':24s}{'ms/image':>10s}{'share':>8s}")
     for name, ms in found["engine_ms"].items():
         lines.append(f"{'engine: ' + name:24s}{ms:10.3f}{ms / found['engine_budget_ms']:8.1%}  of the engine's threads")
-    lines.append(f"{'parameters':24s}{found['parameters_ms']:10.3f}{found['parameters_ms'] / found['ms']:8.1%}  of the training thread")
+    lines.append(
+        f"{'parameters':24s}{found['parameters_ms']:10.3f}{found['parameters_ms'] / found['ms']:8.1%}  of the training thread"
+    )
     lines.append(f"{'waiting for data':24s}{found['wait_ms']:10.3f}{found['data_wait']:8.1%}  of the training thread")
-    lines.append(f"{'training':24s}{found['training_ms']:10.3f}{found['training_ms'] / found['ms']:8.1%}  of the training thread")
+    lines.append(
+        f"{'training':24s}{found['training_ms']:10.3f}{found['training_ms'] / found['ms']:8.1%}  of the training thread"
+    )
     if found["core_ms"] is not None:
-        lines.append(f"{found['core_ms']:.2f} core-ms an image, {found['cores_used']:.2f} cores busy of {found['cores']}")
+        lines.append(
+            f"{found['core_ms']:.2f} core-ms an image, {found['cores_used']:.2f} cores busy of {found['cores']}"
+        )
     return "\n".join(lines) + "\n\n" + sentence(found)
 
 
@@ -34,7 +43,9 @@ def summary(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no run of train.py: {error}") from None
     if len(rows) < 2:
-        raise UserError(f"{folder}: {len(rows)} row(s) of timings are too few; two or more --log-every intervals are needed")
+        raise UserError(
+            f"{folder}: {len(rows)} row(s) of timings are too few; two or more --log-every intervals are needed"
+        )
     total = _differences(rows)
     images, seconds = total["images"], total["seconds"]
     threads, cores = int(config.get("threads") or 0) or int(env["cores"]), int(env["cores"])
@@ -52,7 +63,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def _differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums over neighbouring rows; where a counter falls, a resumed run began to count anew, and the pair is left out."""
     total: dict[str, Any] = {"images": 0, "seconds": 0.0, "steps": 0, "core_seconds": 0.0, "timings": {}}
-    for before, after in zip(rows, rows[1:]):
+    for before, after in pairwise(rows):
         if after["timings"]["batches"] < before["timings"]["batches"]:
             continue
         for key in ("images", "seconds", "core_seconds"):
@@ -68,7 +79,11 @@ def sentence(found: dict[str, Any]) -> str:
     said = f"{rate:,.1f} images/s ({rate * n_views:,.0f} views/s): "
     busy = sum(found["engine_ms"].values()) / found["engine_budget_ms"]
     if found["data_wait"] < 0.05:
-        return said + f"the network held it back; it waited for data {found['data_wait']:.1%} of the time (engine threads busy {busy:.0%})."
+        shared = sum(found["engine_ms"].values()) / (found["ms"] * found["cores"])
+        return said + (
+            f"training held it back; it waited for data {found['data_wait']:.1%} of the time. Making the views took"
+            f" {shared:.0%} of the host's cores."
+        )
     stage = max(found["engine_ms"], key=found["engine_ms"].__getitem__, default="the engine")
     best = 1e3 / (found["ms"] - found["wait_ms"])
     return said + (

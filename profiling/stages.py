@@ -73,7 +73,9 @@ def read(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text())
         schema = report["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no profile; `python tools/profile.py stages` writes one (profile.json): {error}") from None
+        raise UserError(
+            f"{path} is no profile; `python tools/profile.py stages` writes one (profile.json): {error}"
+        ) from None
     if schema != SCHEMA:
         raise UserError(f"{path} has schema {schema}, this program reads {SCHEMA}; measure again")
     return report

@@ -52,7 +52,9 @@ class Sweep:
         """(images/s, core-ms an image) of the loader with nobody behind it."""
         work = self.work
         if row["threads"] not in self.engines:
-            self.engines[row["threads"]] = engines.create(work.engine.name, work.store, work.device, threads=row["threads"])[0]
+            self.engines[row["threads"]] = engines.create(
+                work.engine.name, work.store, work.device, threads=row["threads"]
+            )[0]
         setup = work.setup
         policy = views.policy(setup.policy, row["views"], work.policy.groups[0].size, views.overrides(setup.augment))
         order = replace(work.plan, global_batch=row["batch"])
@@ -81,11 +83,20 @@ class Sweep:
         for name in base:
             line = [r for r in rows if all(r[k] == base[k] for k in base if k != name)]
             lines[name] = [{"value": r[name], "images_per_s": r["images_per_s"], "core_ms": r["core_ms"]} for r in line]
-        return {"lines": lines, "knees": {k: knee(lines[k]) for k in ("threads", "batch", "prefetch")}, "fit": fit(rows, base)}
+        return {
+            "lines": lines,
+            "knees": {k: knee(lines[k]) for k in ("threads", "batch", "prefetch")},
+            "fit": fit(rows, base),
+        }
 
     def points_base(self) -> dict[str, int]:
         work = self.work
-        return {"views": work.policy.views, "threads": work.threads, "batch": work.batch, "prefetch": work.setup.prefetch}
+        return {
+            "views": work.policy.views,
+            "threads": work.threads,
+            "batch": work.batch,
+            "prefetch": work.setup.prefetch,
+        }
 
 
 def knee(line: list[dict[str, float]]) -> float:

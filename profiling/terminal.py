@@ -75,7 +75,11 @@ def composed(report: dict[str, Any]) -> list[str]:
     lines = [
         f"observed {number(c['images_per_s'])} images/s ({number(low)} .. {number(high)}), {number(c['images_per_s'] * n_views)}"
         f" views/s; expected {number(c['expected_images_per_s'])}; efficiency {c['efficiency']:.0%}"
-        + (f"; {number(c['full_batch_images_per_s'])} images/s at batch {report['settings']['batch_size']}" if shrunk else ""),
+        + (
+            f"; {number(c['full_batch_images_per_s'])} images/s at batch {report['settings']['batch_size']}"
+            if shrunk
+            else ""
+        ),
         f"limits by resource, images/s: {used}",
         f"core-ms an image {number(c['core_ms'])} (stages alone: {number(c['expected_core_ms'])}); peak memory"
         f" {report['peak_bytes'] / 2**30:.2f} GiB",
@@ -119,7 +123,11 @@ def command(report: dict[str, Any]) -> str:
     words = ["python train.py", f"--data {settings['data']}", f"--views {settings['views']}"]
     if settings["backbone"] != "none":
         words.append(f"--backbone {settings['backbone']}")
-    words += [f"--batch-size {settings['batch_size']}", f"--threads {knees['threads']:.0f}", f"--prefetch {knees['prefetch']:.0f}"]
+    words += [
+        f"--batch-size {settings['batch_size']}",
+        f"--threads {knees['threads']:.0f}",
+        f"--prefetch {knees['prefetch']:.0f}",
+    ]
     if settings["policy"] != "simclr":
         words.append(f"--policy {settings['policy']}")
     if settings["size"]:

@@ -7,6 +7,7 @@ from typing import Any
 from profiling import expected
 from profiling.ceilings import Cost, from_json
 from profiling.expected import RESOURCES, Shape
+from profiling.terminal import number
 
 CHANGE = 0.05  # two runs of the same thing agree to this in core-ms; less is no change
 FIX = {
@@ -44,16 +45,16 @@ def sentence(report: dict[str, Any]) -> str:
     gone = next(row for row in report["what_if"] if row["stage"] == stage)
     rate, n_views = together["images_per_s"], report["shape"]["views"]
     text = (
-        f"{stage} is the bottleneck, {share:.0%} of the time of {RESOURCES[resource]}: {rate:,.1f} images/s"
-        f" ({rate * n_views:,.0f} views/s), {together['efficiency']:.0%} of what the stages alone let expect; without it"
-        f" {rate:,.1f} would become {gone['images_per_s']:,.1f}, held back by {gone['next']} then"
+        f"{stage} is the bottleneck, {share:.0%} of the time of {RESOURCES[resource]}: {number(rate)} images/s"
+        f" ({number(rate * n_views)} views/s), {together['efficiency']:.0%} of what the stages alone let expect; without it"
+        f" {number(rate)} would become {number(gone['images_per_s'])}, held back by {gone['next']} then"
     )
     if stage in FIX:
         text += f"; what helps: {FIX[stage]}"
     if changed := report.get("baseline", {}).get("culprit"):
         text += (
             f". Since the baseline {changed['stage']} costs {changed['ratio']:.2g}x; undoing that would bring"
-            f" {changed['images_per_s']:,.1f} images/s ({changed['gain']:.2f}x)"
+            f" {number(changed['images_per_s'])} images/s ({changed['gain']:.2f}x)"
         )
     elif "baseline" in report:
         text += ". Nothing that matters has changed since the baseline"
@@ -76,9 +77,13 @@ def compare(baseline: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
             continue
         before = earlier[cost.name]
         ratio = cost.core_ms / before["core_ms"] if before["core_ms"] else float("inf") if cost.core_ms else 1.0
-        apart = row["core_interval"][0] > before["core_interval"][1] or row["core_interval"][1] < before["core_interval"][0]
+        apart = (
+            row["core_interval"][0] > before["core_interval"][1] or row["core_interval"][1] < before["core_interval"][0]
+        )
         back = expected.what_if(costs, shape, cost.name, min(1 / ratio, 1e6) if ratio else 1.0, observed)
-        saved = expected.core_ms(costs, shape) - expected.core_ms(expected.scaled(costs, cost.name, back["factor"]), shape)
+        saved = expected.core_ms(costs, shape) - expected.core_ms(
+            expected.scaled(costs, cost.name, back["factor"]), shape
+        )
         rows.append({
             "stage": cost.name, "before_ms": before["core_ms"], "after_ms": cost.core_ms, "ratio": ratio,
             "changed": bool(apart and abs(ratio - 1) > CHANGE), "images_per_s": back["images_per_s"], "gain": back["gain"],

@@ -44,7 +44,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     together, resource = report["composed"], report["bottleneck"]["resource"]
     expected, observed = 1e3 / together["expected_images_per_s"], 1e3 / together["images_per_s"]
     names = [row["name"] for row in rows] + ["expected", "observed"]
-    style = {"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}
+    style: Any = {"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}
     with plt.rc_context(style):
         figure, ax = plt.subplots(figsize=(9.6, 1.9 + 0.36 * len(names)), dpi=150)
         span = max(expected, observed)
@@ -73,7 +73,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         figure.text(0.015, 1 - 0.16 / figure.get_figheight(), title, fontsize=13, fontweight="bold", va="top")
         figure.text(0.015, 1 - 0.46 / figure.get_figheight(), _subtitle(report), fontsize=8.5, color=MUTED, va="top")
         _legend(figure, rows)
-        figure.subplots_adjust(left=0.105, right=0.985, top=1 - 0.82 / figure.get_figheight(), bottom=0.55 / figure.get_figheight())
+        figure.subplots_adjust(
+            left=0.105, right=0.985, top=1 - 0.82 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Software": None})
         plt.close(figure)

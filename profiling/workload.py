@@ -25,7 +25,6 @@ from training import estimate, optim
 from training.step import Encoder, backward
 
 
-
 @dataclass(kw_only=True)
 class Setup:
     """What is run. The names and defaults are train.py's where it has them."""
@@ -78,7 +77,7 @@ class Training:
 
         dtype, self.precision = choose_precision(setup.precision, device)
         self.mean, self.std, self.device, self.size = mean, std, device, size
-        trunk = backbone.create(setup.backbone, image_size=size, stem=setup.stem)
+        trunk: Any = backbone.create(setup.backbone, image_size=size, stem=setup.stem)
         head = projector.Projector(trunk.num_features, setup.projector_dim, setup.projector_dim)
         self.plain = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dim = setup.projector_dim
@@ -141,7 +140,12 @@ class Workload:
         parts = {"plan": self.plan, "policy": self.policy, "engine": self.engine, "prefetch": self.setup.prefetch}
         parts.update(changes)
         return Loader(
-            self.store, parts["plan"], parts["policy"], parts["engine"], seed=self.setup.seed, prefetch=parts["prefetch"]
+            self.store,
+            parts["plan"],
+            parts["policy"],
+            parts["engine"],
+            seed=self.setup.seed,
+            prefetch=parts["prefetch"],
         )
 
     def close(self) -> None:
@@ -156,7 +160,9 @@ def view_size(setup: Setup, store: Store) -> int:
 def device_of(name: str) -> torch.device:
     wanted = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu, or install a driver that fits this torch")
+        raise UserError(
+            "--device cuda: torch sees no CUDA device; use --device cpu, or install a driver that fits this torch"
+        )
     return torch.device(wanted, 0 if wanted == "cuda" else None)  # type: ignore[arg-type]
 
 

@@ -24,13 +24,14 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pictures import class_folders
+
 from model import objective
-from pipeline import codec, engines, loader, shards, views
+from pipeline import codec, loader, shards, views
 from pipeline.engines import cpu, pixels
 from pipeline.plan import Plan
 from pipeline.store import Store
 from profiling import ceilings, stages, verdict, workload
-from pictures import class_folders
 from training.step import Encoder
 
 STAGES = ("plan", "index", "parameters", "read", "decode", "dispatch", "resize", "color", "blur", "solarize", "normalize",
@@ -133,16 +134,16 @@ def slow_view(step: str, times: int) -> list:
             elif step == "resize":
                 if min(box[v, b, 2:]) > 8:  # a view, and not what is left when the profiler takes the views away
                     repeated(pixels.resize, times - 1)(image, box[v, b], flip[v, b], color[v, b], scratch)
-            elif step == "color" and not np.array_equal(color[v, b], np.eye(3, 4)):
-                work(times)
-            elif step == "solarize" and solarize[v, b]:
+            elif (step == "color" and not np.array_equal(color[v, b], np.eye(3, 4))) or (
+                step == "solarize" and solarize[v, b]
+            ):
                 work(times)
 
     return [patch.object(cpu, "render", render)]
 
 
 def patches(stage: str, times: int) -> list:
-    """What makes `stage` do its work `times` times; of color, solarize and dispatch, which cost next to nothing, a unit of work."""
+    """What makes `stage` do its work `times` times; of color, solarize and dispatch, next to nothing, a unit of work."""
     return {
         "plan": lambda: everywhere("batch", times, Plan),
         "index": lambda: slow_index(times),
@@ -190,7 +191,9 @@ def factor_for(stage: str, base: dict[str, Any]) -> int:
     if stage in ("color", "solarize", "dispatch"):  # in units of work: an image, or a view that has this step
         share = {"color": 0.84, "solarize": 0.5, "dispatch": 0.25}[stage] * base["shape"]["views"]
         return max(1, round(1.2 * total / UNIT_MS / share))
-    cached = {"normalize": 4, "read": 2, "objective": 2}.get(stage, 1)  # the same again is cheaper: warm memory, no gradient
+    cached = {"normalize": 4, "read": 2, "objective": 2}.get(
+        stage, 1
+    )  # the same again is cheaper: warm memory, no gradient
     return int(np.clip(round(1.2 * cached * total / max(1e-6, cost[stage])), 3, 200_000))
 
 
@@ -239,7 +242,9 @@ def main() -> None:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-        (args.out / "validity.json").write_text(json.dumps(summary | {"environment": base["environment"]}, indent=1) + "\n")
+        (args.out / "validity.json").write_text(
+            json.dumps(summary | {"environment": base["environment"]}, indent=1) + "\n"
+        )
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -256,8 +261,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
             stage: {
                 "named": sum(n for n, row in zip(named, rows) if row["stage"] == stage),
                 "runs": sum(row["stage"] == stage for row in rows),
-                "worst_core_error": max((abs(row["core_error"]) for row in rows if row["stage"] == stage)),
-                "worst_error": max((abs(row["error"]) for row in rows if row["stage"] == stage)),
+                "worst_core_error": max(abs(row["core_error"]) for row in rows if row["stage"] == stage),
+                "worst_error": max(abs(row["error"]) for row in rows if row["stage"] == stage),
             }
             for stage in dict.fromkeys(row["stage"] for row in rows)
         },
