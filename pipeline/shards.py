@@ -26,7 +26,7 @@ from pipeline.errors import UserError, nearest
 VERSION = 1
 FORMATS = {"webdataset": tar, "ffcv": beton}
 MANIFEST, WORK, STAMP = "manifest.json", ".work", ".stamp.json"
-MIN_SHARD, MAX_SHARD = 8 << 20, 256 << 20
+MIN_SHARD, MAX_SHARD = 16 << 20, 256 << 20
 KEY_LENGTH = 90  # a ustar name has 100 bytes
 CHECKS = ("decode", "headers")
 SAMPLED = 16  # with check=headers one image in so many is decoded all the same, for the statistics
@@ -43,7 +43,7 @@ class Options:
     quality: int = codec.QUALITY
     max_pixels: int = 100_000_000
     seed: int = 0
-    shard_mb: int = 0  # 0 = a 64th of the source, between 8 and 256 MB
+    shard_mb: int = 0  # 0 = a 64th of the source, between 16 and 256 MB
     unlabelled: bool = False
     check: str = "decode"
 
@@ -152,7 +152,7 @@ def convert_shard(row: Row) -> dict:
     final, work = job.out / row.name, job.out / WORK
     temporary = final.with_name(f".{row.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w+b", buffering=1 << 20) as file:
+        with open(temporary, "w+b", buffering=1 << 16) as file:
             planar = job.options.encoding == "yuv420"
             writer = FORMATS[job.options.format].Writer(file, len(row.samples), planar)
             contents = _fill(writer, row, job)
@@ -163,6 +163,7 @@ def convert_shard(row: Row) -> dict:
         if isinstance(writer, tar.Writer):
             write_text(final.with_suffix(".idx"), writer.index_text())
         os.replace(temporary, final)
+        _sync_folder(job.out)
     finally:
         temporary.unlink(missing_ok=True)
     index.write(index.build(contents.rows, contents.keys), work / f"{row.name}.index")
@@ -173,7 +174,7 @@ def convert_shard(row: Row) -> dict:
         "sums": contents.sums.tolist(),
         "pixels": contents.pixels,
     }
-    write_text(work / f"{row.name}.json", json.dumps(result))  # also syncs the folders' renames: the last step
+    write_text(work / f"{row.name}.json", json.dumps(result))  # the last step
     return result
 
 

@@ -87,7 +87,7 @@ class Listing:
 def listing(root: Path) -> Listing:
     """Walk a tree; follows links to folders, each real folder once, so a loop of links ends."""
     found, seen, entries = Listing(), set(), []  # type: ignore[var-annotated]
-    todo = [(str(root), "")]
+    todo = [(os.path.realpath(root), "")]
     while todo:
         path, relative = todo.pop()
         try:
@@ -96,7 +96,7 @@ def listing(root: Path) -> Listing:
                 found.problems.append({"name": relative, "reason": "leads back to a folder already read"})
                 continue
             seen.add((real.st_dev, real.st_ino))
-            found.folders.append(os.path.realpath(path))
+            found.folders.append(path)
             children = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError as error:
             found.problems.append({"name": relative or ".", "reason": f"cannot be read: {error.strerror}"})

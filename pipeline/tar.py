@@ -32,10 +32,11 @@ class Writer:
         return data_at + len(front)
 
     def _write(self, *parts) -> None:
-        data = b"".join(parts)
-        self.file.write(data)
-        self.digest.update(data)
-        self.at += len(data)
+        for part in parts:  # not joined: that would be another copy of the payload
+            data = part.reshape(-1).data if isinstance(part, np.ndarray) else part
+            self.file.write(data)
+            self.digest.update(data)
+            self.at += len(data)
 
     def finish(self) -> str:
         """End the archive; returns its SHA-256."""

@@ -40,7 +40,7 @@ class Write:
     seed: int = 0
     """Of the order in which samples are laid down."""
     shard_mb: int = 0
-    """Source megabytes a shard; 0 = a 64th of the source, between 8 and 256."""
+    """Source megabytes a shard; 0 = a 64th of the source, between 16 and 256."""
     max_rejected: str = "1%"
     """Images that may be set aside before the conversion counts as failed: a percentage or a fraction."""
     max_pixels: int = 100_000_000
