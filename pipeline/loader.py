@@ -114,13 +114,16 @@ class Loader:
 
 
 def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """(x - mean) / std with mean and std in 0..255, on the views' device; (..., 3, S, S), channels-last memory."""
-    last = views.movedim(-3, -1)
-    width = last.shape[-2]
-    scale = torch.tensor([1 / s for s in std] * width, device=views.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std)] * width, device=views.device)
-    rows = last.reshape(-1, 3 * width).to(torch.float32)  # whole rows: on the CPU twice as fast as channels of three
-    return torch.addcmul(shift, rows, scale, out=rows).to(dtype).view(last.shape).movedim(-1, -3)
+    """(x - mean) / std with mean and std in 0..255, on the views' device; (..., 3, S, S), channels-last memory.
+
+    Along rows of 3 S numbers: a kernel that repeats three numbers spends two to four times as long on the CPU.
+    """
+    width = views.shape[-1]
+    scale = torch.tensor([1 / s for s in std], device=views.device, dtype=torch.float32).repeat(width)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=views.device, dtype=torch.float32).repeat(width)
+    rows = views.movedim(-3, -1).flatten(-2).to(torch.float32, copy=True)
+    torch.addcmul(shift, rows, scale, out=rows)
+    return rows.unflatten(-1, (width, 3)).movedim(-1, -3).to(dtype)
 
 
 def embed_batches(
