@@ -18,6 +18,7 @@ from training import checkpoint
 class Estimate:
     """Cost of one view (one row through the network, forward and backward) and of what does not grow with rows."""
 
+    rows: int  # of the trial
     seconds_per_view: float
     bytes_per_view: int
     fixed_bytes: int  # weights, gradients and two optimizer moments
@@ -38,7 +39,8 @@ def trial(
     """
     state = checkpoint.random_state()
     twin = copy.deepcopy(encoder)
-    x = torch.randn(8, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    rows = max(8, min(256, 2**18 // size**2))  # few, but enough that the cost a call has anyway does not show
+    x = torch.randn(rows, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,7 +62,7 @@ def trial(
     seconds = time.perf_counter() - start
     weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
     checkpoint.restore_random_state(state)
-    return Estimate(seconds / len(x), max(1, sum(saved.values()) // len(x)), 4 * weights)
+    return Estimate(rows, seconds / len(x), max(1, sum(saved.values()) // len(x)), 4 * weights)
 
 
 def _synchronize(device: torch.device) -> None:
