@@ -382,6 +382,10 @@ def page(result: dict[str, Any]) -> str:
         f"turn, of the {CLOCKS[clock]}. In brackets: times the same form at the smallest V. `peak` is what is "
         "allocated at once on top of the embeddings, gradients included.",
         "",
+        "In one process the norm of a D x D correlation of n rows is taken from its n x n twin where n < D, since "
+        "|z^T z| = |z z^T|: `mean`, `paper` and `vicreg` do at every V here where B < D; `vicreg-pooled` and `spectral` "
+        "(n = V B) up to V B = D, from where on they cost what the D x D product costs. `cross` needs D x D.",
+        "",
     ]
     for dim in sorted({row["dim"] for row in rows}):
         lines += table([row for row in rows if row["dim"] == dim], clock)

@@ -12,5 +12,6 @@ done
 [[ -n ${PHOTOS:-} ]] && $python tools/profile.py shards --source "$PHOTOS"
 $python tools/profile.py peers --data shards/photos --views 1,2,4,8,16 --json results/pipeline.json
 $python tools/profile.py objective --views 2,4,8,16 --dim 256,2048,8192 --json results/objective.json
+$python tools/theory.py
 $python tools/profile.py trainer --data "$small"
 $python tools/profile.py stages --data shards/photos --views 8 --backbone resnet18 --json results/stages.json
