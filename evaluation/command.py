@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from evaluation import compare, encoder, figures, report, smoke, suite, tables
-from pipeline.errors import UserError
+from evaluation import compare, encoder, figures, finetune, report, smoke, suite, tables
+from pipeline.errors import UserError, nearest
 from training.monitor import environment
 
 
@@ -39,6 +39,10 @@ class Config:
     """Of sub-samples, heads, held-out splits and the untrained network."""
     epochs: int = 100
     """Of the linear probes."""
+    preset: str = "byol2"
+    """Of few-shot fine-tuning: byol2, byol1, swav, barlowtwins."""
+    finetune_bn: bool = False
+    """A BatchNorm before the head in fine-tuning."""
     finetune_epochs: int = 0
     """Of few-shot and full fine-tuning; 0 = the presets' 30 and 100."""
     batch: int = 256
@@ -116,7 +120,8 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
     quick = set(asked) <= set(suite.QUICK)
     options = suite.Options(
         protocols=asked, limit=config.limit if config.limit is not None else suite.QUICK_LIMIT if quick else 0,
-        seed=config.seed, batch=config.batch, epochs=config.epochs, finetune_epochs=config.finetune_epochs,
+        seed=config.seed, batch=config.batch, epochs=config.epochs, preset=few_shot_preset(config.preset),
+        finetune_bn=config.finetune_bn, finetune_epochs=config.finetune_epochs,
         engine=config.engine, device=str(device), threads=config.threads, policy=settings.get("policy", "simclr"),
         augment=tuple(settings.get("augment", ())),
     )  # fmt: skip
@@ -144,6 +149,13 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
     written = [work.file, report.write(out, content, run, drawn)] if config.plots else [work.file]
     print(f"\n{', '.join(map(str, written))}: {time.perf_counter() - begun:.0f} s")
     return content
+
+
+def few_shot_preset(name: str) -> str:
+    known = sorted({p.partition("-")[0] for p in finetune.PRESETS} - {"full"})
+    if name not in known:
+        raise UserError(nearest("preset", name, known))
+    return name
 
 
 def opened(paths: list[Path], options: suite.Options) -> list[suite.Data]:

@@ -106,14 +106,16 @@ class Correlation:
 
 
 def read(paths: list[Path]) -> list[dict]:
-    """The result rows of these run directories (or eval.json files), in an order that does not depend on theirs."""
+    """The result rows of these run directories, their checkpoints included (or of eval.json files).
+
+    In an order that does not depend on theirs."""
     rows: list[dict] = []
     missing = []
     for path in sorted(set(paths)):
-        file = path / "eval.json" if path.is_dir() else path
-        if file.is_file() and file.suffix == ".json":
-            rows += json.loads(file.read_text())["results"]
-        elif path.is_dir() and not (path / "correlations.csv").exists():
+        files = [path / "eval.json", *sorted(path.glob("eval-*/eval.json"))] if path.is_dir() else [path]
+        found = [row for file in files if file.is_file() for row in json.loads(file.read_text())["results"]]
+        rows += found
+        if not found and path.is_dir() and not (path / "correlations.csv").exists():
             missing.append(f"{path}: no eval.json there; make it with `python tools/evaluate.py {path}`")
     if not rows:
         raise UserError(

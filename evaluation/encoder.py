@@ -44,6 +44,7 @@ class Encoder:
     step: str = ""
     method: str = ""
     pretrained_on: str = ""
+    trained_by: str = ""  # the command
 
     @property
     def crop_ratio(self) -> float:
@@ -103,8 +104,9 @@ def _exported(path: Path) -> Encoder:
     made = _described(header, header.get("source") or file.stem)
     fill(made.module, load_file(file), file.as_posix())
     config = _config(file.parent)
-    return replace(made, run=path.name if path.is_dir() else file.stem, sha256=_sha256(file), source=file.as_posix(),
-                   step=header.get("step", str(config.get("steps", ""))), **_history(config))  # fmt: skip
+    return replace(made, run=file.resolve().parent.name if config else file.stem, sha256=_sha256(file),
+                   source=file.as_posix(), step=header.get("step", str(config.get("steps", ""))),
+                   **_history(file.parent, config))  # fmt: skip
 
 
 def _checkpoint(path: Path, key: str | None) -> Encoder:
@@ -123,7 +125,7 @@ def _checkpoint(path: Path, key: str | None) -> Encoder:
     tensors = {k.removeprefix("module."): v for k, v in state[key].items() if k != "n_averaged"}
     fill(made.module, {k.removeprefix("backbone."): v for k, v in tensors.items()}, path.as_posix())
     return replace(made, sha256=_sha256(path), source=f"{path.as_posix()} ({key})", step=str(state["step"]),
-                   **_history(config))  # fmt: skip
+                   **_history(folder, config))  # fmt: skip
 
 
 def _described(header: dict[str, str], run: str) -> Encoder:
@@ -138,9 +140,11 @@ def _config(run: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _history(config: dict[str, Any]) -> dict[str, Any]:
+def _history(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     data = config.get("dataset") or Path(str(config.get("data", ""))).name
-    return {"method": str(config.get("objective", "")), "pretrained_on": data}
+    environment = json.loads((run / "env.json").read_text()) if (run / "env.json").is_file() else {}
+    command = f"python {environment['command']} (commit {environment['commit']})" if environment else ""
+    return {"method": str(config.get("objective", "")), "pretrained_on": data, "trained_by": command}
 
 
 def _three(text: str) -> tuple[float, float, float]:

@@ -109,10 +109,11 @@ def _images(encoder: Encoder, store: Store, batches: list[np.ndarray], engine: A
             drawn = views.draw(encoder.image_size, encoder.crop_ratio, ids, store)
             waiting.append([engine.submit(ids, p) for p in drawn])
         while len(waiting) > (0 if ids is None else 1):
-            yield torch.cat([_result(pending, store) for pending in waiting.popleft()])
+            yield torch.cat([result(pending, store) for pending in waiting.popleft()])
 
 
-def _result(pending: Any, store: Store) -> Tensor:
+def result(pending: Any, store: Store) -> Tensor:
+    """The one group of views (V, B, 3, S, S) of a batch under way; `UserError` for a damaged sample."""
     try:
         (group,) = pending.result()
     except Corrupt as error:

@@ -20,6 +20,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from evaluation.encoder import Encoder
+from evaluation.features import result
 from evaluation.linear import MOMENTUM, schedule
 from pipeline.errors import UserError
 from pipeline.loader import normalize
@@ -183,13 +184,13 @@ def _batches(
             )
             waiting.append((epoch, chosen, engine.submit(chosen, drawn)))
             if len(waiting) > 1:
-                yield _ready(*waiting.pop(0))
+                yield _ready(store, *waiting.pop(0))
     for one in waiting:
-        yield _ready(*one)
+        yield _ready(store, *one)
 
 
-def _ready(epoch: int, chosen: np.ndarray, pending: Any) -> tuple[int, np.ndarray, Tensor]:
-    return epoch, chosen, pending.result()[0][0]
+def _ready(store: Store, epoch: int, chosen: np.ndarray, pending: Any) -> tuple[int, np.ndarray, Tensor]:
+    return epoch, chosen, result(pending, store)[0]
 
 
 @torch.inference_mode()
@@ -202,7 +203,7 @@ def predict(
     parts = []
     for chosen in np.array_split(ids, math.ceil(len(ids) / batch)):
         drawn = clean(encoder.image_size, store.heights[chosen], store.widths[chosen], encoder.crop_ratio)
-        images = engine(chosen, drawn)[0][0].to(device)
+        images = result(engine.submit(chosen, drawn), store)[0].to(device)
         x = normalize(images, encoder.mean, encoder.std, torch.float32)
         parts.append(model(x.contiguous(memory_format=torch.channels_last)).float().cpu())
     return torch.cat(parts)

@@ -209,6 +209,7 @@ def _weights(run: Path) -> str:
 def _facts(content: dict) -> str:
     facts = {
         "weights": f"{content['source']} {content['sha256']}",
+        "trained by": content["trained_by"],
         "parameters and buffers": content["checkpoint"],
         "evaluation view": content["transform"],
         "step": content["step"],

@@ -47,6 +47,8 @@ class Options:
     seed: int = 0
     batch: int = 256
     epochs: int = 100  # of the linear probes
+    preset: str = "byol2"  # of few-shot fine-tuning
+    finetune_bn: bool = False
     finetune_epochs: int = 0  # 0 = the presets'
     engine: str = "auto"
     device: str = "cpu"
@@ -81,7 +83,8 @@ class Data:
     def facts(self) -> dict[str, Any]:
         known = targets.TARGETS.get(self.name)
         return {"train": len(self.train_ids), "test": len(self.test_ids), "classes": self.train.classes,
-                "shift": known.shift if known else "unknown", "notes": self.notes}  # fmt: skip
+                "shift": known.shift if known else "unknown", "metric": known.metric if known else "top1",
+                "notes": self.notes}  # fmt: skip
 
     def labels(self, split: str) -> Tensor:
         store, ids = (self.train, self.train_ids) if split == "train" else (self.test, self.test_ids)
@@ -111,7 +114,8 @@ def open_data(path: Path, options: Options) -> Data:
     if needs_labels and len(train.classes) < 2:
         raise UserError(f"{path}: one class ({train.classes[0]}), so every answer would be right: {help_text}")
     classes = len(train.classes)
-    notes = targets.differences(train.name, train.labels, test.labels, classes)
+    jpeg = train.read(0).ndim == 1
+    notes = targets.differences(train.name, train.labels, test.labels, classes, jpeg)
     train_ids = _sample(train.labels, labelled if len(labelled) else np.arange(len(train)), options.limit, options.seed)
     test_pool = np.flatnonzero(test.labels >= 0) if len(labelled) else np.arange(len(test))
     test_ids = _sample(test.labels, test_pool, options.limit // 2, options.seed)
@@ -176,6 +180,7 @@ class Suite:
             "backbone": encoder.backbone,
             "method": encoder.method,
             "pretrained_on": encoder.pretrained_on,
+            "trained_by": encoder.trained_by,
             "image_size": encoder.image_size,
             "transform": f"centre square of {encoder.crop_ratio:g} of the short side, resized to {encoder.image_size} px",
             "datasets": dict(sorted(self.datasets.items())),
@@ -237,7 +242,8 @@ class Suite:
 
     def problem(self, weights: str, data: Data, kind: str = "clean") -> Problem:
         device = self.options.device
-        x, queries = (self.features(weights, data, split, kind).mean(1).to(device) for split in ("train", "test"))
+        both = (self.features(weights, data, split, kind) for split in ("train", "test"))
+        x, queries = ((z.mean(1) if z.shape[1] > 1 else z[:, 0]).to(device) for z in both)
         return Problem(x, data.labels("train").to(device), queries, data.labels("test").to(device), data.classes)
 
     # ------------------------------------------------------------------------------------------------------ cells
@@ -341,7 +347,8 @@ class Suite:
         for share, seed in jobs:
             subset = fewshot.subset(data.train.labels, share, seed)
             subset.save(self.out / "subsets" / f"{data.name}-{share * 100:g}pct-seed{seed}.json")
-            self._tune(f"fewshot-{share * 100:g}%", f"finetune {share * 100:g}%", weights, data, subset, "byol2", seed)
+            preset = o.preset if o.preset in finetune.PRESETS else f"{o.preset}-{share * 100:g}%"
+            self._tune(f"fewshot-{share * 100:g}%", f"finetune {share * 100:g}%", weights, data, subset, preset, seed)
         if "full" in o.protocols:
             everything = fewshot.Subset(data.train_ids, 1.0, o.seed, 1.0)
             self._tune("full", "finetune full", weights, data, everything, "full", o.seed)
@@ -358,16 +365,18 @@ class Suite:
             f" {preset_name}: SGD {preset.backbone_rate:g} / head {preset.head_rate:g} per 256, {preset.epochs} epochs,"
             f" {preset.warmup} of warm-up{extras}; last epoch"
         )
+        bn = self.options.finetune_bn
 
         def make() -> Iterator[Result]:
             encoder, device = self.encoders[weights], self.options.device
             with encoders.frozen(encoder.module):  # the tuned network is a copy
                 model = finetune.train(encoder, data.train, subset.ids, data.classes, self.engine(data.train), preset,
-                                       seed=seed, device=device)  # fmt: skip
+                                       bn=bn, seed=seed, device=device)  # fmt: skip
             found = finetune.predict(model, encoder, data.test, data.test_ids, self.engine(data.test),
                                      batch=self.options.batch, device=device)  # fmt: skip
-            yield Result(name, "raw", text, metrics.score(found, data.labels("test")), seed=seed)
+            yield Result(name, "bn" if bn else "raw", text, metrics.score(found, data.labels("test")), seed=seed)
 
+        cell = f"{cell}-bn" if bn else cell
         self.cell(f"{cell}-draw{seed}", weights, data, {"preset": asdict(preset), "subset": subset.sha256}, make)
 
     # ------------------------------------------------------------------------------------------- between datasets

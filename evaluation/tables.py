@@ -187,6 +187,8 @@ def markdown(contents: list[dict], command: str, facts: dict[str, Any]) -> str:
         made.append(
             f"{content['image_size']} px ({content['transform']}); {weights}; parameters `{content['checkpoint'][:16]}`."
         )
+        if content["trained_by"]:
+            made.append(f"Trained by `{content['trained_by']}`.")
         for dataset in content["datasets"]:
             made += _markdown_table(dataset, content)
     return "\n\n".join(made) + "\n"

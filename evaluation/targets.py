@@ -17,6 +17,7 @@ class Target:
     classes: int
     shift: str  # against ImageNet or CIFAR photographs
     metric: str = "top1"
+    pixels: bool = True  # published as exact pixels, not as JPEG
 
 
 TARGETS = {
@@ -25,12 +26,14 @@ TARGETS = {
     "stl10": Target(5_000, 8_000, 10, "other photographs, 96 px, mostly CIFAR-10's classes, few labels"),
     "fashion-mnist": Target(60_000, 10_000, 10, "grey product pictures on black"),
     "digits": Target(1_438, 359, 10, "8x8 handwritten digits: no photographs, no color"),
-    "imagenet": Target(1_281_167, 50_000, 1000, "none for ImageNet encoders"),
-    "imagenet100": Target(126_689, 5_000, 100, "100 of ImageNet's classes"),
+    "imagenet": Target(1_281_167, 50_000, 1000, "none for ImageNet encoders", pixels=False),
+    "imagenet100": Target(126_689, 5_000, 100, "100 of ImageNet's classes", pixels=False),
 }
 
 
-def differences(name: str, train_labels: np.ndarray, test_labels: np.ndarray, classes: int) -> list[str]:
+def differences(
+    name: str, train_labels: np.ndarray, test_labels: np.ndarray, classes: int, jpeg: bool = False
+) -> list[str]:
     """Where shards called `name` differ from what is known of the set; classes that no label has are named too."""
     notes = []
     for split, labels in (("train", train_labels), ("test", test_labels)):
@@ -41,5 +44,7 @@ def differences(name: str, train_labels: np.ndarray, test_labels: np.ndarray, cl
         known = TARGETS[name]
         found = {"training images": (len(train_labels), known.train), "test images": (len(test_labels), known.test),
                  "classes": (classes, known.classes)}  # fmt: skip
+        if jpeg and known.pixels:
+            notes.append("a JPEG copy of the exact images, so not strictly comparable with published numbers")
         notes += [f"{a:,} {what}, where the set has {b:,}" for what, (a, b) in found.items() if a != b]
     return notes

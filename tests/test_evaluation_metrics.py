@@ -1,9 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from evaluation import metrics, tables
+from evaluation import metrics, tables, targets
 
 
 def scores_of(predictions: list[int], classes: int) -> torch.Tensor:
@@ -81,9 +82,22 @@ def test_markdown_names_its_command():
     ]
     facts = {"train": 400, "test": 100, "classes": ["a", "b"], "shift": "unknown", "notes": ["a note"]}
     content = {"run": "r", "backbone": "net", "pretrained_on": "d", "image_size": 32, "transform": "t", "sha256": "f" * 64,
-               "source": "s", "checkpoint": "c" * 64, "datasets": {"d": facts}, "results": rows}  # fmt: skip
-    text = tables.markdown([json.loads(json.dumps(content))], "python tools/evaluate.py runs/r",
-                           {"versions": {"torch": "9"}, "commit": "abc", "python": "3", "device": "cpu", "threads": 2})  # fmt: skip
+               "source": "s", "checkpoint": "c" * 64, "trained_by": "python train.py",
+               "datasets": {"d": facts}, "results": rows}  # fmt: skip
+    facts = {"versions": {"torch": "9"}, "commit": "abc", "python": "3", "device": "cpu", "threads": 2}
+    text = tables.markdown([json.loads(json.dumps(content))], "python tools/evaluate.py runs/r", facts)
     assert "Made by `python tools/evaluate.py runs/r`" in text
     assert "| knn k=20 | l2 | 80.00 | [71.12, 86.66] | 50.00 |" in text
     assert "400 training and 100 test images, 2 classes; a note" in text
+
+
+def test_what_a_known_dataset_lacks_is_said():
+    train, test = np.repeat(np.arange(10), 5000), np.repeat(np.arange(10), 1000)
+    assert targets.differences("cifar10", train, test, 10) == []
+    assert "JPEG copy" in targets.differences("cifar10", train, test, 10, jpeg=True)[0]
+    assert targets.differences("cifar10", train[:40000], test, 10) == [
+        "2 of 10 classes have no train image",
+        "40,000 training images, where the set has 50,000",
+    ]
+    assert targets.differences("mine", train, test[:9000], 10) == ["1 of 10 classes have no test image"]
+    assert len(targets.TARGETS) >= 5

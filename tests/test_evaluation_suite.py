@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from evaluation import command as cli
@@ -242,7 +243,7 @@ def test_a_trained_network_beats_a_random_one(digits, tmp_path):
     random = replace(encoder.load(str(run)), image_size=16)
     data = suite.open_data(digits, suite.Options())
     engine = engines.create("cpu", data.train, threads=1)[0]
-    preset = finetune.Preset(0.1, 0.1, 5, batch=64)
+    preset = finetune.Preset(0.5, 0.5, 8, batch=64)
     trained = finetune.train(random, data.train, data.train_ids, 10, engine, preset).backbone
     engine.close()
     header = {k: v for k, v in backbone.metadata(run).items() if k not in ("format", "num_features")}
@@ -319,6 +320,7 @@ def _unlabelled(store):
         (("RUN", "--data", "DATA", "DATA"), "two sets of shards are called patterns"),
         (("RUN", "--weights", "x.pth"), "--weights and --image-size go with a target timm:NAME"),
         (("timm:resnet10t", "--weights", "none.pth"), "none.pth: no such file"),
+        (("RUN", "--preset", "swaw"), "unknown preset 'swaw'; nearest: swav"),
         (("compare",), "no run directories given"),
     ],
 )
@@ -331,6 +333,36 @@ def test_messages(made, words, said, monkeypatch, capsys):
 
 def test_unknown_flag_is_exit_2():
     assert command("tools/evaluate.py", "runs/x", "--protocol", "knn").returncode == 2
+
+
+def test_checkpoints_of_a_run_are_compared_with_it(made, tmp_path):
+    """Each has its own folder in the run's, its step in the rows, and counts as a model of the same run."""
+    run = copy(made[0][0], tmp_path)
+    (run / "checkpoints").mkdir()
+    for step in (10, 20):
+        torch.manual_seed(step)
+        tensors = backbone.create("resnet10-narrow", image_size=32).state_dict()
+        state = {"encoder": {f"backbone.{k}": v for k, v in tensors.items()}, "step": step}
+        torch.save(state, run / "checkpoints" / f"step-{step:09d}.pt")
+    for target in (run, *(run / "checkpoints").glob("*.pt")):
+        evaluate(target, protocols=("knn",), limit=100)
+    rows = compare.read([run])
+    assert {row["step"] for row in rows if row["weights"] == "trained"} == {"0", "10", "20"}
+    models = next(iter(compare.table(rows).values()))
+    assert len(models) == 3 and {m[0] for m in models} == {run.name}
+
+
+def test_fine_tuning_flags(made, tmp_path):
+    content = evaluate(
+        made[0][0], out=tmp_path, protocols=("fewshot",), finetune_epochs=1, preset="swav", finetune_bn=True
+    )
+    texts = {line["protocol"]: (line["norm"], line["text"]) for line in content["table"]}
+    assert texts["finetune 1%"][0] == texts["finetune 10%"][0] == "bn"
+    assert "swav-1%: SGD 0.02 / head 5 per 256, 1 epochs" in texts["finetune 1%"][1]
+    assert "swav-10%: SGD 0.01 / head 0.2 per 256" in texts["finetune 10%"][1]
+    assert "5 labels (2.500% of the training data)" in texts["finetune 1%"][1]  # one of each class, and it says so
+    written = json.loads((tmp_path / "subsets" / "patterns-1pct-seed0.json").read_text())
+    assert len(written["ids"]) == 5
 
 
 def test_compare_command(made, tmp_path):
