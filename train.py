@@ -27,11 +27,11 @@ import torch.distributed as dist
 
 from evaluation import online
 from model import backbone, objective, projector
-from pipeline import engines, views
+from pipeline import engines, sheet, views
 from pipeline.errors import UserError, run
 from pipeline.loader import Loader, normalize
 from pipeline.plan import plan
-from pipeline.store import Store
+from pipeline.store import Corrupt, Store
 from training import checkpoint, config, estimate, monitor, optim
 from training.config import Config
 from training.run import Run
@@ -140,7 +140,9 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     )  # fmt: skip
     if rank == 0:
         config.save(cfg, folder / "config.json", size=size, out=str(folder), steps=steps, lr=peak, dataset=store.name)
-        pass  # contact sheet
+        with contextlib.suppress(Corrupt):  # a damaged image is the loop's business, not the picture's
+            path = folder / "plots" / "views.png"
+            sheet.contact_sheet(store, policy, order.batch(0)[0][:4], path, renders={engine.name: engine}, seed=cfg.seed)
     for line in [*said, f"run        {folder}" + (f", resumed at step {start}" if start else "")]:
         log.say(line)
 

@@ -82,10 +82,10 @@ def _accuracy(run: Path, rows: list[dict[str, Any]]) -> None:
         (axes[1], "views", 1e-6, "views seen (millions)"),
     ):
         x = _column(rows, key) * factor
-        for name, text in (("knn", "kNN"), ("linear", "linear (ridge)")):
+        for name, text in (("knn", "kNN"), ("linear", "linear")):
             ax.plot(x, 100 * _column(rows, name), marker="o", markersize=3, label=text)
         ax.set_xlabel(label)
-    axes[0].set(title="Online probes, held-out images", ylabel="accuracy (%)")
+    axes[0].set(title="Online probes, training images", ylabel="accuracy (%)")
     axes[0].legend()
     _finish(run, "accuracy.png")
 
@@ -106,7 +106,7 @@ def _collapse(run: Path, rows: list[dict[str, Any]]) -> None:
     twin.grid(False)
     twin.spines["right"].set_visible(True)
     lines = [*ax.lines, *twin.lines]
-    ax.legend(lines, [str(line.get_label()) for line in lines])
+    ax.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
     _finish(run, "collapse.png")
 
 
@@ -120,7 +120,7 @@ def _throughput(run: Path, rows: list[dict[str, Any]]) -> None:
     twin.set(ylabel="share of time waiting for data (%)", ylim=(0, 100))
     twin.grid(False)
     twin.spines["right"].set_visible(True)
-    ax.legend([ax.lines[0], twin.collections[0]], ["views/s", "waiting for data"], loc="upper right")
+    ax.legend([ax.lines[0], twin.collections[0]], ["views/s", "waiting for data"], loc="center right")
     _finish(run, "throughput.png")
 
 
