@@ -4,15 +4,18 @@ step, memory, shards."""
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 # This folder must not be on the path: torch imports cProfile, which imports `profile`, and that must not be this file.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and like there before torch is loaded
+
 from pipeline.errors import UserError, nearest, run
 
-NAMES = ("capacity", "diff", "memory", "objective", "peers", "shards", "stages", "step")
+NAMES = ("capacity", "diff", "jitter", "memory", "objective", "peers", "shards", "stages", "step", "throughput")
 
 
 def main() -> int | None:
