@@ -169,8 +169,12 @@ def device_of(name: str) -> torch.device:
 def build(setup: Setup, step_seconds: float) -> Workload:
     """Open the data, the engine and, unless the backbone is `none`, the model. On the CPU a step that would take longer
     than `step_seconds` is measured with fewer images."""
+    from train import keep_memory
+
     torch.manual_seed(setup.seed)
     device = device_of(setup.device)
+    if device.type == "cpu":
+        keep_memory()
     store = Store(setup.data, setup.split)
     size = view_size(setup, store)
     policy = views.policy(setup.policy, setup.views, size, views.overrides(setup.augment))
