@@ -111,13 +111,13 @@ def dali_index(path: Path) -> str:
     last = None
     with tarfile.open(path, "r:") as archive:
         for info in archive:
-            folder, slash, base = info.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if not info.isreg() or not stem:
+            dot = info.name.find(".", info.name.rfind("/") + 1)  # -1 for none, and then as wds2idx has it
+            key, extension = info.name[:dot], info.name[dot + 1 :]
+            if not info.isreg() or not key or key.endswith("/"):
                 continue
-            if folder + slash + stem != last:
+            if key != last:
                 samples.append([])
-                last = folder + slash + stem
+                last = key
             samples[-1].append(f"{extension} {info.offset_data} {info.size} {info.name}")
     return f"v1.2 {len(samples)}\n" + "".join(" ".join(parts) + "\n" for parts in samples)
 

@@ -290,6 +290,16 @@ def test_leftovers_of_another_plan_are_removed(photos, tmp_path, monkeypatch):
     assert not list(out.glob("*.tar")) and not list(out.glob("*.idx")) and verify(out) == []
 
 
+def test_shards_of_an_interrupted_run_with_other_settings_are_not_taken(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(shards, "_finish", lambda *_: sys.exit(9))
+    with pytest.raises(SystemExit):
+        write(photos, out, encoding="raw")
+    monkeypatch.undo()
+    write(photos, out, encoding="yuv420")
+    assert Store(out).read(0).ndim == 2 and verify(out) == []
+
+
 def test_two_writers_of_one_folder_exclude_each_other(photos, tmp_path):
     import fcntl
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pictures import class_folders, jpeg, pixels
 
-from pipeline import shards, tar
+from pipeline import adopt, shards, tar
 from pipeline.store import Store
 
 
@@ -76,6 +76,28 @@ def test_the_index_beside_is_what_wds2idx_writes(photos, digits, tmp_path):
     for shard in [*photos.glob("*.tar"), *digits.glob("*.tar")]:
         subprocess.run(["wds2idx", shard, tmp_path / "expected"], check=True, capture_output=True, env=_path())
         assert shard.with_suffix(".idx").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_the_index_of_any_tar_is_what_wds2idx_writes(tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for name in (
+            "./",
+            "a/",
+            "a/x.jpg",
+            "a/x.seg.png",
+            "a/.hidden",
+            "a/x.cls",
+            "plain",
+            "b.jpg",
+            "a/x.jpg",
+            "z.tar.gz",
+        ):
+            info = tarfile.TarInfo(name)
+            info.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            info.size = 0 if name.endswith("/") else 700
+            archive.addfile(info, io.BytesIO(bytes(700)))
+    subprocess.run(["wds2idx", tmp_path / "t.tar", tmp_path / "t.idx"], check=True, capture_output=True, env=_path())
+    assert adopt.dali_index(tmp_path / "t.tar") == (tmp_path / "t.idx").read_text()
 
 
 def _path() -> dict:
