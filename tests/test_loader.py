@@ -82,6 +82,7 @@ def test_the_same_tensors_after_a_resume_in_mid_epoch(photos):
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_tensors(photos):
     program = (
         "import sys, hashlib; sys.path[:0] = sys.argv[1:3]; from test_loader import loader, taken;"

@@ -1,0 +1,81 @@
+"""Draw a contact sheet of views: python tools/views.py --data shards/NAME --views 8
+
+Originals with their crop boxes, the views of each engine side by side, and the numbers that were drawn underneath.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import tyro
+
+from pipeline import engines, errors, sheet
+from pipeline.engines import reference
+from pipeline.plan import plan
+from pipeline.store import Store
+from pipeline.views import overrides, policy
+
+
+@dataclass
+class Args:
+    data: Path
+    """Shards."""
+    views: int = 8
+    policy: str = "simclr"
+    """simclr, byol, barlow, cifar, stl, imagenet100, multicrop or none."""
+    augment: list[str] = field(default_factory=list)
+    """Changes to it: key=value each, as hue=0 or local.scale=[0.05,0.25], or a YAML file of such keys."""
+    size: int | None = None
+    """Pixels of a view; default 224, or the median short side of the images if that is less."""
+    images: int = 4
+    seed: int = 0
+    engines: str = "all"
+    """all (the slow reference and every engine that works here), or some of cpu,dali,resident,reference."""
+    device: str = "cpu"
+    split: str = "train"
+    out: Path = Path("views.png")
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    store = Store(args.data, args.split)
+    size = args.size or min(224, int(np.median(np.minimum(store.heights, store.widths))))
+    chosen = policy(args.policy, args.views, size, overrides(args.augment))
+    ids = plan(len(store), seed=args.seed, batch=max(1, min(args.images, len(store)))).batch(0)[0]
+    renders: dict[str, sheet.Render] = {}
+    running = []
+    for name in names(args, store):
+        if name == "reference":
+            renders[name] = partial(reference.engine, store)
+            continue
+        engine, _ = engines.create(name, store, args.device)
+        renders[name] = engine
+        running.append(engine)
+    sheet.contact_sheet(store, chosen, np.asarray(ids), args.out, renders=renders, seed=args.seed)
+    for engine in running:
+        engine.close()
+    print(f"{args.out}: {len(ids)} images, {chosen.views} views of {size} px, {', '.join(renders)}")
+
+
+def names(args: Args, store: Store) -> list[str]:
+    if args.engines != "all":
+        valid = ["reference", *engines.NAMES[1:]]
+        wanted = args.engines.split(",")
+        for name in wanted:
+            if name not in valid:
+                raise errors.UserError(errors.nearest("engine", name, valid))
+        return wanted
+    one_size = len(np.unique(store.heights)) == len(np.unique(store.widths)) == 1
+    found = ["reference", "cpu"] + (["dali"] if find_spec("nvidia") else [])
+    return found + (["resident"] if one_size and store.heights[0] <= engines.SMALL else [])
+
+
+if __name__ == "__main__":
+    errors.run(main)
