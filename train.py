@@ -32,7 +32,7 @@ from pipeline.errors import UserError, run
 from pipeline.loader import Loader, normalize
 from pipeline.plan import plan
 from pipeline.store import Corrupt, Store
-from training import checkpoint, config, estimate, monitor, optim
+from training import checkpoint, config, estimate, monitor, optim, plots
 from training.config import Config
 from training.run import Run
 from training.step import Encoder, backward, backward_chunked, synchronize_batchnorm
@@ -142,7 +142,9 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         config.save(cfg, folder / "config.json", size=size, out=str(folder), steps=steps, lr=peak, dataset=store.name)
         with contextlib.suppress(Corrupt):  # a damaged image is the loop's business, not the picture's
             path = folder / "plots" / "views.png"
-            sheet.contact_sheet(store, policy, order.batch(0)[0][:4], path, renders={engine.name: engine}, seed=cfg.seed)
+            sheet.contact_sheet(
+                store, policy, order.batch(0)[0][:4], path, renders={engine.name: engine}, seed=cfg.seed
+            )
     for line in [*said, f"run        {folder}" + (f", resumed at step {start}" if start else "")]:
         log.say(line)
 
@@ -157,6 +159,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         else partial(backward, per_view=cfg.bn == "view")
     )
     gradients = partial(step_of, wrapped, objective=loss_of, scale=scaler.scale, autocast=autocast)
+    final: Any = average.module.backbone if average else trunk  # what is probed and exported
     probe = online.Probe(store, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
     stop = catch_signals()
 
@@ -203,7 +206,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
                     f" --warmup; the last good checkpoint is in {folder / 'checkpoints'}"
                 )
         if probe and (step % eval_every == 0 or last):
-            log.evaluate(step, probe, average.module.backbone if average else trunk, autocast)
+            log.evaluate(step, probe, final, autocast)
         if rank == 0 and (step % cfg.save_every == 0 or last or stop):
             save(step)
         if stop:
@@ -211,10 +214,11 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
 
     # export
     if step == steps and rank == 0:
+        plots.draw(folder)
         weights = folder / "backbone.safetensors"
         about = {"backbone": cfg.backbone, "stem": cfg.stem, "image_size": str(size), "source": folder.name}
         about |= {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
-        backbone.save(average.module.backbone if average else trunk, weights, about)
+        backbone.save(final, weights, about)
         log.say(f"trained in {monitor.duration(log.seconds)}: {weights}; load it in timm:")
         log.say(backbone.timm_snippet(about, str(weights)))
     if loader.bad:

@@ -91,7 +91,7 @@ def test_printed_lines_load_the_weights_in_timm(undisturbed):
     text = (undisturbed / "log.txt").read_text()
     snippet = text[text.index("import timm") :].splitlines()
     snippet = snippet[: next(i for i, line in enumerate(snippet) if "load_state_dict" in line) + 1]
-    code = "\n".join([*snippet, "print(model(torch.zeros(1, 3, 8, 8)).shape)"])
+    code = "\n".join([*snippet, "print(model.eval()(torch.zeros(1, 3, 8, 8)).shape)"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "torch.Size([1, 128])" in done.stdout, done.stderr
 
