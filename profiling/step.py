@@ -20,12 +20,12 @@ from typing import Any
 import psutil
 import torch
 import tyro
-from pipeline.store import Store
 
 from model import backbone, objective, projector
 from pipeline import engines, views
 from pipeline.loader import Loader, normalize
 from pipeline.plan import plan
+from pipeline.store import Store
 from training import monitor, optim
 from training.step import Encoder, backward
 
