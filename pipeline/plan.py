@@ -43,6 +43,13 @@ class Plan:
         """Steps that make `epochs` passes, rounded down, at least 1."""
         return max(1, int(self.n * epochs) // self.global_batch)
 
+    def describe(self) -> str:
+        """The order and how well it mixes, measured on the first epoch."""
+        if self.order == "random":
+            return "random (uniform)"
+        quality = shuffle_quality(permutation(self.n, self.seed, 0, self.order))
+        return f"blocks (neighbours in storage come {quality:.0%} as far apart as in a uniform shuffle)"
+
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's (ids, epochs) of global step `step`: two (global_batch / world,) int64 arrays."""
         share = self.global_batch // self.world
@@ -122,8 +129,8 @@ def _blocks(n: int, seed: int, epoch: int) -> np.ndarray:
 def shuffle_quality(order: np.ndarray) -> float:
     """How far apart neighbours in storage come in `order`, as a share of what a uniform shuffle gives: 1 = uniform,
     near 0 = sequential. Neighbours in storage often share a class, so this is what keeps batches mixed."""
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
+    place = np.empty(len(order), np.int32)
+    place[order] = np.arange(len(order), dtype=np.int32)
     return float(np.abs(np.diff(place)).mean() / (len(order) / 3)) if len(order) > 1 else 1.0
 
 

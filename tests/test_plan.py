@@ -106,6 +106,11 @@ def test_evaluation_takes_every_id_once_in_order(n, world):
     assert max(len(b) for r in range(world) for b in evaluation_batches(n, 8, world, r)) <= 8
 
 
+def test_the_order_says_how_well_it_mixes():
+    assert plan(100, seed=0, batch=2).describe() == "random (uniform)"
+    assert "as far apart" in plan(100_000, seed=0, batch=2, order="blocks").describe()
+
+
 def test_steps_round_down_to_at_least_one():
     p = plan(100, seed=0, batch=32)
     assert [p.steps(e) for e in (0.1, 1, 2.5, 8)] == [1, 3, 7, 25]
