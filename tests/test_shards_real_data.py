@@ -32,10 +32,15 @@ def test_photos_keep_every_byte_and_label(tmp_path, format):
     shards.write(shards.Options("folder", format), source, tmp_path / "out", quiet=True)
     store, originals = Store(tmp_path / "out"), files(source / "train")
     assert len(store) == len(originals) and verify(tmp_path / "out") == []
+    same = 0
     for i in range(len(store)):
         path = originals.pop(store.key(i))
-        assert store.read(i).tobytes() == path.read_bytes() and store.classes[store.labels[i]] == path.parent.name
-    assert not originals
+        assert store.classes[store.labels[i]] == path.parent.name
+        data = np.fromfile(path, np.uint8)
+        header = codec.jpeg_header(data)
+        same += header is not None and header.plain
+        assert np.array_equal(store.read(i), data) == (header is not None and header.plain)
+    assert not originals and same > 0.98 * len(store)  # a few are progressive, rotated or CMYK
 
 
 @pytest.mark.slow
