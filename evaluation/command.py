@@ -63,6 +63,8 @@ class Config:
     """Where to write; default: the run directory (runs/TARGET for public weights, runs/comparison for `compare`)."""
     write: Path | None = None
     """Also write the tables of all targets as Markdown, with command, commit, versions and hardware."""
+    notes: tuple[str, ...] = ()
+    """What has to be known about a dataset, as `NAME: text`; stands beside its numbers."""
     plots: bool = True
     """Draw the pictures and write report.html."""
     smoke: bool = False
@@ -126,6 +128,7 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
         augment=tuple(settings.get("augment", ())),
     )  # fmt: skip
     datasets = opened(paths, options)
+    annotate(datasets, config.notes)
     own = next((d for d in datasets if own_path and d.path.resolve() == own_path.resolve()), None)
     if own is None and own_path and own_path.is_dir():
         own = suite.open_data(own_path, options)
@@ -149,6 +152,16 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
     written = [work.file, report.write(out, content, run, drawn)] if config.plots else [work.file]
     print(f"\n{', '.join(map(str, written))}: {time.perf_counter() - begun:.0f} s")
     return content
+
+
+def annotate(datasets: list[suite.Data], notes: tuple[str, ...]) -> None:
+    """Add the user's notes `NAME: text` to their datasets."""
+    named = {data.name: data for data in datasets}
+    for note in notes:
+        name, _, text = note.partition(":")
+        if name not in named:
+            raise UserError(f"--notes {note!r}: {nearest('dataset', name, named)}; a note is `NAME: text`")
+        named[name].notes.append(text.strip())
 
 
 def few_shot_preset(name: str) -> str:

@@ -268,7 +268,6 @@ class Suite:
             "step": encoder.step, "backbone": encoder.backbone, "method": encoder.method,
             "pretrained_on": encoder.pretrained_on, "dataset": data.name, "mode": mode, "weights": weights,
         }  # fmt: skip
-        self.datasets[data.name] = data.facts()
         self.cells[name] = [common | row for result in results for row in rows(result, data)]
         self.seconds[name] = time.perf_counter() - begun
         self.say(f"{name}: {self.seconds[name]:.1f} s" + "".join(
@@ -284,6 +283,7 @@ class Suite:
     def run(self, data: Data, own: Data | None) -> None:
         """Every protocol on a dataset. `own`: the data the encoder was trained on, if it is here."""
         self._features.clear()
+        self.datasets[data.name] = data.facts()
         if dist.is_initialized():
             self.embed_together(data)
             if dist.get_rank() > 0:

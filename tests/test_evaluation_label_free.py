@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,3 +106,14 @@ def test_lidar_needs_views_of_the_same_image_together():
 def test_spectrum_has_the_variances():
     z = torch.randn(300, 12, generator=torch.Generator().manual_seed(0)).double()
     torch.testing.assert_close(label_free.eigenspectrum(z), torch.linalg.eigvalsh(torch.cov(z.T)).flip(0))
+
+
+def test_the_fit_is_weighted_by_one_over_rank():
+    """On a spectrum that is no power law, against numpy's weighted fit."""
+    ranks = np.arange(1, 201)
+    values = ranks**-1.0 * np.exp(-ranks / 60)
+    chosen = slice(10, 100)
+    slope = np.polyfit(-np.log(ranks[chosen]), np.log(values[chosen]), 1, w=np.sqrt(1 / ranks[chosen]))[0]
+    found = label_free.power_law(torch.from_numpy(values))
+    assert found.alpha == pytest.approx(slope, rel=1e-9)
+    assert 0.9 < found.r2 < 1

@@ -214,7 +214,11 @@ def test_smoke_of_every_protocol():
 
 
 def test_transfer_and_in_domain_probe_are_kept_apart(made, tmp_path):
-    content = evaluate(copy(made[0][0], tmp_path), data=tuple(made[1]), protocols=("knn", "in-domain", "overlap"))
+    notes = ("shifted: more red than the others",)
+    content = evaluate(
+        copy(made[0][0], tmp_path), data=tuple(made[1]), protocols=("knn", "in-domain", "overlap"), notes=notes
+    )
+    assert content["datasets"]["shifted"]["notes"] == ["more red than the others"]
     modes = {(line["dataset"], line["mode"]) for line in content["table"]}
     assert modes == {("patterns", "retrained"), ("shifted", "retrained"), ("shifted", "in-domain probe")}
     probe = [line for line in content["table"] if line["mode"] == "in-domain probe"]
@@ -320,6 +324,7 @@ def _unlabelled(store):
         (("RUN", "--data", "DATA", "DATA"), "two sets of shards are called patterns"),
         (("RUN", "--weights", "x.pth"), "--weights and --image-size go with a target timm:NAME"),
         (("timm:resnet10t", "--weights", "none.pth"), "none.pth: no such file"),
+        (("RUN", "--notes", "pattern: x"), "unknown dataset 'pattern'; nearest: patterns"),
         (("RUN", "--preset", "swaw"), "unknown preset 'swaw'; nearest: swav"),
         (("compare",), "no run directories given"),
     ],
