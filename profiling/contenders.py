@@ -72,6 +72,8 @@ def ours(name: str, s: Setting, normalized: bool = False) -> Iterator[Contender]
                 made += group.shape[0] * group.shape[1]
                 if normalized:
                     normalize(group, MEAN, STD, torch.float32)
+        if s.device == "cuda":
+            torch.cuda.synchronize()
         return made
 
     run.engine = engine

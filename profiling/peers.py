@@ -120,9 +120,7 @@ def chosen(args: Args, size: int) -> list[tuple[str, bool, Any]]:
     """(name, on the plain policy, context manager to build it): ours first, as ratios are of those."""
     ours, gpu = contenders.ours, args.device == "cuda"
     small = size <= engines.SMALL
-    found: list[tuple[str, bool, Any]] = []
-    if not gpu or small:
-        found.append(("manyview cpu", False, partial(ours, "cpu")))
+    found: list[tuple[str, bool, Any]] = [("manyview cpu", False, partial(ours, "cpu"))]
     if _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"):
         found.append(("manyview dali", False, partial(ours, "dali")))
     if small:
