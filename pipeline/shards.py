@@ -277,6 +277,7 @@ def write(
         keys = [safe_keys(split.names) for split in found.splits]
         job = Job(options, out, found, keys, plan(options, found, keys))
         results = _finished(job)
+        (out / MANIFEST).unlink(missing_ok=True)  # of shards of which some are lost; from here on it would be wrong
         _clean(out, {row.name for row in job.rows})
         todo = {row.name: row for row in job.rows if row.name not in results}
         running[:] = [job]
@@ -387,7 +388,9 @@ def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
     total = sum(len(split.names) for split in job.source.splits) + len(job.source.problems)
     write_rejected(job.out, rejected, total, max_rejected)
     splits = {split.name: _finish_split(job, number, results) for number, split in enumerate(job.source.splits)}
-    return write_manifest(job.out, job.options, job.source.classes, splits, len(rejected), job.source.fingerprint())
+    return write_manifest(
+        job.out, job.options, job.source.classes, splits, len(rejected), job.source.fingerprint(), job.source.ignored
+    )
 
 
 def write_rejected(out: Path, rejected: list[dict], total: int, allowed: float) -> None:
@@ -433,8 +436,11 @@ def finish_split(out: Path, name: str, rows: index.Index, shards: list[dict], mo
     }
 
 
-def write_manifest(out: Path, options: Options, classes, splits: dict, rejected: int, source: str) -> dict:
-    """The last thing to be written: with it the shards are complete."""
+def write_manifest(
+    out: Path, options: Options, classes, splits: dict, rejected: int, source: str, ignored: int = 0
+) -> dict:
+    """The last thing to be written: with it the shards are complete. `source`: fingerprint of where they come from;
+    `ignored`: files there that are no images by their names."""
     whole = hashlib.sha256(json.dumps([[key, split["fingerprint"]] for key, split in sorted(splits.items())]).encode())
     manifest = {
         "name": out.resolve().name,
@@ -450,7 +456,7 @@ def write_manifest(out: Path, options: Options, classes, splits: dict, rejected:
         "options": asdict(options),
         "fingerprint": whole.hexdigest(),
         "classes": list(classes),
-        "source": {"dataset": options.dataset, "fingerprint": source},
+        "source": {"dataset": options.dataset, "fingerprint": source, "ignored": ignored},
         "rejected": rejected,
         "splits": splits,
     }

@@ -198,6 +198,7 @@ def test_rejected_images_are_listed_with_their_reasons(tmp_path):
     }
     for name, data in bad.items():
         (folder / name).write_bytes(data)
+    (folder / "notes.txt").write_text("no image")
     (folder / "fine.png").write_bytes(encoded(pixels(1), "PNG"))
     (folder / "loop").symlink_to(folder)
     with pytest.raises(UserError, match=r"5 of 36 images were rejected, more than 1\.00%"):
@@ -206,7 +207,9 @@ def test_rejected_images_are_listed_with_their_reasons(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {line["name"] for line in lines} == {f"class0/{name}" for name in bad} | {"class0/loop"}
     assert all(line["reason"] and line["split"] == "train" for line in lines)
-    assert manifest["rejected"] == 5 and manifest["splits"]["train"]["count"] == 31
+    assert (
+        manifest["rejected"] == 5 and manifest["source"]["ignored"] == 1 and manifest["splits"]["train"]["count"] == 31
+    )
     assert verify(tmp_path / "out") == []
 
 

@@ -172,7 +172,9 @@ def rounded(values: tuple[float, ...]) -> str:
 
 def summary(out: Path, manifest: dict) -> str:
     parts = [f"{split['count']:,} {name}" for name, split in manifest["splits"].items()]
-    return f"{out}: {', '.join(parts)} images, {manifest['format']}, {manifest['rejected']} rejected"
+    ignored = manifest["source"]["ignored"]
+    others = f", {ignored} files of other types ignored" if ignored else ""
+    return f"{out}: {', '.join(parts)} images, {manifest['format']}, {manifest['rejected']} rejected{others}"
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
