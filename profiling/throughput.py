@@ -76,7 +76,10 @@ def profile(args: Args, checkout: Path, name: str, repeat: str, data: Path, flag
     command = [sys.executable, "tools/profile.py", "stages", "--data", str(data.resolve()), *flags.split()]
     subprocess.run([*command, "--seconds", str(args.seconds), "--out", str(made.resolve())], cwd=checkout, check=True)
     stem = f"{slug(name)}-{repeat}"
-    shutil.move(made / "profile.json", args.out / f"{stem}.json")
+    report = (made / "profile.json").read_text()
+    for path, short in ((data, f"shards/{data.name}"), (made, "made")):  # where this machine keeps them says nothing
+        report = report.replace(str(path.resolve()), short)
+    (args.out / f"{stem}.json").write_text(report)
     if repeat != "2":
         shutil.move(made / "waterfall.png", args.out / f"{stem}.png")
     shutil.rmtree(made)
@@ -195,6 +198,6 @@ def repeatability(found: dict[str, list]) -> str:
         lines.append(f"| {name} | {number(a)} | {number(b)} | {abs(b / a - 1):.1%} |")
     took = max(report["took_s"] for runs in found.values() for report in runs[:2])
     lines += ["", f"The longest of these runs took {took:.0f} s. Training needs no profiling mode: the loader's timings"
-              " are always kept and go to metrics.jsonl, so `python tools/profile.py stages --run runs/NAME` asks a run afterwards"
-              " (their cost is a few microseconds an image; a test holds it under 1 % of the smallest training step)."]  # fmt: skip
+              " are always kept and go to metrics.jsonl, so `python tools/profile.py stages --run runs/NAME` asks a run"
+              " afterwards (a few microseconds an image; a test holds it under 1 % of the smallest training step)."]  # fmt: skip
     return "\n".join(lines)

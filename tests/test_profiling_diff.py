@@ -65,6 +65,7 @@ def test_a_faster_stage_is_no_culprit(steady):
 
 def test_a_change_inside_the_noise_is_none(steady):
     result = diff.differences(steady, changed(steady, "backward", 1.04))
+    assert not any(row["changed"] for row in result["stages"]["rows"])
     assert result["stages"]["culprit"] is None and not result["slower"]
 
 
