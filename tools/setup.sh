@@ -42,7 +42,8 @@ say "installing Python packages (about 6 GB with torch's CUDA libraries; minutes
 lost=""
 if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then
   # ffcv brings opencv-python, whose cv2 overwrites the headless one: put that one back afterwards.
-  "${pip[@]}" --no-build-isolation -e '.[ffcv]' && "${pip[@]}" --force-reinstall --no-deps opencv-python-headless || lost="ffcv did not build"
+  "${pip[@]}" --no-build-isolation -e '.[ffcv]' >.venv/ffcv.log 2>&1 &&
+    "${pip[@]}" --force-reinstall --no-deps opencv-python-headless || lost="ffcv did not build: .venv/ffcv.log"
 else
   lost="pkg-config finds no opencv4 and libturbojpeg"
 fi
