@@ -69,7 +69,8 @@ svg .ln { stroke:var(--data); fill:none; stroke-width:2 }
 svg circle { fill:var(--data) }
 svg .pick { fill:var(--train) }
 pre {
-  background:var(--tile); border-radius:10px; padding:13px 15px; overflow-x:auto; font-size:13px; margin:8px 0 0;
+  background:var(--tile); border-radius:10px; padding:13px 15px; white-space:pre-wrap; overflow-wrap:anywhere;
+  font-size:13px; margin:8px 0 0;
 }
 details { margin-top:40px; color:var(--muted); font-size:13px }
 @media print { main { padding:0 } }
@@ -118,7 +119,7 @@ def tiles(report: dict[str, Any]) -> str:
     found = [
         ("observed", f"{number(c['images_per_s'])}", f"images/s, {number(c['images_per_s'] * n_views)} views/s"),
         (
-            "of what was expected",
+            "of expected",
             f"{c['efficiency']:.0%}",
             f"{number(c['expected_images_per_s'])} images/s from the stages",
         ),
@@ -128,7 +129,7 @@ def tiles(report: dict[str, Any]) -> str:
     if c["device_idle"] is not None:
         found.append(("GPU idle", f"{c['device_idle']:.0%}", "of the time, between steps"))
     elif c["engine_busy"] is not None:
-        found.append(("engine threads busy", f"{c['engine_busy']:.0%}", f"{report['data']['threads']} threads"))
+        found.append(("engine busy", f"{c['engine_busy']:.0%}", f"{report['data']['threads']} threads"))
     found.append(("peak memory", f"{report['peak_bytes'] / 2**30:.2f}", "GiB"))
     return '<div class="tiles">' + "".join(
         f'<div class="tile"><span>{a}</span><b>{b}</b><i>{escape(d)}</i></div>' for a, b, d in found
@@ -176,7 +177,7 @@ def section_what_if(report: dict[str, Any]) -> str:
     observed = report["composed"]["images_per_s"]
     if not rows:
         return ""
-    span = 1.45 * rows[0]["images_per_s"]
+    span = 1.75 * rows[0]["images_per_s"]
     lines = []
     for row in rows:
         more = f"{row['gain']:.2f}x, then {row['next']}"
@@ -212,7 +213,7 @@ def section_limits(report: dict[str, Any]) -> str:
     if not report.get("limits"):
         return ""
     lines = [
-        bar(r["name"], 0, min(1.0, r["share"]) * 0.62, "data", f"{r['share']:.1%}",
+        bar(r["name"], 0, min(1.0, r["share"]) * 0.4, "data", f"{r['share']:.1%}",
             f"of {quantity(r['limit'], r['unit'])}, which allows {number(r['images_per_s'])} images/s", wide=True)
         for r in report["limits"]["shares"]
     ]  # fmt: skip

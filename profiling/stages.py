@@ -92,7 +92,10 @@ def measure(args: Args, progress: Any = lambda text: None, extras: bool = True) 
     network = limits.all_reduce() if extras and work.training else None
     ceilings = Ceilings(work, args.seconds / 300)
     startup |= first_batch(work)
-    composed, sweep = Composed(work), Sweep(work) if extras else None
+    composed, sweep = (
+        Composed(work),
+        Sweep(work, max(work.batch, min(args.batch_size, ceilings.images))) if extras else None,
+    )
     for part in range(3):  # ceilings and composed run by turns: what the machine does meanwhile hits both
         progress(f"part {part + 1} of 3: every stage alone   ")
         rounds(ceilings, 0.4 * args.seconds / 3)

@@ -17,9 +17,8 @@ from profiling.workload import Workload
 KNEE = 0.03  # a setting that is this close to the best one is as good, and the smallest such is recommended
 
 
-def points(work: Workload) -> list[dict[str, int]]:
-    """One setting changed at a time around the workload's own."""
-    base = {"views": work.policy.views, "threads": work.threads, "batch": work.batch, "prefetch": work.setup.prefetch}
+def points(work: Workload, base: dict[str, int]) -> list[dict[str, int]]:
+    """One setting changed at a time around `base`."""
     ladder = {
         "views": sorted({v for v in (1, 2, 4, 8, base["views"]) if v <= max(4, base["views"])}),
         "threads": sorted({1, 2, max(1, cores() // 2), cores(), 2 * cores()}),
@@ -35,9 +34,16 @@ def points(work: Workload) -> list[dict[str, int]]:
 
 
 class Sweep:
-    def __init__(self, work: Workload):
+    def __init__(self, work: Workload, batch: int):
+        """`batch`: images of a batch; the network's step may be too dear for as many as the data path does well with."""
         self.work = work
-        self.points = points(work)
+        self.base = {
+            "views": work.policy.views,
+            "threads": work.threads,
+            "batch": batch,
+            "prefetch": work.setup.prefetch,
+        }
+        self.points = points(work, self.base)
         self.rows: list[dict[str, Any]] = [p | {"rate": [], "core": []} for p in self.points]
         self.engines: dict[int, Any] = {work.threads: work.engine}
 
@@ -78,7 +84,7 @@ class Sweep:
 
     def result(self) -> dict[str, Any]:
         rows = [row | {"images_per_s": median(row["rate"]), "core_ms": median(row["core"])} for row in self.rows]
-        base = self.points_base()
+        base = self.base
         lines = {}
         for name in base:
             line = [r for r in rows if all(r[k] == base[k] for k in base if k != name)]
@@ -87,15 +93,6 @@ class Sweep:
             "lines": lines,
             "knees": {k: knee(lines[k]) for k in ("threads", "batch", "prefetch")},
             "fit": fit(rows, base),
-        }
-
-    def points_base(self) -> dict[str, int]:
-        work = self.work
-        return {
-            "views": work.policy.views,
-            "threads": work.threads,
-            "batch": work.batch,
-            "prefetch": work.setup.prefetch,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     names = [row["name"] for row in rows] + ["expected", "observed"]
     style: Any = {"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}
     with plt.rc_context(style):
-        figure, ax = plt.subplots(figsize=(9.6, 1.9 + 0.36 * len(names)), dpi=150)
+        figure, ax = plt.subplots(figsize=(9.6, 2.06 + 0.36 * len(names)), dpi=150)
         span = max(expected, observed)
         for y, row in enumerate(rows):
             color = TOTAL if row["training"] is None else TRAINING if row["training"] else DATA
@@ -61,7 +62,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             _label(ax, y, ms, span, f"{number(ms)} ms", f"  {number(rate)} images/s")
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
-        ax.set_xlim(0, 1.24 * span)
+        ax.set_xlim(0, 1.3 * span)
         ax.set_xlabel(f"milliseconds of {RESOURCES[resource]} an image", color=MUTED, fontsize=9)
         ax.tick_params(axis="both", length=0, colors=INK)
         ax.tick_params(axis="x", colors=MUTED, labelsize=8.5)
@@ -74,7 +75,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         figure.text(0.015, 1 - 0.46 / figure.get_figheight(), _subtitle(report), fontsize=8.5, color=MUTED, va="top")
         _legend(figure, rows)
         figure.subplots_adjust(
-            left=0.105, right=0.985, top=1 - 0.82 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
+            left=0.105, right=0.985, top=1 - 0.98 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Software": None})
@@ -87,7 +88,7 @@ def _label(ax: Any, y: int, x: float, span: float, text: str, more: str) -> None
 
 
 def _subtitle(report: dict[str, Any]) -> str:
-    text = heading(report)
+    text = textwrap.fill(heading(report), 125)
     if not report["noise"]["certified"]:
         text += "\nNOT CERTIFIED: " + "; ".join(report["noise"]["reasons"])
     return text

@@ -96,6 +96,6 @@ def test_the_knee_is_the_smallest_setting_that_is_as_good_as_the_best():
 
 def test_the_sweep_changes_one_setting_at_a_time(work):
     base = {"views": 4, "threads": work.threads, "batch": work.batch, "prefetch": 2}
-    found = sweep.points(work)
+    found = sweep.points(work, base)
     assert all(sum(p[k] != base[k] for k in base) <= 1 for p in found)
     assert {p["views"] for p in found} == {1, 2, 4} and len(found) == len({tuple(p.items()) for p in found})
