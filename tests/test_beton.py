@@ -11,6 +11,7 @@ from pipeline import adopt, beton, codec, shards
 from pipeline.store import Store
 
 
+@pytest.mark.slow
 def test_stock_reader_agrees_on_every_field(tmp_path):
     from ffcv.reader import Reader
 
@@ -69,6 +70,7 @@ class Photos:
         return pixels(i, 70 + i, 90), i % 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jpg", "raw", "proportion"])
 def test_what_ffcv_writes_reads_in_ours(tmp_path, mode):
     from ffcv.fields import IntField, RGBImageField

@@ -128,12 +128,14 @@ def test_checking_headers_alone_makes_the_same_shards(photos, tmp_path):
     assert verify(tmp_path / "headers") == []
 
 
+@pytest.mark.slow
 def test_both_formats_are_the_same_samples(photos, tmp_path):
     one, other = (write(photos, tmp_path / name, format=name) for name in shards.FORMATS)
     assert one["fingerprint"] == other["fingerprint"]
     assert write(photos, tmp_path / "raw", encoding="raw")["fingerprint"] != one["fingerprint"]
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_jobs_or_place(photos, tmp_path):
     for name, jobs in (("one/x", 1), ("three/x", 3)):
         write(photos, tmp_path / name, jobs=jobs)
@@ -178,6 +180,7 @@ def test_every_bad_option_is_named_at_once():
     assert len(lines) == 5 and "nearest: webdataset" in lines[0]
 
 
+@pytest.mark.slow
 def test_bad_flags_exit_2_without_a_traceback(tmp_path):
     for words in (["write", "--dataset", "foldr"], ["write", "--datset", "x"], ["verify", str(tmp_path)], ["lst"]):
         done = subprocess.run([*TOOL, *words], capture_output=True, text=True, check=False)
@@ -328,6 +331,7 @@ def test_a_dead_worker_ends_the_run_within_ten_seconds(photos, tmp_path):
     assert verify(out) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_its_cause(photos, tmp_path):
     """A limit on the size of files stands for it: writing fails in the same place, with another number."""
     out = tmp_path / "out"
@@ -359,6 +363,7 @@ def test_an_exception_in_a_worker_is_the_one_that_is_raised():
     assert time.time() - began < 4
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process_behind(photos, tmp_path):
     process = start(photos, tmp_path / "out")
     me = psutil.Process(process.pid)
