@@ -78,7 +78,9 @@ def main() -> None:
             runs, data = smoke.prepare(Path(folder))
             for made in runs:
                 evaluate(
-                    str(made), replace(config, data=tuple(data), protocols=("all",), finetune_epochs=1), start("cpu")
+                    str(made),
+                    replace(config, data=tuple(data), protocols=("all",), finetune_epochs=1, epochs=20),
+                    start("cpu"),
                 )
         return
     if not config.targets:
