@@ -115,6 +115,8 @@ class Ceilings:
         self._step()
 
     def _images(self, run_seconds: float) -> int:
+        if self.work.engine.name != "cpu":  # batches are its unit of work, so as many as in the composed run
+            return self.work.batch
         few = self.work.plan.ids[:8]
         taken = spent(lambda: self.work.engine(*draw(self.work, few)), self.work.device).wall / len(few)
         return int(np.clip(run_seconds / taken, 16, 2048))

@@ -121,12 +121,11 @@ def text(folder: Path) -> str:
 
 
 STORY = """\
-- **Normalize took more than resize and decode together** on 224 px views. Its kernel repeated three numbers; it now works
-  along whole rows of 3 S (identical values), and glibc keeps the pages that a step frees instead of mapping and zeroing
-  them anew.
+- **Normalize was the largest stage of the data path** on 224 px views: its kernel repeated three numbers. It now works
+  along whole rows of 3 S, with identical values, and glibc keeps the pages that a step frees instead of mapping and
+  zeroing them anew.
 - **Forward and backward took several times their CPU time** whenever the engine's threads, or any other process, were at
-  work: idle OpenMP threads spin by default. train.py now sets `OMP_WAIT_POLICY=passive` before torch is loaded.
-- **Payloads were copied once more than needed** between the memory map and the decoder."""
+  work: idle OpenMP threads spin by default. train.py now sets `OMP_WAIT_POLICY=passive` before torch is loaded."""
 
 
 def load(folder: Path, name: str, which: str) -> dict[str, Any] | None:
