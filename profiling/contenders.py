@@ -192,7 +192,11 @@ def stock_dali(s: Setting) -> Iterator[Contender]:
         mirror = fn.random.coin_flip(probability=g.flip)
         return fn.crop_mirror_normalize(out, mirror=mirror, mean=MEAN, std=STD, dtype=types.FLOAT, output_layout="CHW")
 
-    @pipeline_def(batch_size=s.batch, num_threads=s.threads, device_id=None, enable_conditionals=True, seed=0)
+    # Nothing ahead of time: else two batches of a short pass would be made while another contender is measured.
+    @pipeline_def(
+        batch_size=s.batch, num_threads=s.threads, device_id=None, enable_conditionals=True, seed=0,
+        prefetch_queue_depth=1, exec_pipelined=False, exec_async=False,
+    )  # fmt: skip
     def graph() -> Any:
         data, _ = fn.readers.file(files=[str(f) for f in s.files], name="reader", pad_last_batch=True)
         images = fn.decoders.image(data, output_type=types.RGB)
@@ -200,8 +204,9 @@ def stock_dali(s: Setting) -> Iterator[Contender]:
 
     names = [f"view{v}" for v in range(s.views)]
     iterator = DALIGenericIterator(
-        graph(), names, reader_name="reader", last_batch_policy=LastBatchPolicy.PARTIAL, auto_reset=True
-    )
+        graph(), names, reader_name="reader", last_batch_policy=LastBatchPolicy.PARTIAL, auto_reset=True,
+        prepare_first_batch=False,
+    )  # fmt: skip
 
     def run() -> int:
         return sum(len(view) for batch in iterator for view in batch[0].values())
