@@ -193,9 +193,9 @@ def train(args: Args, store: Store, engine: ResidentEngine, val: Store, other: R
     network.eval()
     bank = embed(network, store, engine, order.ids)
     queries = embed(network, val, other, np.arange(min(2000, len(val))))
-    labels = torch.from_numpy(store.labels[order.ids])
+    labels = torch.from_numpy(np.array(store.labels[order.ids]))
     guesses = cosine_exp(bank, labels, queries, classes=len(store.classes)).argmax(1)
-    return 100 * float((guesses == torch.from_numpy(val.labels[: len(queries)])).float().mean())
+    return 100 * float((guesses == torch.from_numpy(np.array(val.labels[: len(queries)]))).float().mean())
 
 
 def _jittered(view: torch.Tensor, jitter: str, generator: np.random.Generator, strength: float) -> torch.Tensor:
