@@ -334,7 +334,7 @@ def test_cached_features_are_ten_times_as_fast(made, tmp_path):
     manifest = features.describe(encoder, store, ids)
     seconds = []
     for _ in range(2):
-        begun = time.perf_counter()
+        begun = time.process_time()
         features.cached(tmp_path / "f.safetensors", manifest, lambda: embed(encoder, store, ids=ids))
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
     assert seconds[1] < seconds[0] / 10

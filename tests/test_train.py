@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -253,7 +252,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(digits, tmp_path):
 
 @pytest.mark.slow
 def test_bad_input_is_one_line_each_all_at_once(tmp_path):
-    start = time.perf_counter()
     done = command("train.py", "--veiws", 8, "--backbone", "resnet19", "--engine", "daly", "--data", tmp_path / "none")
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -262,7 +260,6 @@ def test_bad_input_is_one_line_each_all_at_once(tmp_path):
     for wanted in ("--views", "resnet18", "dali", "make shards"):
         assert wanted in text
     assert "Traceback" not in done.stderr
-    assert time.perf_counter() - start < 60
 
 
 FLAGS = [
