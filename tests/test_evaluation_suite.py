@@ -3,9 +3,9 @@
 import json
 import math
 import re
+import resource
 import shutil
 import subprocess
-import resource
 import time
 from dataclasses import replace
 from pathlib import Path

@@ -14,6 +14,6 @@ elif ! "${write[@]}"; then
   "$python" tools/shards.py write --dataset digits --out "$data"
 fi
 "$python" train.py --preset presets/demo.yaml --data "$data" --views 4 --out runs/demo --overwrite
-"$python" tools/evaluate.py runs/demo --limit 10000
+"$python" tools/evaluate.py runs/demo --limit 4000
 echo
 echo "Open runs/demo/report.html. Weights: runs/demo/backbone.safetensors"
