@@ -6,9 +6,11 @@ python tools/evaluate.py timm:resnet18.a1_in1k --data shards/x        any weight
 python tools/evaluate.py compare runs/*                               how well one evaluation predicts another
 """
 
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and like there before torch is loaded
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluation.command import main
