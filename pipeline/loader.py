@@ -106,7 +106,7 @@ class Loader:
         if error.id not in self.bad:
             self.bad[error.id] = error.reason
             print(f"bad sample {error.key} ({error.reason}): replaced from now on", file=sys.stderr)
-        if len(self.bad) > self.max_bad * self.plan.n:
+        if len(self.bad) > min(self.max_bad * self.plan.n, self.plan.n - 1):  # at least one must be left
             raise UserError(
                 f"{self.store.name}: {len(self.bad)} bad samples are more than --max-bad {self.max_bad:g} of "
                 f"{self.plan.n}; the last one is {error.key} ({error.reason})"
