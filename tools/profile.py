@@ -1,5 +1,5 @@
 """Measure: python tools/profile.py NAME --help, with NAME one of stages, diff, capacity, peers, objective,
-step, memory, shards."""
+step, memory, trainer, jitter, throughput, shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and like the
 
 from pipeline.errors import UserError, nearest, run
 
-NAMES = ("capacity", "diff", "jitter", "memory", "objective", "peers", "shards", "stages", "step", "throughput")
+NAMES = ("capacity", "diff", "jitter", "memory", "objective", "peers", "shards", "stages", "step", "throughput", "trainer")
 
 
 def main() -> int | None:
