@@ -22,6 +22,7 @@ from typing import Any
 # neighbour's): with both at work a step took four times the CPU time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -60,7 +61,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
 
     # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
     store = Store(cfg.data)
-    size = cfg.size or min(224, int(min(store.heights.min(), store.widths.min())))
+    size = cfg.size or default_size(store)
     policy = views.policy(cfg.policy, cfg.views, size, views.overrides(cfg.augment))
     order = plan(
         store.labels,
@@ -102,7 +103,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     memory = step_memory(cost, cfg, policy, size, world) / 2**30
     seen = steps * cfg.batch_size
     said = [
-        f"data       {store.name}: {order.n:,} of {len(store):,} images, {size} px, policy {cfg.policy}, order {cfg.order}",
+        f"data       {store.name}: {order.n:,} of {len(store):,} images, {size} px, policy {cfg.policy}, {order.describe()}",
         f"engine     {engine.name}: {engine_reason}",
         f"model      {cfg.backbone} on {device}, {precision_reason}; batch-norm statistics "
         + ("per view" if cfg.bn == "view" else "pooled over views"),
@@ -254,6 +255,11 @@ def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
     return world, rank, device
 
 
+def default_size(store: Store) -> int:
+    """View side in pixels: the median short side of the images, at most 224."""
+    return min(224, int(np.median(np.minimum(store.heights, store.widths))))
+
+
 def keep_memory() -> None:
     """Let glibc keep the pages that a CPU step frees: mapping and zeroing them anew took a third of the step's CPU time."""
     libc = ctypes.CDLL(None)
@@ -299,7 +305,7 @@ def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
     size = cfg.size or 224
     with contextlib.suppress(UserError):
         store = Store(cfg.data)
-        size = cfg.size or min(224, int(min(store.heights.min(), store.widths.min())))
+        size = cfg.size or default_size(store)
     trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
     head = projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
     gc.collect()

@@ -15,7 +15,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and like the
 
 from pipeline.errors import UserError, nearest, run
 
-NAMES = ("capacity", "diff", "jitter", "memory", "objective", "peers", "shards", "stages", "step", "throughput", "trainer")
+NAMES = (
+    "capacity",
+    "diff",
+    "jitter",
+    "memory",
+    "objective",
+    "peers",
+    "shards",
+    "stages",
+    "step",
+    "throughput",
+    "trainer",
+)
 
 
 def main() -> int | None:

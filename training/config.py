@@ -60,7 +60,7 @@ class Config:
     augment: tuple[str, ...] = ()
     """Changes to the policy as name=value or YAML files, e.g. `--augment blur=0 hue=0.1 local.scale=[0.05,0.3]`."""
     size: int = 0
-    """View side in pixels; 0 = the images' own short side, at most 224."""
+    """View side in pixels; 0 = the median short side of the images, at most 224."""
     fraction: float = 1.0
     """Share of the images to train on: a seeded, nested, class-balanced subset."""
     batch_size: int = 256
