@@ -7,7 +7,7 @@ SHARD_FLAGS = $(if $(SOURCE),--source "$(SOURCE)") $(if $(FORMAT),--format $(FOR
               $(if $(ENCODING),--encoding $(ENCODING)) $(if $(JOBS),--jobs $(JOBS)) $(if $(DOWNLOAD),--download)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo shards test test-fast check format bench clean
+.PHONY: help setup demo shards test test-fast test-quiet check format bench clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,10 +22,13 @@ shards: setup ## convert images: DATASET= [SOURCE= FORMAT=webdataset|ffcv SIZE= 
 	@$(PY) tools/shards.py write --dataset $(DATASET) --out $(OUT) $(SHARD_FLAGS)
 
 test: setup check ## lint, types and every test (under 10 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not quiet"
 
 test-fast: setup ## the tests that take seconds (under a minute)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not quiet"
+
+test-quiet: setup ## the tests that measure time: on a machine with nothing else to do
+	@$(PY) -m pytest -m quiet
 
 check: setup ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

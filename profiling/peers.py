@@ -204,7 +204,8 @@ def add_ratios(taken: dict, name: str, size: int, count: int, result: dict[str, 
         for (peer, alike), theirs in taken.items():
             if not ours.startswith("manyview") or peer.startswith("manyview") or simple != alike:
                 continue
-            wall, core = (statistics.median(b[k] / a[k] for a, b in zip(mine, theirs)) for k in (0, 1))
+            tick = 0.01  # seconds, of the CPU clock: a shorter pass may read 0
+            wall, core = (statistics.median(b[k] / max(a[k], tick) for a, b in zip(mine, theirs)) for k in (0, 1))
             result["ratios"].append({
                 "ours": ours, "peer": peer, "policy": "crop+flip+normalize" if simple else name, "size": size,
                 "views": count, "times_the_views_per_s": round(wall, 2), "times_less_core_time": round(core, 2),

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# A busy machine must not fail a property: no deadlines, no complaint about slow examples.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 torch.set_num_threads(1)  # two cores, several workers
 
 

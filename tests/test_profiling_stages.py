@@ -61,7 +61,7 @@ def test_the_verdict_is_one_sentence_that_names_stage_rate_and_next(report):
     assert report["what_if"][0]["gain"] >= report["what_if"][-1]["gain"] >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.quiet
 @pytest.mark.timeout(600)
 def test_names_a_slowed_stage_and_predicts_what_undoing_it_brings(photos, report):
     """Twenty runs, each with another stage slowed by a known factor. On a busy machine the costs themselves move between
@@ -85,7 +85,7 @@ def test_a_stage_that_is_not_slowed_is_not_accused(report):
     assert verdict.compare(report, report)["culprit"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.quiet
 def test_two_runs_agree_in_core_ms(photos, report):
     one, two = (stages.measure(slowdowns.settings(photos, 4), extras=False) for _ in range(2))
     ratio = two["composed"]["core_ms"] / one["composed"]["core_ms"]
