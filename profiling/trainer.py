@@ -22,6 +22,8 @@ class Args:
     data: Path = Path("shards/cifar10")
     """Shards of small images."""
     out: Path = Path("results")
+    steps: int = 1
+    """Steps of each way in each of 5 rounds."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -32,7 +34,10 @@ def main(argv: list[str]) -> None:
         networks = [("resnet18", 8, 256), ("resnet50", 4, 256)]
     steps = []
     for backbone, views, batch in networks:
-        steps.append(step.measure(step.Args(args.data, backbone, views=views, batch_size=batch, device=args.device)))
+        taken = step.Args(
+            args.data, backbone, views=views, batch_size=batch, rounds=5, steps=args.steps, device=args.device
+        )
+        steps.append(step.measure(taken))
         print(json.dumps(steps[-1]["rows"]))
     (args.out / "step.json").write_text(json.dumps(steps, indent=2) + "\n")
     memory.main(["--csv", str(args.out / "memory.csv"), "--device", args.device])
