@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [[ -n ${PHOTOS:-} ]] && $python tools/shards.py write --dataset folder --source "$PHOTOS" --out shards/photos
+.venv/bin/python -m pip install -q -e ".[bench]"
 small=${SMALL:-shards/cifar10}
 for data in shards/photos "$small"; do
   [[ -f $data/manifest.json ]] || { echo "no shards at $data: make bench PHOTOS=/folder/of/photos SMALL=shards/cifar10"; exit 2; }
