@@ -8,7 +8,9 @@ data=shards/fashion-mnist
 write=("$python" tools/shards.py write --dataset fashion-mnist --out "$data")
 if [[ -n $source ]]; then
   "${write[@]}" --source "$source"
-elif ! "${write[@]}"; then
+elif "${write[@]}" || { code=$?; ((code != 2)) && exit $code; false; }; then
+  : # written, or there already
+else # exit code 2: it cannot be had; anything else is a fault of ours and stops the demo
   printf '\n*** Fashion-MNIST cannot be had here: the demo goes on with the 1797 digits of scikit-learn. ***\n\n'
   data=shards/digits
   "$python" tools/shards.py write --dataset digits --out "$data"
