@@ -22,6 +22,7 @@ from pipeline import engines, shards
 from pipeline.errors import UserError
 from tests.conftest import command
 
+pytestmark = pytest.mark.slow  # the whole command, again and again
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
