@@ -29,6 +29,7 @@ class Args:
 
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py trainer")
+    args.out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
     networks = [("resnet18", 4, 32), ("resnet10-narrow", 8, 64)]
     if args.device == "cuda":
         networks = [("resnet18", 8, 256), ("resnet50", 4, 256)]

@@ -5,14 +5,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [[ -n ${PHOTOS:-} ]] && $python tools/shards.py write --dataset folder --source "$PHOTOS" --out shards/photos
-.venv/bin/python -m pip install -q -e ".[bench]"
+$python -m pip install -q -e ".[bench]"
 small=${SMALL:-shards/cifar10}
 for data in shards/photos "$small"; do
   [[ -f $data/manifest.json ]] || { echo "no shards at $data: make bench PHOTOS=/folder/of/photos SMALL=shards/cifar10"; exit 2; }
 done
 [[ -n ${PHOTOS:-} ]] && $python tools/profile.py shards --source "$PHOTOS"
-$python tools/profile.py peers --data shards/photos --views 1,2,4,8,16 --json results/pipeline.json
+$python tools/profile.py peers --data shards/photos --small "$small" --views 1,2,4,8,16 --json results/pipeline.json
 $python tools/profile.py objective --views 2,4,8,16 --dim 256,2048,8192 --json results/objective.json
 $python tools/theory.py
 $python tools/profile.py trainer --data "$small"
-$python tools/profile.py stages --data shards/photos --views 8 --backbone resnet18 --json results/stages.json
+$python tools/profile.py stages --data shards/photos --views 8 --backbone resnet18 --out results/stages
