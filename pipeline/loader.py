@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from pipeline.errors import UserError
 from pipeline.plan import Plan, evaluation_batches
 from pipeline.store import Corrupt, Store
 from pipeline.views import Policy, clean, parameters
+
+CATCH_UP = 4  # steps' reads asked for at a time until storage is `plan.ahead` steps ahead
 
 
 @dataclass
@@ -58,10 +61,14 @@ class Loader:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps `start` .. `stop - 1`, in order."""
         waiting: deque = deque()
-        step = start
+        step = told = start
+        reading = self.plan.reading(start, stop)
         try:
             while step < stop or waiting:
                 while step < stop and len(waiting) < self.prefetch:
+                    for ids in islice(reading, min(CATCH_UP, step + self.plan.ahead - told)):
+                        self.store.prefetch(ids)
+                        told += 1
                     waiting.append(self._submit(step))
                     step += 1
                 yield self._finish(*waiting.popleft())
@@ -140,6 +147,7 @@ def embed_batches(
 
     try:
         for ids in evaluation_batches(len(store), batch, world, rank):
+            store.prefetch(ids)
             waiting.append(submit(ids))
             if len(waiting) > 2:
                 yield from _embedded(store, submit, *waiting.popleft())

@@ -61,6 +61,21 @@ class Plan:
             rows[epochs == epoch] = permutation(self.n, self.seed, int(epoch), self.order)[within[epochs == epoch]]
         return self.ids[rows], epochs
 
+    @property
+    def ahead(self) -> int:
+        """Steps by which storage should know what comes: a window's in `blocks` order."""
+        return 4 if self.order == "random" else max(1, min(BLOCK * WINDOW, self.n) // self.global_batch)
+
+    def reading(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """This rank's ids of steps `start` .. `stop - 1` in the order in which storage should fetch them, (B,) a step.
+
+        Each `ahead` steps' ids are sorted: in `blocks` order these are a window's, which lie side by side. So who
+        fetches `ahead` steps early reads whole blocks, in sequence, and has every sample when its batch comes.
+        """
+        for first in range(start, stop, self.ahead):
+            steps = range(first, min(first + self.ahead, stop))
+            yield from np.sort(np.concatenate([self.batch(step)[0] for step in steps])).reshape(len(steps), -1)
+
 
 def plan(
     labels: np.ndarray | int,

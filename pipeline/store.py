@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 import threading
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,9 @@ from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
 from pipeline import codec, index, shards
 from pipeline.errors import UserError
+
+GAP = 128 << 10  # bytes: reading over less than this is cheaper than another request
+REQUEST = 128 << 10  # bytes: the kernel cuts a longer read-ahead short without saying so
 
 
 class Corrupt(Exception):
@@ -92,6 +98,26 @@ class Store:
         if crc32(payload) != rows["crc"][i]:
             raise Corrupt(i, self.key(i), f"its bytes in {self.shards[shard]['file']} have changed (checksum)")
         return codec.view(payload, rows["kind"][i], int(rows["height"][i]), int(rows["width"][i]))
+
+    def prefetch(self, ids: np.ndarray) -> None:
+        """Say that these samples ((n,) ids, any order) will be read soon. A hint: it returns at once, brings them into the
+        operating system's cache while others are worked on, and what is wrong with a sample shows when it is read."""
+        if not hasattr(os, "posix_fadvise"):  # macOS has none; its maps read ahead by themselves
+            return
+        for shard, pieces in groupby(self.ranges(ids), key=lambda one: one[0]):
+            with contextlib.suppress(OSError), open(self.path / self.shards[shard]["file"], "rb") as file:
+                for _, start, stop in pieces:
+                    for at in range(start, stop, REQUEST):
+                        os.posix_fadvise(file.fileno(), at, min(REQUEST, stop - at), os.POSIX_FADV_WILLNEED)
+
+    def ranges(self, ids: np.ndarray) -> list[tuple[int, int, int]]:
+        """Where these samples lie: (shard, first byte, end), ascending, merged over gaps of up to `GAP` bytes."""
+        shard, start, length = (self._rows[name][ids].astype(np.int64) for name in ("shard", "offset", "length"))
+        order = np.lexsort((start, shard))
+        shard, start, stop = shard[order], start[order], (start + length)[order]
+        apart = (shard[1:] != shard[:-1]) | (start[1:] - stop[:-1] > GAP)
+        first, last = np.flatnonzero(np.r_[True, apart]), np.flatnonzero(np.r_[apart, True])
+        return list(zip(shard[first].tolist(), start[first].tolist(), stop[last].tolist())) if len(order) else []
 
     def _map(self, shard: int, i: int) -> np.ndarray:
         if shard in self.damaged:

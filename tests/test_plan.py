@@ -138,3 +138,28 @@ def test_fourteen_million_samples(options):
     permutation.cache_clear()
     assert peak < 500e6, f"{peak / 1e6:.0f} MB"
     assert seconds < 2, f"{seconds:.2f} s"
+
+
+@pytest.mark.parametrize("order", module.ORDERS)
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("n", [7, 1000, 100_000])
+def test_storage_is_told_of_every_sample_before_its_batch(n, world, order):
+    plans = [plan(n, seed=3, batch=300, world=world, rank=r, order=order) for r in range(world)]
+    start, stop = 5, 5 + 2 * plans[0].ahead + 1
+    for p in plans:
+        told: Counter = Counter()
+        pieces = list(p.reading(start, stop))
+        for step in range(start, stop):
+            for ids in pieces[max(0, step - 1 - start + p.ahead) if step > start else 0 : step - start + p.ahead]:
+                assert len(ids) == 300 // world and (np.diff(ids) >= 0).all()
+                told.update(ids.tolist())
+            told.subtract(p.batch(step)[0].tolist())
+            assert min(told.values()) >= 0
+        assert max(told.values()) == 0  # all that was told was used
+
+
+def test_blocks_are_fetched_in_one_piece():
+    p = plan(200_000, seed=0, batch=512, order="blocks")
+    steps = list(p.reading(0, p.ahead))
+    jumps = sum(int((np.diff(ids) > 1).sum()) for ids in steps)
+    assert jumps < module.WINDOW  # block to block; in the order of the batches it would be one a sample

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
+import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +158,55 @@ def test_our_shards_are_imported_into_the_other_format(folder, tmp_path):
             assert np.abs(found - expected).mean() < (4 if encoding == "yuv420" else 0.01)
             assert ours.labels[i] == theirs.labels[j]
         assert ours.classes == theirs.classes
+
+
+def in_memory(path: Path) -> np.ndarray:
+    """Which pages of a file the operating system holds; asking reads none."""
+    with open(path, "rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    found = np.zeros(-(-len(data) // mmap.PAGESIZE), np.uint8)
+    arguments = (ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(len(data)), ctypes.c_void_p(found.ctypes.data))
+    assert ctypes.CDLL(None).mincore(*arguments) == 0
+    return found & 1
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system has no posix_fadvise")
+def test_prefetch_brings_samples_into_memory(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(12):
+        noise = np.random.default_rng(i).integers(0, 256, (500, 500, 3), np.uint8)
+        (tmp_path / "in" / f"{i}.jpg").write_bytes(encoded(noise))
+    shards.write(shards.Options("folder"), tmp_path / "in", tmp_path / "out", quiet=True)
+    store = Store(tmp_path / "out")
+    path = store.path / store.shards[0]["file"]
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    wanted = np.arange(len(store) // 2, len(store))
+    store.prefetch(wanted)
+    ((shard, start, stop),) = store.ranges(wanted)
+    deadline = time.monotonic() + 10
+    assert shard == 0
+    while not in_memory(path)[start // mmap.PAGESIZE : stop // mmap.PAGESIZE].all():
+        assert time.monotonic() < deadline, "the samples were not brought into memory"
+        time.sleep(0.01)
+
+
+def test_ranges_cover_the_samples_and_little_else(folder):
+    store = Store(folder)
+    ids = np.array([7, 0, 1, 20])
+    ranges = store.ranges(ids)
+    assert ranges == sorted(ranges) and len(ranges) <= len(ids)
+    for i in ids:
+        shard, start = int(store._rows["shard"][i]), int(store._rows["offset"][i])
+        assert any(s == shard and a <= start and start + int(store._rows["length"][i]) <= b for s, a, b in ranges)
+    assert store.ranges(np.arange(0)) == []
+
+
+def test_prefetch_of_a_shard_that_is_gone_is_silent(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "x")
+    store = Store(copy)
+    (copy / store.shards[0]["file"]).unlink()
+    store.prefetch(np.arange(3))
+    with pytest.raises((Corrupt, OSError)):
+        store.read(0)
