@@ -32,11 +32,14 @@ EPS = 1e-5
 
 @dataclass
 class Heads:
-    """H linear classifiers of F features into C classes."""
+    """H linear classifiers of F features into C classes.
 
-    weight: Tensor  # (F, H, C)
-    bias: Tensor  # (H, C)
-    # With BatchNorm: each head has its own scale and shift (F, H, 1); the running statistics (F,) are shared.
+    Features are the last axis everywhere, so that the products, the softmax and the updates run along memory.
+    """
+
+    weight: Tensor  # (H, C, F)
+    bias: Tensor  # (H, C, 1)
+    # With BatchNorm: each head has its own scale and shift (H, 1, F); the running statistics (F,) are shared.
     scale: Tensor | None = None
     shift: Tensor | None = None
     mean: Tensor | None = None
@@ -44,35 +47,39 @@ class Heads:
 
     def scores(self, x: Tensor) -> Tensor:
         """Logits (H, N, C) of features (N, F), in evaluation mode."""
-        return self._logits(x, self.mean, self.var).transpose(0, 1)
+        return self._logits(x, self.mean, self.var).transpose(1, 2)
 
     def _logits(self, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
-        """(N, H, C). BatchNorm is folded into the weights: there are fewer of them than features in a batch."""
+        """(H, C, N). BatchNorm is folded into the weights: there are fewer of them than features in a batch."""
         weight, bias = self.weight, self.bias
         if self.scale is not None and self.shift is not None and mean is not None and var is not None:
-            slope = self.scale * (var + EPS).rsqrt()[:, None, None]
-            bias = bias + ((self.shift - mean[:, None, None] * slope) * weight).sum(0)
-            weight = slope * weight
-        return (x @ weight.flatten(1)).view(len(x), *bias.shape) + bias
+            slope = self.scale * (var + EPS).rsqrt()
+            bias = bias + (weight * (self.shift - mean * slope)).sum(2, keepdim=True)
+            weight = weight * slope
+        return torch.addmm(bias.flatten(0, 1), weight.flatten(0, 1), x.T).view(*bias.shape[:2], len(x))
 
     def gradients(self, x: Tensor, labels: Tensor) -> list[Tensor]:
         """Of each head's mean cross-entropy on a batch (B, F), in the order of `parameters()`.
 
         As BatchNorm does in training, uses the batch's statistics and moves the running ones a tenth of the way.
+        `x` must be centred on the whole set: then the mean of squares has the digits that the variance needs.
         """
-        var, mean = torch.var_mean(x, 0, correction=0) if self.scale is not None else (None, None)
-        error = self._logits(x, mean, var).softmax(2)  # (B, H, C)
-        error[torch.arange(len(x), device=x.device), :, labels] -= 1
+        mean = var = None
+        if self.scale is not None:
+            mean = x.mean(0)
+            var = (x.square().mean(0) - mean.square()).clamp_min(0)
+        error = self._logits(x, mean, var).softmax(1)  # (H, C, B)
+        error[:, labels, torch.arange(len(x), device=x.device)] -= 1
         error /= len(x)
-        total = error.sum(0)
-        weight = (x.T @ error.flatten(1)).view_as(self.weight)
+        total = error.sum(2, keepdim=True)
+        weight = (error.flatten(0, 1) @ x).view_as(self.weight)
         if self.scale is None or self.shift is None or mean is None or var is None:
             return [weight, total]
         self._track(mean, var * len(x) / (len(x) - 1))
         # What the product would be with the standardized batch.
-        weight = (weight - mean[:, None, None] * total) * (var + EPS).rsqrt()[:, None, None]
-        scale = (self.weight * weight).sum(2, keepdim=True)
-        shift = (self.weight * total).sum(2, keepdim=True)
+        weight = (weight - total * mean) * (var + EPS).rsqrt()
+        scale = (self.weight * weight).sum(1, keepdim=True)
+        shift = (self.weight * total).sum(1, keepdim=True)
         return [self.scale * weight + self.shift * total, total, scale, shift]
 
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -87,10 +94,10 @@ class Heads:
 def create(features: int, heads: int, classes: int, *, bn: bool, seed: int, device: torch.device | str) -> Heads:
     """Weights from N(0, 0.01), the same for every head; biases zero."""
     generator = torch.Generator().manual_seed(seed)
-    weight = 0.01 * torch.randn(features, 1, classes, generator=generator)
-    made = Heads(weight.expand(-1, heads, -1).contiguous().to(device), torch.zeros(heads, classes, device=device))
+    weight = 0.01 * torch.randn(classes, features, generator=generator)
+    made = Heads(weight.expand(heads, -1, -1).contiguous().to(device), torch.zeros(heads, classes, 1, device=device))
     if bn:
-        made.scale = torch.ones(features, heads, 1, device=device)
+        made.scale = torch.ones(heads, 1, features, device=device)
         made.shift = torch.zeros_like(made.scale)
         made.mean, made.var = torch.zeros(features, device=device), torch.ones(features, device=device)
     return made
@@ -122,15 +129,15 @@ def train(
     # BatchNorm does not see a constant offset, but folding it into the weights would lose digits to a large one.
     offset = x.mean(0) if bn else torch.zeros(1, device=x.device)
     x = x - offset if bn else x
-    # Heads are the last axis but one of every parameter.
-    peak = torch.tensor(rates, device=x.device)[:, None] * min(batch, len(x)) / 256
+    peak = torch.tensor(rates, device=x.device)[:, None, None] * min(batch, len(x)) / 256
     momentum = [torch.zeros_like(p) for p in heads.parameters()]
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         rate = peak * schedule(epoch, epochs, warmup)
         # Batches of equal size to within one: a last batch of one sample would have no BatchNorm statistics.
         for ids in torch.randperm(len(x), generator=generator).to(x.device).tensor_split(math.ceil(len(x) / batch)):
-            gradients = heads.gradients(x[ids], labels[ids])
+            # On the CPU index_select copies whole rows, where x[ids] goes number by number.
+            gradients = heads.gradients(x.index_select(0, ids), labels[ids])
             for p, m, g in zip(heads.parameters(), momentum, gradients):
                 p.sub_(m.mul_(MOMENTUM).add_(g) * rate)
     if heads.mean is not None:

@@ -24,7 +24,7 @@ def test_packed_heads_train_as_torch_modules_do(bn):
     heads = linear.train(x, y, 4, rates=rates, bn=bn, epochs=4, warmup=2, batch=64, seed=3)
     for h, rate in enumerate(rates):
         head = nn.Linear(7, 4)
-        head.weight.data = linear.create(7, 1, 4, bn=bn, seed=3, device="cpu").weight[:, 0].T.clone()
+        head.weight.data = linear.create(7, 1, 4, bn=bn, seed=3, device="cpu").weight[0].clone()
         head.bias.data.zero_()
         net = nn.Sequential(nn.BatchNorm1d(7), head) if bn else nn.Sequential(head)
         optimizer = torch.optim.SGD(net.parameters(), 1.0, momentum=0.9)
