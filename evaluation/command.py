@@ -8,6 +8,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,11 +78,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             runs, data = smoke.prepare(Path(folder))
             for made in runs:
-                evaluate(
-                    str(made),
-                    replace(config, data=tuple(data), protocols=("all",), finetune_epochs=1, epochs=20),
-                    start("cpu"),
-                )
+                asked = replace(config, data=tuple(data), protocols=("all",), finetune_epochs=1, epochs=20)
+                evaluate(str(made), asked, torch.device("cpu"))
         return
     if not config.targets:
         raise UserError("nothing to evaluate: give a run directory, as in `python tools/evaluate.py runs/NAME`")
@@ -89,12 +87,10 @@ def main() -> None:
         compare_runs(config)
         return
     device = start(config.device)
-    try:
-        contents = [evaluate(target, config, device) for target in config.targets]
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if config.write and all(contents):
+    if dist.is_initialized() and not embed_together(config, device):
+        return
+    contents = [evaluate(target, config, device) for target in config.targets]
+    if config.write:
         write_markdown(config.write, contents, device)
 
 
@@ -110,9 +106,27 @@ def start(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
 
 
-def evaluate(target: str, config: Config, device: torch.device) -> dict:
-    """One target; returns the content of its eval.json (empty on ranks that only help with the features)."""
-    begun = time.perf_counter()
+def embed_together(config: Config, device: torch.device) -> bool:
+    """With torchrun: all features of all targets, each process its share. True in the one process that then goes on
+    alone, with the features from the cache: probes are small beside them, and only one may write."""
+    first = dist.get_rank() == 0
+    try:
+        for target in config.targets:
+            work, datasets, own, _ = prepare(target, config, device, print if first else lambda _: None)
+            try:
+                for data in datasets:
+                    work.embed(data, own)
+            finally:
+                work.close()
+    finally:
+        dist.destroy_process_group()
+    return first
+
+
+def prepare(
+    target: str, config: Config, device: torch.device, say: Callable[[str], None] = print
+) -> tuple[suite.Suite, list[suite.Data], suite.Data | None, Path | None]:
+    """(the work to do, the datasets, the one the encoder was trained on if it is here, the run directory if any)."""
     trained = encoder.load(target, weights=config.weights, key=config.weights_key, image_size=config.image_size)
     run = run_directory(target)
     settings = json.loads((run / "config.json").read_text()) if run and (run / "config.json").is_file() else {}
@@ -134,24 +148,27 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
     own = next((d for d in datasets if own_path and d.path.resolve() == own_path.resolve()), None)
     if own is None and own_path and own_path.is_dir():
         own = suite.open_data(own_path, options)
-    out = config.out or directory_for(target, run)
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    work = suite.Suite(trained, out, options, print if first else lambda _: None)
+    work = suite.Suite(trained, config.out or directory_for(target, run), options, say)
+    return work, datasets, own, run
+
+
+def evaluate(target: str, config: Config, device: torch.device) -> dict:
+    """One target; returns the content of its eval.json."""
+    begun = time.perf_counter()
+    work, datasets, own, run = prepare(target, config, device)
     try:
         drawn = []
         for data in datasets:
             work.run(data, own)
-            drawn += figures.draw(work, data) if first and config.plots else []
+            drawn += figures.draw(work, data) if config.plots else []
     finally:
         work.close()
-    if not first:
-        return {}
-    if own is None and "overlap" in asked:
+    if own is None and "overlap" in work.options.protocols:
         print("overlap with the pre-training data: not checked, that data is not here")
     work.write()
     content = work.content()
     print(tables.console(content))
-    written = [work.file, report.write(out, content, run, drawn)] if config.plots else [work.file]
+    written = [work.file, report.write(work.out, content, run, drawn)] if config.plots else [work.file]
     print(f"\n{', '.join(map(str, written))}: {time.perf_counter() - begun:.0f} s")
     return content
 

@@ -41,6 +41,7 @@ class Encoder:
     weights: str = "trained"  # or "untrained"
     sha256: str = ""  # of the weights file
     source: str = ""
+    recipe: str = ""  # the identity of weights that are made, known before they are
     step: str = ""
     method: str = ""
     pretrained_on: str = ""
@@ -53,8 +54,8 @@ class Encoder:
 
     @cached_property
     def checkpoint(self) -> str:
-        """The identity of the parameters and buffers, as they were at first sight."""
-        return fingerprint(self.module)
+        """The identity of the parameters and buffers: their recipe, or their hash as they were at first sight."""
+        return self.recipe or fingerprint(self.module)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -160,11 +161,37 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def untrained(encoder: Encoder, seed: int) -> Encoder:
-    """The same architecture with random weights."""
+def untrained(encoder: Encoder, seed: int, statistics: str = "") -> Encoder:
+    """The same architecture with random weights. `statistics`: of which images its batch-norm layers will know them."""
     torch.manual_seed(seed)
     module = encoder.fresh().eval()
-    return replace(encoder, module=module, weights="untrained", sha256="", source=f"random, seed {seed}", step="")
+    source = f"random weights (seed {seed})"
+    if statistics and norms(module):
+        source += f", batch-norm statistics of {statistics}"
+    return replace(encoder, module=module, weights="untrained", sha256="", source=source, step="",
+                   recipe=f"{fingerprint(module)}, {source}")  # fmt: skip
+
+
+def norms(module: nn.Module) -> list[nn.Module]:
+    """The batch-norm layers that keep statistics of their input."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return [m for m in module.modules() if isinstance(m, kinds) and m.running_mean is not None]
+
+
+@contextmanager
+def calibrating(module: nn.Module) -> Iterator[None]:
+    """Inside, the batch-norm layers forget their statistics and average those of the batches that pass; nothing else
+    changes, and everything but them stays in evaluation mode."""
+    layers: list[Any] = norms(module)
+    kept = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain average
+        layer.train()
+    yield
+    for layer, momentum in zip(layers, kept):
+        layer.momentum = momentum
+        layer.eval()
 
 
 def _public(target: str, weights: Path | None, key: str | None, image_size: int | None) -> Encoder:

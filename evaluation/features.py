@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -22,13 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evaluation.encoder import Encoder, frozen
+from evaluation.encoder import Encoder, calibrating, frozen
 from pipeline.errors import UserError
 from pipeline.loader import normalize
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters, Policy, clean, parameters
 
 VERSION = "1"
+CALIBRATION, CALIBRATION_BATCH = 1024, 256  # images; fixed, so that --batch changes no number
 
 
 class Stale(Exception):
@@ -72,6 +74,26 @@ def describe(encoder: Encoder, store: Store, ids: np.ndarray, views: Views = CLE
         "layer": "the network's pooled output",
         "dtype": "float32",
     }
+
+
+def calibrate(
+    encoder: Encoder, store: Store, ids: np.ndarray, engine: Any, *, device: str | torch.device = "cpu"
+) -> None:
+    """Measure an untrained encoder's batch-norm statistics on clean views of these images; no weight changes.
+
+    Fresh layers pretend that every activation has mean 0 and variance 1. Random weights make neither true, so the
+    features would be dominated by a few channels, and whatever is held against them would look better than it is.
+    """
+    module = encoder.module.to(device).to(memory_format=torch.channels_last)
+    # In a seeded order: the samples lie class by class, and a batch of one class has too small a variance.
+    order = np.random.default_rng(0).permutation(ids)
+    batches = np.array_split(order, math.ceil(len(ids) / CALIBRATION_BATCH))
+    with calibrating(module), torch.no_grad():
+        for images in _images(encoder, store, batches, engine, CLEAN):
+            _forward(encoder, images, device)
+    if dist.is_initialized():
+        for value in module.buffers():
+            dist.broadcast(value, 0)
 
 
 def embed(
@@ -167,14 +189,31 @@ def load(path: Path, manifest: dict[str, str]) -> Tensor:
 
 
 def cached(path: Path, manifest: dict[str, str], make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-    """(features, whether they were on disk). A stale file is named, refused, and replaced."""
+    """(features, whether they were on disk). A stale file is named, refused, and replaced.
+
+    With several processes all call it: all have the file or all make, and the first one writes.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    found: Tensor | None = None
     try:
-        return load(path, manifest), True
+        found = load(path, manifest)
     except FileNotFoundError:
         pass
     except Stale as reason:
-        print(f"{path}: not used, {reason}; computing the features again")
+        if first:
+            print(f"{path}: not used, {reason}; computing the features again")
+    if _everyone(found is not None) and found is not None:
+        return found, True
     features = make()
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if first:
         save(path, manifest, features)
     return features, False
+
+
+def _everyone(mine: bool) -> bool:
+    """Whether this holds in every process."""
+    if not dist.is_initialized():
+        return mine
+    answers = [mine] * dist.get_world_size()
+    dist.all_gather_object(answers, mine)
+    return all(answers)

@@ -51,8 +51,9 @@ def _kept(file: Path, key: str) -> bool:
 
 
 def _key(work: Suite, data: Data, kind: str) -> str:
-    parts = [kind, features.describe(work.encoders["trained"], data.train, data.train_ids),
-             features.describe(work.encoders["trained"], data.test, data.test_ids)]  # fmt: skip
+    both = (work.trained, work.encoder("untrained", data))
+    parts = [kind, *(features.describe(e, s, ids) for e in both for s, ids in ((data.train, data.train_ids),
+                                                                               (data.test, data.test_ids)))]  # fmt: skip
     if kind == "confusion":
         parts.append(_matrix(work, data) or {})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -136,7 +137,7 @@ def _neighbours(work: Suite, data: Data, file: Path) -> bool:
     queries = [*first.values(), *rest][:QUERIES]
     x, q = (work.features("trained", data, split)[:, 0] for split in ("train", "test"))
     ids = knn.neighbours(x, q[queries], min(NEIGHBOURS, len(x)))[1].numpy()
-    size = max(32, min(64, work.encoders["trained"].image_size))
+    size = max(32, min(64, work.trained.image_size))
     left = _images(work, data.test, data.test_ids[queries], size)
     right = _images(work, data.train, data.train_ids[ids.ravel()], size).reshape(*ids.shape, size, size, 3)
     with plt.rc_context(STYLE | {"axes.grid": False}):
@@ -160,7 +161,7 @@ def _tile(axes, image: np.ndarray, color: str) -> None:
 
 def _images(work: Suite, store: Store, ids: np.ndarray, size: int) -> np.ndarray:
     """(n, S, S, 3) uint8 of the clean views."""
-    drawn = views.clean(size, store.heights[ids], store.widths[ids], work.encoders["trained"].crop_ratio)
+    drawn = views.clean(size, store.heights[ids], store.widths[ids], work.trained.crop_ratio)
     return work.engine(store)(ids, drawn)[0][0].permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from evaluation import encoder as encoders
@@ -29,7 +28,7 @@ from pipeline import engines, plan, views
 from pipeline.errors import UserError, nearest
 from pipeline.store import Store
 
-VERSION = 1
+VERSION = 2
 QUICK = ("knn", "linear", "ridge", "label-free", "overlap")
 ALL = (*QUICK, "lidar", "averaged", "in-domain", "fewshot", "full")
 PROTOCOLS = (*ALL, "transductive")
@@ -136,11 +135,12 @@ class Suite:
     """The evaluation of one encoder into one directory."""
 
     def __init__(self, trained: Encoder, out: Path, options: Options, say: Callable[[str], None] = print):
-        self.options, self.out, self.say = options, out, say
-        self.encoders = {"trained": trained, "untrained": encoders.untrained(trained, options.seed)}
+        self.options, self.out, self.say, self.trained = options, out, say, trained
         self.cells: dict[str, list[dict]] = {}
         self.datasets: dict[str, dict] = {}
         self.seconds: dict[str, float] = {}
+        self._untrained: dict[str, Encoder] = {}
+        self._calibrated: set[str] = set()
         self._features: dict[tuple, Tensor] = {}
         self._engines: dict[int, Any] = {}
         self._read()
@@ -157,18 +157,18 @@ class Suite:
             return
         try:
             found = json.loads(self.file.read_text())
-            same = found["checkpoint"] == self.encoders["trained"].checkpoint and found["version"] == VERSION
+            same = found["checkpoint"] == self.trained.checkpoint and found["version"] == VERSION
         except (ValueError, KeyError):
             same = False
         if not same:
-            self.say(f"{self.file}: not used, it is of other weights; evaluating again")
+            self.say(f"{self.file}: not used, it is of other weights or another version; evaluating again")
             return
         self.datasets = found["datasets"]
         for row in found["results"]:
             self.cells.setdefault(row["cell"], []).append(row)
 
     def content(self) -> dict[str, Any]:
-        encoder = self.encoders["trained"]
+        encoder = self.trained
         rows = [row for name in sorted(self.cells) for row in self.cells[name]]
         return {
             "version": VERSION,
@@ -202,29 +202,49 @@ class Suite:
             self._engines[id(store)] = engines.create(o.engine, store, o.device, threads=o.threads)[0]
         return self._engines[id(store)]
 
-    def features(self, weights: str, data: Data, split: str, kind: str = "clean") -> Tensor:
-        """(N, V, F) on the CPU: `clean` (V = 1), `averaged` or `lidar`."""
-        key = (weights, data.name, split, kind)
+    def encoder(self, weights: str, data: Data) -> Encoder:
+        """The network; untrained, one for each dataset, with batch-norm statistics of that dataset's training images.
+
+        They are measured when they are first needed: `ready`.
+        """
+        if weights == "trained":
+            return self.trained
+        if data.name not in self._untrained:
+            ids = self._calibration(data)
+            whose = f"{len(ids):,} training images of {data.name}"
+            made = encoders.untrained(self.trained, self.options.seed, whose)
+            self._untrained[data.name] = replace(made, recipe=f"{made.recipe} {data.train.fingerprint} {digest(ids)}")
+        return self._untrained[data.name]
+
+    def ready(self, weights: str, data: Data) -> Encoder:
+        encoder = self.encoder(weights, data)
+        if weights == "untrained" and data.name not in self._calibrated and encoders.norms(encoder.module):
+            features.calibrate(
+                encoder, data.train, self._calibration(data), self.engine(data.train), device=self.options.device
+            )
+            self._calibrated.add(data.name)
+        return encoder
+
+    def _calibration(self, data: Data) -> np.ndarray:
+        return _sample(data.train.labels, data.train_ids, features.CALIBRATION, self.options.seed)
+
+    def features(self, weights: str, data: Data, split: str, kind: str = "clean", by: Data | None = None) -> Tensor:
+        """(N, V, F) on the CPU: `clean` (V = 1), `averaged` or `lidar`. `by`: the dataset of the untrained network."""
+        by = by if by is not None and weights == "untrained" else data
+        key = (data.name, split, kind, weights, *([by.name] if by is not data else []))
         if key not in self._features:
             begun = time.perf_counter()
-            encoder = self.encoders[weights]
+            encoder = self.encoder(weights, by)
             store, ids = (data.train, data.train_ids) if split == "train" else (data.test, data.test_ids)
             ids = ids if kind != "lidar" else _sample(store.labels, ids, LIDAR_IMAGES, self.options.seed)
             shown = self.views(kind)
-            path = self.out / "features" / ("-".join(key[1:] + key[:1]) + ".safetensors")
-            self._features[key], old = features.cached(
-                path,
-                features.describe(encoder, store, ids, shown),
-                lambda: features.embed(
-                    encoder,
-                    store,
-                    ids,
-                    self.engine(store),
-                    batch=self.options.batch,
-                    device=self.options.device,
-                    views=shown,
-                ),
-            )
+
+            def make() -> Tensor:
+                return features.embed(self.ready(weights, by), store, ids, self.engine(store), batch=self.options.batch,
+                                      device=self.options.device, views=shown)  # fmt: skip
+
+            path = self.out / "features" / f"{'-'.join(key)}.safetensors"
+            self._features[key], old = features.cached(path, features.describe(encoder, store, ids, shown), make)
             taken = time.perf_counter() - begun
             self.seconds[f"features/{'/'.join(key)}"] = taken
             self.say(f"features   {data.name} {split}, {weights}, {kind}: {len(ids):,} images"
@@ -235,7 +255,7 @@ class Suite:
         if kind == "clean":
             return CLEAN
         count = LIDAR_VIEWS if kind == "lidar" else AVERAGED_VIEWS - 1
-        size = self.encoders["trained"].image_size
+        size = self.trained.image_size
         chosen = views.policy(self.options.policy, max(count, 3), size, views.overrides(self.options.augment))
         chosen = replace(chosen, groups=(replace(chosen.groups[0], count=count, size=size),))
         return Views(kind == "averaged", chosen, self.options.seed)
@@ -248,9 +268,17 @@ class Suite:
 
     # ------------------------------------------------------------------------------------------------------ cells
 
-    def cell(self, name: str, weights: str, data: Data, depends: dict, make: Callable[[], Iterable[Result]]) -> None:
-        """Compute `make()` unless the same was done before, and write its rows."""
-        encoder = self.encoders[weights]
+    def cell(
+        self,
+        name: str,
+        weights: str,
+        data: Data,
+        depends: dict,
+        make: Callable[[], Iterable[Result]],
+        by: Data | None = None,
+    ) -> None:
+        """Compute `make()` unless the same was done before, and write its rows. `by`: as in `features`."""
+        encoder = self.encoder(weights, by or data)
         depends = depends | {
             "version": VERSION,
             "train": features.describe(encoder, data.train, data.train_ids),
@@ -264,11 +292,12 @@ class Suite:
         mode = "in-domain probe" if name.split("/")[1].startswith("in-domain") else "retrained"
         results = list(make())
         common = {
-            "cell": name, "key": key, "run": encoder.run, "checkpoint": self.encoders["trained"].checkpoint[:16],
+            "cell": name, "key": key, "run": encoder.run, "checkpoint": self.trained.checkpoint[:16],
             "step": encoder.step, "backbone": encoder.backbone, "method": encoder.method,
             "pretrained_on": encoder.pretrained_on, "dataset": data.name, "mode": mode, "weights": weights,
         }  # fmt: skip
-        self.cells[name] = [common | row for result in results for row in rows(result, data)]
+        added = f"; {encoder.source}" if weights == "untrained" and name.split("/")[1] != "majority" else ""
+        self.cells[name] = [common | row for r in results for row in rows(replace(r, text=r.text + added), data)]
         self.seconds[name] = time.perf_counter() - begun
         self.say(f"{name}: {self.seconds[name]:.1f} s" + "".join(
             f"\n    {r.protocol} ({r.norm}{f', draw {r.seed}' if r.seed else ''}): {_shown(r)}" for r in results))  # fmt: skip
@@ -283,11 +312,7 @@ class Suite:
     def run(self, data: Data, own: Data | None) -> None:
         """Every protocol on a dataset. `own`: the data the encoder was trained on, if it is here."""
         self._features.clear()
-        self.datasets[data.name] = data.facts()
-        if dist.is_initialized():
-            self.embed_together(data)
-            if dist.get_rank() > 0:
-                return
+        self.datasets[data.name] = data.facts() | {"untrained": self.encoder("untrained", data).source}
         self.majority(data)
         for weights in ("trained", "untrained"):
             self.on_features(weights, data)
@@ -297,15 +322,20 @@ class Suite:
         if own is not None and own.name != data.name and "in-domain" in self.options.protocols:
             self.in_domain(data, own)
 
-    def embed_together(self, data: Data) -> None:
-        """All features first: the one part that several processes share."""
-        kinds = ["clean"] * self.uses_features + ["averaged"] * ("averaged" in self.options.protocols)
+    def embed(self, data: Data, own: Data | None) -> None:
+        """Every feature that `run` will read, into the cache: the part that several processes share."""
+        self._features.clear()
+        asked = self.options.protocols
+        kinds = ["clean"] * self.uses_features + ["averaged"] * ("averaged" in asked)
         for weights in ("trained", "untrained"):
             for kind in kinds:
                 for split in ("train", "test"):
                     self.features(weights, data, split, kind)
-            if "lidar" in self.options.protocols:
+            if "lidar" in asked:
                 self.features(weights, data, "train", "lidar")
+            if own is not None and own.name != data.name and "in-domain" in asked and contained(data, own):
+                self.features(weights, own, "train")
+                self.features(weights, data, "test", by=own)
 
     def majority(self, data: Data) -> None:
         if data.labelled:
@@ -358,7 +388,7 @@ class Suite:
     ) -> None:
         preset = finetune.PRESETS[preset_name]
         preset = replace(preset, epochs=self.options.finetune_epochs or preset.epochs)
-        vit = finetune.is_vit(self.encoders[weights].module)
+        vit = finetune.is_vit(self.trained.module)
         extras = ", layer decay 0.65, label smoothing 0.1, drop path 0.2" if vit else ""
         text = (
             f"whole network trained on {len(subset.ids):,} labels ({subset.true_fraction:.3%} of the training data), preset"
@@ -368,7 +398,7 @@ class Suite:
         bn = self.options.finetune_bn
 
         def make() -> Iterator[Result]:
-            encoder, device = self.encoders[weights], self.options.device
+            encoder, device = self.ready(weights, data), self.options.device
             with encoders.frozen(encoder.module):  # the tuned network is a copy
                 model = finetune.train(encoder, data.train, subset.ids, data.classes, self.engine(data.train), preset,
                                        bn=bn, seed=seed, device=device)  # fmt: skip
@@ -409,7 +439,7 @@ class Suite:
     def in_domain(self, data: Data, own: Data) -> None:
         """The probe of the pre-training data, tested on another dataset without being trained there."""
         place = {name: i for i, name in enumerate(own.train.classes)}
-        if not set(data.train.classes) <= set(place):
+        if not contained(data, own):
             self.say(f"in-domain probe on {data.name}: not possible, its classes are not those of {own.name}")
             return
         to_own = torch.tensor([place[name] for name in data.test.classes])
@@ -417,7 +447,7 @@ class Suite:
 
             def make(weights: str = weights) -> Iterator[Result]:
                 device = self.options.device
-                x, queries = self.features(weights, own, "train"), self.features(weights, data, "test")
+                x, queries = self.features(weights, own, "train"), self.features(weights, data, "test", by=own)
                 truth = to_own[data.labels("test")].to(device)
                 p = Problem(
                     x[:, 0].to(device), own.labels("train").to(device), queries[:, 0].to(device), truth, own.classes
@@ -428,13 +458,22 @@ class Suite:
                 ]:
                     yield replace(r, text=f"{r.text}; trained on {own.name}, not on {data.name}", scores=None)
 
-            depends = {"own": features.describe(self.encoders[weights], own.train, own.train_ids),
+            depends = {"own": features.describe(self.encoder(weights, own), own.train, own.train_ids),
                        "epochs": self.options.epochs, "seed": self.options.seed}  # fmt: skip
-            self.cell(f"in-domain-{own.name}", weights, data, depends, make)
+            self.cell(f"in-domain-{own.name}", weights, data, depends, make, by=own)
 
     def close(self) -> None:
         for engine in self._engines.values():
             engine.close()
+
+
+def contained(data: Data, own: Data) -> bool:
+    """Whether a classifier of `own`'s classes can be tested on `data`."""
+    return set(data.train.classes) <= set(own.train.classes)
+
+
+def digest(ids: np.ndarray) -> str:
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def _digest(store: Store, i: int) -> bytes:

@@ -153,7 +153,7 @@ def console(content: dict) -> str:
 
 
 def heading(dataset: str, content: dict) -> str:
-    """Name, sizes, majority class, and whatever is unusual about the data."""
+    """Name, sizes, what the baselines are, and whatever is unusual about the data."""
     facts = content["datasets"][dataset]
     chance = [r["value"] for r in content["results"] if r["dataset"] == dataset and r["protocol"] == "majority class"
               and r["metric"] == "top1"]  # fmt: skip
@@ -161,7 +161,7 @@ def heading(dataset: str, content: dict) -> str:
         f"{dataset}: {facts['train']:,} training and {facts['test']:,} test images, {len(facts['classes'])} classes"
     ]
     parts += [f"majority class {percent(chance[0])} %"] if chance else []
-    return "; ".join(parts + facts["notes"])
+    return "; ".join([*parts, f"untrained: {facts['untrained']}", *facts["notes"]])
 
 
 def others(rows: list[dict], dataset: str) -> list[dict]:

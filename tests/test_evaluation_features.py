@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from evaluation import encoder as encoders
 from evaluation import features, smoke
@@ -92,6 +93,39 @@ def test_statistics_that_move_are_noticed(made, store):
     norm.register_forward_pre_hook(lambda module, _: module.train() and None)
     with pytest.raises(RuntimeError, match="changed while"):
         embed(encoder, store)
+
+
+def calibrated(made, data, *, seed: int = 0) -> encoders.Encoder:
+    encoder = encoders.untrained(encoders.load(str(made[0][0])), seed, "these images")
+    store = Store(data)
+    engine = engines.create("cpu", store, threads=2)[0]
+    features.calibrate(encoder, store, np.arange(len(store)), engine)
+    engine.close()
+    return encoder
+
+
+def test_an_untrained_network_knows_the_statistics_of_its_input(made):
+    """Torch's own update of batch-norm statistics on the same batches; no weight changes, and nothing else is left over."""
+    found, store = calibrated(made, made[1][0]), Store(made[1][0])
+    fresh = encoders.untrained(found, 0)
+    order = np.random.default_rng(0).permutation(np.arange(len(store)))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (found.mean, found.std))
+    pixels = torch.stack([torch.from_numpy(store.read(int(i)).copy()).permute(2, 0, 1) for i in order])
+    update_bn([(pixels - mean) / std], fresh.module)
+    for (name, a), b in zip(found.module.state_dict().items(), fresh.module.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    assert not any(m.training for m in found.module.modules())
+    assert {m.momentum for m in encoders.norms(found.module)} == {0.1}
+    assert encoders.fingerprint(found.module) == encoders.fingerprint(calibrated(made, made[1][0]).module)
+    assert encoders.fingerprint(found.module) != encoders.fingerprint(calibrated(made, made[1][1]).module)
+
+
+def test_what_the_untrained_network_is_called(made):
+    """Its identity is known before anything is measured; a network without batch-norm has no statistics to speak of."""
+    resnet, vit = (encoders.untrained(encoders.load(str(run)), 3, "200 images") for run in made[0])
+    assert resnet.source == "random weights (seed 3), batch-norm statistics of 200 images"
+    assert vit.source == "random weights (seed 3)" and not encoders.norms(vit.module)
+    assert resnet.source in resnet.checkpoint != encoders.untrained(resnet, 3, "201 images").checkpoint
 
 
 def test_fingerprint_sees_every_bit(made):

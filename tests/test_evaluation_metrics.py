@@ -80,7 +80,14 @@ def test_markdown_names_its_command():
     rows = [row("trained", 0.8), row("untrained", 0.5)] + [
         row("trained", 0.7, metric=m) for m in ("top5", "mean_per_class")
     ]
-    facts = {"train": 400, "test": 100, "classes": ["a", "b"], "shift": "unknown", "notes": ["a note"]}
+    facts = {
+        "train": 400,
+        "test": 100,
+        "classes": ["a", "b"],
+        "shift": "unknown",
+        "notes": ["a note"],
+        "untrained": "random",
+    }
     content = {"run": "r", "backbone": "net", "pretrained_on": "d", "image_size": 32, "transform": "t", "sha256": "f" * 64,
                "source": "s", "checkpoint": "c" * 64, "trained_by": "python train.py",
                "datasets": {"d": facts}, "results": rows}  # fmt: skip
@@ -88,7 +95,7 @@ def test_markdown_names_its_command():
     text = tables.markdown([json.loads(json.dumps(content))], "python tools/evaluate.py runs/r", facts)
     assert "Made by `python tools/evaluate.py runs/r`" in text
     assert "| knn k=20 | l2 | 80.00 | [71.12, 86.66] | 50.00 |" in text
-    assert "400 training and 100 test images, 2 classes; a note" in text
+    assert "400 training and 100 test images, 2 classes; untrained: random; a note" in text
 
 
 def test_what_a_known_dataset_lacks_is_said():

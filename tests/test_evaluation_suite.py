@@ -133,6 +133,34 @@ def test_same_seed_same_bytes(made, tmp_path):
     assert (runs[1] / "eval.json").read_text().replace(str(runs[1]), "RUN") != a
 
 
+def test_two_processes_give_the_same_numbers(made, tmp_path):
+    """torchrun: the features in shares, everything after in one process; the same bytes as without."""
+    runs = [copy(made[0][0], tmp_path / name) for name in "ab"]
+    rest = [
+        "--data",
+        *made[1],
+        "--protocols",
+        "knn",
+        "ridge",
+        "label-free",
+        "lidar",
+        "in-domain",
+        "--no-plots",
+        "--epochs",
+        "5",
+    ]
+    many = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    for run, words in zip(runs, ((), many)):
+        done = command(*words, "tools/evaluate.py", run, *rest, "--write", run / "table.md")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote ") == 1
+    assert "read from the cache" in done.stdout
+    a, b = ((run / "eval.json").read_text().replace(str(run), "RUN") for run in runs)
+    assert a == b
+    names = [sorted(p.name for p in (run / "features").glob("*")) for run in runs]
+    assert names[0] == names[1]
+
+
 def test_interrupted_evaluation_goes_on(made, tmp_path, monkeypatch):
     """What is finished is neither computed again nor doubled; the result is that of an evaluation in one go."""
     whole, broken = (copy(made[0][0], tmp_path / name) for name in "ab")
@@ -226,6 +254,12 @@ def test_transfer_and_in_domain_probe_are_kept_apart(made, tmp_path):
     assert modes == {("patterns", "retrained"), ("shifted", "retrained"), ("shifted", "in-domain probe")}
     probe = [line for line in content["table"] if line["mode"] == "in-domain probe"]
     assert all("trained on patterns, not on shifted" in line["text"] for line in probe)
+    fresh = {(r["dataset"], r["mode"], r["text"].rpartition(" of ")[2]) for r in content["results"]
+             if r["weights"] == "untrained" and r["protocol"].startswith("knn")}  # fmt: skip
+    assert fresh == {("patterns", "retrained", "patterns"), ("shifted", "retrained", "shifted"),
+                     ("shifted", "in-domain probe", "patterns")}  # fmt: skip
+    said = content["datasets"]["shifted"]["untrained"]
+    assert said == "random weights (seed 0), batch-norm statistics of 125 training images of shifted"
     assert not any(d and "in-domain" in c for d, c in compare.table(content["results"]))
 
 

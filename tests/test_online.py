@@ -30,7 +30,7 @@ def test_bank_and_queries_are_disjoint_training_images(digits):
     store = Store(digits)
     probe = online.Probe(store, 8, seed=0)
     assert len(probe.labels) == len(store) and 0 < probe.bank < len(store)
-    assert (probe.labels.bincount() == torch.from_numpy(store.labels).bincount()).all()
+    assert (probe.labels.bincount() == torch.tensor(store.labels).bincount()).all()
 
 
 def test_without_labels_there_is_a_spectrum_and_no_score(digits):
