@@ -162,17 +162,25 @@ def _sha256(file: Path) -> str:
 
 
 def untrained(encoder: Encoder, seed: int, statistics: str = "") -> Encoder:
-    """The same architecture with random weights. `statistics`: of which images its batch-norm layers will know them."""
+    """The same architecture with random weights. `statistics`: of which images its batch-norm layers will know them.
+
+    Many residual networks start with every block switched off, by a last batch-norm whose scale is 0. Such a network is
+    little but strided 1x1 shortcuts: a ResNet with the standard stem would see one corner of a 32 px image. So as not to
+    be held against that, the scales start at 1, as batch-norm has them by itself.
+    """
     torch.manual_seed(seed)
     module = encoder.fresh().eval()
-    source = f"random weights (seed {seed})"
+    closed = [m for m in norms(module) if isinstance(m.weight, Tensor) and not m.weight.any()]
+    for layer in closed:
+        nn.init.ones_(layer.weight)
+    source = f"random weights (seed {seed}{', all blocks on' if closed else ''})"
     if statistics and norms(module):
         source += f", batch-norm statistics of {statistics}"
     return replace(encoder, module=module, weights="untrained", sha256="", source=source, step="",
                    recipe=f"{fingerprint(module)}, {source}")  # fmt: skip
 
 
-def norms(module: nn.Module) -> list[nn.Module]:
+def norms(module: nn.Module) -> list[Any]:
     """The batch-norm layers that keep statistics of their input."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     return [m for m in module.modules() if isinstance(m, kinds) and m.running_mean is not None]
@@ -182,7 +190,7 @@ def norms(module: nn.Module) -> list[nn.Module]:
 def calibrating(module: nn.Module) -> Iterator[None]:
     """Inside, the batch-norm layers forget their statistics and average those of the batches that pass; nothing else
     changes, and everything but them stays in evaluation mode."""
-    layers: list[Any] = norms(module)
+    layers = norms(module)
     kept = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
