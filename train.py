@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import signal
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,10 +34,10 @@ from pipeline.plan import plan
 from pipeline.store import Corrupt, Store
 from training import checkpoint, config, estimate, monitor, optim, plots
 from training.config import Config
+from training.preemption import PREEMPTED, Stop
 from training.run import Run
 from training.step import Encoder, backward, backward_chunked, synchronize_batchnorm
 
-PREEMPTED = 75  # EX_TEMPFAIL: saved on SIGTERM, start again with --resume
 MAX_STREAK = 10  # non-finite losses in a row
 
 
@@ -146,7 +145,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
             sheet.contact_sheet(
                 store, policy, order.batch(0)[0][:4], path, renders={engine.name: engine}, seed=cfg.seed
             )
-    for line in [*said, f"run        {folder}" + (f", resumed at step {start}" if start else "")]:
+    resumed = f", resumed at step {start}" if start else ", no checkpoint there: from the start" if cfg.resume else ""
+    for line in [*said, f"run        {folder}{resumed}"]:
         log.say(line)
 
     # what is called may be wrapped; `encoder` stays the plain module, whose names are saved
@@ -162,7 +162,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     gradients = partial(step_of, wrapped, objective=loss_of, scale=scaler.scale, autocast=autocast)
     final: Any = average.module.backbone if average else trunk  # what is probed and exported
     probe = online.Probe(store, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
-    stop = catch_signals()
+    stop = Stop(device)
 
     def save(step: int) -> None:
         states: dict[str, Any] = {
@@ -208,9 +208,10 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
                 )
         if probe and (step % eval_every == 0 or last):
             log.evaluate(step, probe, final, autocast)
-        if rank == 0 and (step % cfg.save_every == 0 or last or stop):
+        stopping = stop()
+        if rank == 0 and (step % cfg.save_every == 0 or last or stopping):
             save(step)
-        if stop:
+        if stopping:
             break
 
     # export
@@ -224,9 +225,11 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         log.say(backbone.timm_snippet(about, str(weights)))
     if loader.bad:
         log.say(f"{len(loader.bad)} unreadable image(s) were replaced; the first: {next(iter(loader.bad.values()))}")
-    preempted = bool(stop) and step < steps
+    preempted = step < steps
     if preempted:
         log.say(f"stopped by a signal; saved at step {step} of {steps}. Go on with --resume")
+        if dist.is_initialized():
+            dist.barrier()  # launchers kill the others once one has left: not before rank 0 has saved
     engine.close()
     log.close()
     return PREEMPTED if preempted else 0
@@ -250,6 +253,11 @@ def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
         keep_memory()
     if cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size} is not divisible by {world} processes")
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        raise UserError(
+            "torchrun --max-restarts: its store outlives a restart, after which processes wait for each other at the old"
+            " addresses; put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and on several nodes use --rdzv-backend=c10d"
+        )
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if wanted == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return world, rank, device
@@ -325,6 +333,8 @@ def open_run(cfg: Config, folder: Path, identity: dict[str, Any], rank: int) -> 
         raise UserError(
             f"{folder} is in use; go on with --resume, or empty it with --overwrite, or choose another --out"
         )
+    if cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise UserError(f"torchrun started this again, and --overwrite would empty {folder}: go on with --resume")
     if dist.is_initialized():
         dist.barrier()
     if rank == 0:
@@ -333,23 +343,22 @@ def open_run(cfg: Config, folder: Path, identity: dict[str, Any], rank: int) -> 
                 raise UserError(f"--overwrite: {folder} holds files but no run (no config.json); not emptying it")
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    saved = checkpoint.steps_in(folder / "checkpoints") if cfg.resume else []
-    if not saved:
+    newest = checkpoint.steps_in(folder / "checkpoints")[-1:] if cfg.resume else []
+    if dist.is_initialized():
+        said = [newest]
+        dist.broadcast_object_list(said, src=0)  # rank 0 decides: the others may look at an older listing
+        newest = said[0]
+    if not newest:
         return None
-    state = checkpoint.load(checkpoint.path_of(folder / "checkpoints", saved[-1]))
+    path = checkpoint.path_of(folder / "checkpoints", newest[0])
+    if not path.exists():
+        raise UserError(f"rank {rank} does not see {path}: --out must be on a file system that all nodes share")
+    state = checkpoint.load(path)
     wrong = [k for k in identity if state["identity"].get(k) != json.loads(json.dumps(identity[k]))]
     if wrong:
         lines = [f"--resume: {k} was {state['identity'].get(k)!r} in {folder}, now {identity[k]!r}" for k in wrong]
         raise UserError("\n".join(lines))
     return state
-
-
-def catch_signals() -> list[int]:
-    """A list that becomes non-empty when SIGTERM or SIGUSR1 asks to stop; the loop looks at it once a step."""
-    asked: list[int] = []
-    for sign in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(sign, lambda number, frame: asked.append(number))
-    return asked
 
 
 if __name__ == "__main__":
