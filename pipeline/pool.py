@@ -34,7 +34,7 @@ def check_stop() -> None:
         raise Stopped
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -49,7 +49,7 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
     context = multiprocessing.get_context("fork")  # workers inherit the listing and any arrays, nothing is copied
     shared[:] = [context.Array("q", 4)]
     executor = ProcessPoolExecutor(
-        min(jobs or _cores(), len(items)), mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+        min(jobs or cores(), len(items)), mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
     )
     try:
         futures = {executor.submit(work, item): name for name, item in items.items()}

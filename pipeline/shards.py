@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from pipeline.errors import UserError, nearest
 VERSION = 1
 FORMATS = {"webdataset": tar, "ffcv": beton}
 MANIFEST, WORK, STAMP = "manifest.json", ".work", ".stamp.json"
+EXECUTORS = {"local": "pipeline.pool", "ray": "pipeline.cluster"}  # loaded when asked for: Ray is an extra
 MIN_SHARD, MAX_SHARD = 16 << 20, 256 << 20
 KEY_LENGTH = 90  # a ustar name has 100 bytes
 CHECKS = ("decode", "headers")
@@ -258,6 +260,7 @@ def write(
     max_rejected: float = 0.01,
     download: bool = False,
     quiet: bool = False,
+    executor: str = "local",
 ) -> dict:
     """Convert a dataset to shards in `out`; go on where an earlier run stopped. Returns the manifest.
 
@@ -282,11 +285,18 @@ def write(
         todo = {row.name: row for row in job.rows if row.name not in results}
         running[:] = [job]
         total = sum(len(row.samples) for row in todo.values())
-        results |= pool.run(convert_shard, todo, jobs=jobs, total=total, quiet=quiet)
+        results |= _executor(executor).run(convert_shard, todo, jobs=jobs, total=total, quiet=quiet)
         manifest = _finish(job, results, max_rejected)
         _write_stamp(out, found, source)
     shutil.rmtree(out / WORK)
     return manifest
+
+
+def _executor(name: str):
+    """What runs `convert_shard` on every row: processes of this machine, or a Ray cluster."""
+    if name not in EXECUTORS:
+        raise UserError(nearest("executor", name, EXECUTORS))
+    return importlib.import_module(EXECUTORS[name])
 
 
 def _already_done(options: Options, source: Path | None, out: Path) -> dict | None:

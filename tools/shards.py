@@ -52,6 +52,8 @@ class Write:
     for the statistics): six times as fast, for photos that were checked before; what is broken inside is met in training."""
     download: bool = False
     """Let torchvision fetch what is missing."""
+    executor: str = "local"
+    """local: processes of this machine. ray: a Ray cluster whose nodes share source and output (RAY_ADDRESS)."""
 
     def run(self) -> int:
         options = shards.Options(
@@ -61,8 +63,9 @@ class Write:
         out = self.out or Path("shards") / self.dataset
         start = time.perf_counter()
         manifest = shards.write(
-            options, self.source, out, jobs=self.jobs, max_rejected=fraction(self.max_rejected), download=self.download
-        )
+            options, self.source, out, jobs=self.jobs, max_rejected=fraction(self.max_rejected), download=self.download,
+            executor=self.executor,
+        )  # fmt: skip
         print(f"{summary(out, manifest)} in {time.perf_counter() - start:.1f} s")
         return 0
 
