@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +105,15 @@ def calibrated(made, data, *, seed: int = 0) -> encoders.Encoder:
     return encoder
 
 
-def test_an_untrained_network_knows_the_statistics_of_its_input(made):
+def test_an_untrained_network_knows_the_statistics_of_its_input(made, monkeypatch):
     """Torch's own update of batch-norm statistics on the same batches; no weight changes, and nothing else is left over."""
+    monkeypatch.setattr(features, "CALIBRATION_BATCH", 64)
     found, store = calibrated(made, made[1][0]), Store(made[1][0])
     fresh = encoders.untrained(found, 0)
     order = np.random.default_rng(0).permutation(np.arange(len(store)))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (found.mean, found.std))
     pixels = torch.stack([torch.from_numpy(store.read(int(i)).copy()).permute(2, 0, 1) for i in order])
-    update_bn([(pixels - mean) / std], fresh.module)
+    update_bn([(x - mean) / std for x in pixels.tensor_split(4)], fresh.module)
     for (name, a), b in zip(found.module.state_dict().items(), fresh.module.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
     assert not any(m.training for m in found.module.modules())
@@ -123,9 +125,22 @@ def test_an_untrained_network_knows_the_statistics_of_its_input(made):
 def test_what_the_untrained_network_is_called(made):
     """Its identity is known before anything is measured; a network without batch-norm has no statistics to speak of."""
     resnet, vit = (encoders.untrained(encoders.load(str(run)), 3, "200 images") for run in made[0])
-    assert resnet.source == "random weights (seed 3), batch-norm statistics of 200 images"
+    assert resnet.source == "random weights (seed 3, all blocks on), batch-norm statistics of 200 images"
     assert vit.source == "random weights (seed 3)" and not encoders.norms(vit.module)
     assert resnet.source in resnet.checkpoint != encoders.untrained(resnet, 3, "201 images").checkpoint
+
+
+def test_an_untrained_network_sees_the_whole_image():
+    """As timm makes it, each block of a ResNet is switched off by a last scale of 0: only the corner is looked at."""
+    fresh = partial(backbone.create, "resnet10-narrow", image_size=32, stem="standard")
+    template = encoders.Encoder(fresh().eval(), fresh, "r", "resnet10-narrow", 32, (0, 0, 0), (1, 1, 1))
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    other = x.clone()
+    other[..., 20:, 20:] = 0.5
+    with torch.no_grad():
+        assert torch.equal(template.module(x), template.module(other))
+        module = encoders.untrained(template, 0).module
+        assert not torch.allclose(module(x), module(other), rtol=1e-3)
 
 
 def test_fingerprint_sees_every_bit(made):
