@@ -106,7 +106,7 @@ class Loader:
         ids = ids.copy()
         for b in range(len(ids)):
             while int(ids[b]) in self.bad:
-                ids[b] = self.plan.ids[(np.searchsorted(self.plan.ids, ids[b]) + 1) % self.plan.n]
+                ids[b] = self.plan.after(int(ids[b]))
         return ids
 
     def _quarantine(self, error: Corrupt) -> None:

@@ -2,7 +2,8 @@
 
 The epochs' permutations form one endless stream, and the stream is cut into batches. So a batch is always full (it
 may straddle two epochs), nothing is dropped, padded or seen twice, and `batch(step)` needs no memory of earlier
-steps. A rank takes a contiguous slice of the global batch: the batches are the same sets for any number of ranks.
+steps. The batches are the same sets for any number of ranks. Gradients, losses and batch-norm statistics are taken over
+all ranks, so who takes which part of a batch changes no result; a rank takes the part that lies together in storage.
 """
 
 from __future__ import annotations
@@ -19,52 +20,78 @@ from pipeline.philox import below, philox
 
 ORDERS = ("random", "blocks")
 BLOCK = 512  # consecutive samples read together in `blocks` order: about 55 MB of ImageNet photos
-WINDOW = 64  # blocks mixed with each other: 32768 samples
+WINDOW = 64  # blocks mixed with each other
+MIXED = BLOCK * WINDOW  # samples: 32768
 SUBSET, BLOCKS, SAMPLES = 0xFFFFFFFD, 0xFFFFFFFE, 0xFFFFFFFF  # counter words no view number reaches
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows of the data this rank gets at each step. `ids`: (n,) int64, the subset, ascending."""
+    """Which rows of the data this rank gets at each step. `n`: samples an epoch, over all ranks; `chosen`: their ids,
+    (n,) int64, ascending; None = 0 .. n - 1, which of hundreds of millions need not be written down."""
 
-    ids: np.ndarray
+    n: int
     seed: int
     global_batch: int
     world: int = 1
     rank: int = 0
     order: str = "random"
+    chosen: np.ndarray | None = None
 
     @property
-    def n(self) -> int:
-        """Samples an epoch, over all ranks."""
-        return len(self.ids)
+    def ids(self) -> np.ndarray:
+        """(n,) int64, ascending: every sample of the plan."""
+        return np.arange(self.n) if self.chosen is None else self.chosen
+
+    def after(self, id: int) -> int:
+        """The next sample of the plan, in storage; after the last one the first."""
+        if self.chosen is None:
+            return (id + 1) % self.n
+        return int(self.chosen[(np.searchsorted(self.chosen, id) + 1) % self.n])
 
     def steps(self, epochs: float) -> int:
         """Steps that make `epochs` passes, rounded down, at least 1."""
         return max(1, int(self.n * epochs) // self.global_batch)
 
     def describe(self) -> str:
-        """The order and how well it mixes, measured on the first epoch."""
+        """The order and how well it mixes, measured on (a part of) the first epoch."""
         if self.order == "random":
             return "random (uniform)"
-        quality = shuffle_quality(permutation(self.n, self.seed, 0, self.order))
+        some = min(self.n, 256 * MIXED)  # neighbours come as far apart in a larger set
+        quality = shuffle_quality(permutation(some, self.seed, 0, self.order)) * some / self.n
         return f"blocks (neighbours in storage come {quality:.0%} as far apart as in a uniform shuffle)"
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's (ids, epochs) of global step `step`: two (global_batch / world,) int64 arrays."""
-        share = self.global_batch // self.world
-        first = step * self.global_batch + self.rank * share
-        position = np.arange(first, first + share, dtype=np.int64)
-        epochs, within = np.divmod(position, self.n)
-        rows = np.empty(share, np.int64)
-        for epoch in np.unique(epochs):
-            rows[epochs == epoch] = permutation(self.n, self.seed, int(epoch), self.order)[within[epochs == epoch]]
-        return self.ids[rows], epochs
+        """This rank's (ids, epochs) of global step `step`: two (global_batch / world,) int64 arrays, ids ascending.
+
+        Rank r of w takes the r-th w-th of the batch in storage order. So a rank, or a node, reads about the same w-th of
+        the storage in every batch and epoch: little more than its share, and its caches hold what it will ask for.
+        """
+        share, first = self.global_batch // self.world, step * self.global_batch
+        epochs = range(first // self.n, (first + self.global_batch - 1) // self.n + 1)
+        keys = [
+            self._rows(epoch, max(0, first - epoch * self.n), min(self.n, first + self.global_batch - epoch * self.n))
+            * len(epochs) + number
+            for number, epoch in enumerate(epochs)
+        ]  # fmt: skip
+        ends = (self.rank * share, (self.rank + 1) * share)
+        key = np.partition(np.concatenate(keys), (ends[0], ends[1] - 1))[slice(*ends)]
+        rows, number = np.divmod(np.sort(key), len(epochs))
+        return rows if self.chosen is None else self.chosen[rows], epochs[0] + number
+
+    def _rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Places `start` .. `stop - 1` in the order of an epoch: int64. In `blocks` order no more than their windows are
+        worked out; a random order has no beginning to work out alone."""
+        if self.order == "random":
+            return permutation(self.n, self.seed, epoch)[start:stop].astype(np.int64)
+        numbers = range(start // MIXED, (stop - 1) // MIXED + 1)
+        rows = np.concatenate([_window(self.n, self.seed, epoch, number) for number in numbers])
+        return rows[start - numbers[0] * MIXED : stop - numbers[0] * MIXED].astype(np.int64)
 
     @property
     def ahead(self) -> int:
         """Steps by which storage should know what comes: a window's in `blocks` order."""
-        return 4 if self.order == "random" else max(1, min(BLOCK * WINDOW, self.n) // self.global_batch)
+        return 4 if self.order == "random" else max(1, min(MIXED, self.n) // self.global_batch)
 
     def reading(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """This rank's ids of steps `start` .. `stop - 1` in the order in which storage should fetch them, (B,) a step.
@@ -91,9 +118,9 @@ def plan(
 
     `batch` is the global batch. `fraction` keeps a nested, class-balanced subset (see `subset`).
     """
-    labels = np.full(labels, -1, np.int64) if isinstance(labels, int | np.integer) else np.asarray(labels)
+    n = int(labels) if isinstance(labels, int | np.integer) else len(labels)
     errors = []
-    if not len(labels):
+    if not n:
         errors.append("the data has no samples")
     if not 0 < fraction <= 1:
         errors.append(f"fraction must be in (0, 1], not {fraction:g}")
@@ -109,8 +136,10 @@ def plan(
         errors.append(f"rank {rank} is not in 0..{world - 1}")
     if errors:
         raise UserError("\n".join(errors))
-    ids = np.arange(len(labels)) if fraction == 1 else subset(labels, fraction, seed)
-    return Plan(ids, seed, batch, world, rank, order)
+    if fraction == 1:
+        return Plan(n, seed, batch, world, rank, order)
+    chosen = subset(np.full(n, -1) if np.ndim(labels) == 0 else np.asarray(labels), fraction, seed)
+    return Plan(len(chosen), seed, batch, world, rank, order, chosen)
 
 
 def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -126,19 +155,34 @@ def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def permutation(n: int, seed: int, epoch: int, order: str = "random") -> np.ndarray:
     """The order of epoch `epoch`: (n,) int32, read-only. `blocks` shuffles blocks of neighbours, then the samples
     inside each window of blocks, so that only a window's part of the storage is being read at any time."""
-    result = _shuffled(n, seed, epoch, SAMPLES) if order == "random" else _blocks(n, seed, epoch)
+    if order == "random":
+        result = _shuffled(n, seed, epoch, SAMPLES)
+    else:
+        result = np.concatenate([_window(n, seed, epoch, number) for number in range(-(-n // MIXED))])
     result.flags.writeable = False
     return result
 
 
-def _blocks(n: int, seed: int, epoch: int) -> np.ndarray:
-    starts = _shuffled((n + BLOCK - 1) // BLOCK, seed, epoch, BLOCKS) * BLOCK
-    ids = (starts[:, None] + np.arange(BLOCK, dtype=np.int32)).ravel()
-    ids = ids[ids < n]
-    for window, first in enumerate(range(0, n, BLOCK * WINDOW)):
-        part = ids[first : first + BLOCK * WINDOW]
-        part[:] = part[_shuffled(len(part), seed, epoch, SAMPLES, window)]
-    return ids
+@lru_cache(maxsize=16)
+def _window(n: int, seed: int, epoch: int, number: int) -> np.ndarray:
+    """Window `number` of an epoch in `blocks` order: places number * MIXED .. of it, (MIXED,) int32, the last one shorter.
+
+    The set's last block may be short; windows that come after it begin so many samples late, and take them from the
+    next block.
+    """
+    blocks, short = _blocks(n, seed, epoch)
+    some = blocks[number * WINDOW : (number + 1) * WINDOW + 1]
+    ids = (some[:, None] * BLOCK + np.arange(BLOCK, dtype=np.int32)).ravel()
+    late = -n % BLOCK if short < number * WINDOW else 0
+    ids = ids[ids < n][late : late + MIXED]
+    return ids[_shuffled(len(ids), seed, epoch, SAMPLES, number)]
+
+
+@lru_cache(maxsize=3)
+def _blocks(n: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
+    """The order of the blocks, and where in it the set's last one comes."""
+    blocks = _shuffled(-(-n // BLOCK), seed, epoch, BLOCKS)
+    return blocks, int(np.argmax(blocks))
 
 
 def shuffle_quality(order: np.ndarray) -> float:
