@@ -86,7 +86,7 @@ def _spectrum(work: Suite, data: Data, file: Path) -> bool:
                 axes.loglog(ranks, fit * middle / np.exp(np.log(fit).mean()), "--", color="#111827", lw=1,
                             label=f"fit over ranks {alpha.first} to {alpha.last}, R² {alpha.r2:.3f}")  # fmt: skip
         axes.set(xlabel="rank", ylabel="eigenvalue / largest", title=f"Eigenspectrum, {data.name} training images")
-        axes.set_ylim(bottom=1e-8)
+        axes.set_ylim(max(1e-8, axes.dataLim.ymin / 2), 2)  # below that are rounding errors
         axes.legend()
         return _save(figure, file)
 

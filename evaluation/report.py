@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+from itertools import product
 from pathlib import Path
 
 from evaluation import tables
@@ -34,7 +35,7 @@ h1 { font-size: 30px; margin: 0 0 4px; letter-spacing: -0.02em }
 h2 { font-size: 20px; margin: 44px 0 12px; letter-spacing: -0.01em }
 p { margin: 6px 0; max-width: 95ch }
 .soft, figcaption, small { color: var(--soft) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; margin: 24px 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 14px; margin: 24px 0 }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px }
 .card b { display: block; font-size: 28px; letter-spacing: -0.02em; font-variant-numeric: tabular-nums }
 .card span { color: var(--soft); font-size: 13px; display: block }
@@ -75,7 +76,7 @@ dd { margin: 0; overflow-wrap: anywhere }
 
 def write(out: Path, content: dict, run: Path | None, drawn: list[dict]) -> Path:
     """report.html in `out`, from the content of eval.json, the pictures drawn and, for a run, its training curves."""
-    body = [_head(content), *(_dataset(name, content, drawn, out) for name in content["datasets"])]
+    body = [_head(content), *(_dataset(name, content, drawn, out) for name in _own_first(content))]
     if run is not None:
         body += [_training(run), _weights(run)]
     body.append(_facts(content))
@@ -103,25 +104,27 @@ def _head(content: dict) -> str:
     return f"<h1>{html.escape(content['run'])}</h1><p class=soft>{html.escape(line)}</p>{_cards(content)}"
 
 
+def _own_first(content: dict) -> list[str]:
+    """The datasets by name, the one the network was trained on before the others."""
+    return sorted(content["datasets"], key=lambda name: (name != content["pretrained_on"], name))
+
+
 def _cards(content: dict) -> str:
+    """Of every dataset the linear probe and kNN; of the first one what needs no labels too."""
     found = tables.lines(content["results"])
-    first = (
-        content["pretrained_on"]
-        if content["pretrained_on"] in content["datasets"]
-        else next(iter(content["datasets"]), "")
-    )
+    names = _own_first(content)
     made = []
-    for protocol, norm in (("linear-sweep", "bn"), ("knn-cosine-exp k=20", "l2")):
+    for name, (protocol, norm) in product(names, (("linear-sweep", "bn"), ("knn-cosine-exp k=20", "l2"))):
         for line in found:
-            if (line.dataset, line.protocol, line.norm, line.mode) == (first, protocol, norm, "retrained"):
+            if (line.dataset, line.protocol, line.norm, line.mode) == (name, protocol, norm, "retrained"):
                 lift = "" if line.lift is None else f"; {100 * line.lift:+.1f} over untrained"
-                made.append((f"{100 * line.top1:.1f} %", f"{first}: {protocol} ({norm}) {tables.spread(line)}{lift}"))
-    for row in tables.others(content["results"], first):
+                made.append((f"{100 * line.top1:.1f} %", f"{name}: {protocol} ({norm}) {tables.spread(line)}{lift}"))
+    for row in tables.others(content["results"], names[0]) if names else []:
         if row["weights"] == "trained" and row["protocol"] in ("rankme", "alpha-req"):
             words = (
                 "effective dimensions of the features" if row["protocol"] == "rankme" else "slope of the eigenspectrum"
             )
-            made.append((f"{row['value']:.3g}", f"{first}: {row['protocol']}, {words}"))
+            made.append((f"{row['value']:.3g}", f"{names[0]}: {row['protocol']}, {words}"))
     return (
         "<div class=cards>"
         + "".join(f"<div class=card><b>{a}</b><span>{html.escape(b)}</span></div>" for a, b in made)
@@ -131,8 +134,9 @@ def _cards(content: dict) -> str:
 
 def _dataset(name: str, content: dict, drawn: list[dict], out: Path) -> str:
     facts = content["datasets"][name]
-    about = tables.heading(name, content).partition(": ")[2]
-    shift = "" if facts["shift"] == "unknown" else f" Shift: {facts['shift']}."
+    about = tables.heading(name, content).partition(": ")[2].split("; ")
+    about += [] if facts["shift"] == "unknown" else [f"shift: {facts['shift']}"]
+    notes = "<br>".join(map(html.escape, about))
     found = [line for line in tables.lines(content["results"]) if line.dataset == name]
     table = "".join(_row(line) for line in found)
     legend = (
@@ -144,7 +148,7 @@ def _dataset(name: str, content: dict, drawn: list[dict], out: Path) -> str:
     )
     pictures = [p for p in drawn if p["dataset"] == name]
     return (
-        f"<h2>{html.escape(name)}</h2><p class=soft>{html.escape(about)}.{html.escape(shift)}</p>"
+        f"<h2>{html.escape(name)}</h2><p class=soft>{notes}</p>"
         + (f"<div class=box><table><tr>{head}</tr>{table}</table></div>{legend}" if found else "")
         + _others(name, content)
         + "<div class=grid>"

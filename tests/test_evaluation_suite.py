@@ -220,6 +220,19 @@ def test_test_labels_change_the_score_alone(made, tmp_path):
         assert [r.score.top1 for r in a] != [r.score.top1 for r in b]
 
 
+@pytest.mark.parametrize("network", [0, 1], ids=["resnet", "vit"])
+def test_frozen_means_frozen(made, tmp_path, network):
+    """Every parameter and buffer is what it was, after the probes and after fine-tuning a copy."""
+    run = encoder.load(str(made[0][network]))
+    before = encoder.fingerprint(run.module)
+    asked = ("knn", "linear", "ridge", "label-free", "full")
+    work = suite.Suite(run, tmp_path, suite.Options(protocols=asked, epochs=2, finetune_epochs=1), lambda _: None)
+    work.run(suite.open_data(made[1][0], work.options), None)
+    work.close()
+    assert {row["protocol"] for row in work.content()["results"]} >= {"linear-paper", "finetune full"}
+    assert encoder.fingerprint(run.module) == before
+
+
 def test_finetuning_scores_the_test_set_once_and_last(made, tmp_path, monkeypatch):
     """A test curve that spikes in the middle cannot be reported: it is never drawn."""
     events: list[str] = []
