@@ -1,0 +1,279 @@
+"""results/paper.md and its pictures from the committed CSVs: what `tools/report.py` does. Computes nothing but statistics."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from study import claims, sweep
+from study.claims import Estimate, Row, by_seed, difference, estimate, values
+from study.sweep import Study
+from training.plots import STYLE
+
+POINT = 1.0  # percentage points within which two accuracies count as the same, as the paper's claims are worded
+MARKERS = "osD^v<>"
+
+
+def main(studies: list[Path], out: Path) -> int:
+    text = ["# The paper's claims, measured", "", (Path(__file__).parent / "paper.md").read_text().strip(), ""]
+    for path in studies:
+        table = out.parent / f"{path.stem}.csv"
+        if table.exists():
+            text += page(sweep.read(path), path, table, out.parent / "paper")
+        else:
+            text += [f"## {path.stem}", "", f"Not run yet: `python tools/sweep.py {path.as_posix()}`.", ""]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(text).rstrip() + "\n")
+    print(out)
+    return 0
+
+
+def page(study: Study, path: Path, table: Path, pictures: Path) -> list[str]:
+    """One study's part of the page; its pictures are written beside."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    rows = {grid: claims.rows_of(study, table, grid) for grid in study.grids}
+    done = sum(len(r) for r in rows.values())
+    total = sum(len(g) for g in study.grids.values())
+    text = [f"## {study.name}", "", *setup(study, path, table, done, total)]
+    with plt.rc_context(STYLE):
+        if rows.get("projector"):
+            text += projector(rows["projector"], baseline(rows), pictures / f"{study.name}-projector.png")
+        if rows.get("views"):
+            text += convergence(study, rows["views"], table, pictures / f"{study.name}-convergence.png")
+            text += data(rows["views"], pictures / f"{study.name}-data.png")
+            text += costs(rows["views"])
+        if rows.get("forms"):
+            text += forms(rows["forms"])
+    return text
+
+
+def setup(study: Study, path: Path, table: Path, done: int, total: int) -> list[str]:
+    """Who made the numbers: command, commits, machines, what all runs share."""
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    commits, machines = (sorted({row[key] for row in rows}) for key in ("commit", "machine"))
+    core = sum(float(row["core_seconds"] or 0) for row in rows) / 3600
+    shared = ", ".join(f"{k} {v}" for k, v in study.train.items() if not k.endswith("every"))
+    return [
+        f"`python tools/sweep.py {path.as_posix()}`: {done} of {total} runs, {core:.1f} core-hours of training; commit "
+        f"{', '.join(commits)}; {', '.join(machines)}. All runs: {shared}.",
+        "",
+    ]
+
+
+def baseline(rows: dict[str, list[Row]]) -> list[float]:
+    """Linear accuracy in percent of the untrained networks of the study."""
+    return [100 * row["linear"] for row in rows.get("untrained", [])]
+
+
+def markdown(head: Iterable[Any], body: Iterable[Iterable[Any]]) -> list[str]:
+    head = [str(h) for h in head]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "--:|" * (len(head) - 1)]
+    return [*lines, *("| " + " | ".join(str(c) for c in row) + " |" for row in body), ""]
+
+
+def cell(found: dict[int, float]) -> str:
+    return str(estimate(list(found.values()))) if found else "-"
+
+
+def verdict(found: Estimate | None, at_least: float) -> str:
+    """Is the difference at least this? By its interval."""
+    if found is None:
+        return "not measured"
+    word = "holds" if found.low >= at_least else "does not hold" if found.high < at_least else "undecided"
+    return f"{word} ({found})"
+
+
+def within(found: Estimate, low: float, high: float) -> str:
+    if low <= found.low and found.high <= high:
+        return "the interval is inside"
+    return "the mean is inside, the interval reaches out" if low <= found.mean <= high else "the mean is outside"
+
+
+def bars(axis: Any, x: list[float], found: list[dict[int, float]], label: str, marker: str) -> None:
+    points = [(a, estimate(list(f.values()))) for a, f in zip(x, found) if f]
+    half = [e.half if np.isfinite(e.half) else 0 for _, e in points]
+    axis.errorbar([a for a, _ in points], [e.mean for _, e in points], half, marker=marker, capsize=3, label=label)
+
+
+# --- claims 1 and 2
+
+
+def projector(rows: list[Row], untrained: list[float], picture: Path) -> list[str]:
+    dims, cs = values(rows, "projector_dim"), sorted({round(r["c"], 6) for r in rows})
+    c = claims.tuned(rows, lambda r: r["c"])
+    largest = [r for r in rows if r["projector_dim"] == dims[-1]]
+    beta = claims.tuned(largest, lambda r: r["beta"])
+    scaled = {d: by_seed(rows, "linear", projector_dim=d, c=float(c)) for d in dims}
+    fixed = {d: by_seed(rows, "linear", projector_dim=d, beta=float(beta)) for d in dims}
+    law = claims.slope(rows)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    bars(left, dims, list(scaled.values()), f"beta = {c:g} / D", "o")
+    bars(left, dims, list(fixed.values()), f"beta = {beta:.3g}, best at D = {dims[-1]}", "s")
+    if untrained:
+        left.axhline(float(np.mean(untrained)), color="grey", ls=":", label="untrained")
+    left.set(xscale="log", xlabel="projector dimensions D", ylabel="linear, % (test)", title="1. Accuracy against D")
+    left.set_xticks(dims, [str(d) for d in dims], minor=False)
+    left.minorticks_off()
+    left.legend()
+    for marker, d in zip(MARKERS, dims):
+        betas = sorted({r["beta"] for r in rows if r["projector_dim"] == d})
+        found = [by_seed(rows, "held_out", projector_dim=d, beta=float(b)) for b in betas]
+        bars(right, betas, found, f"D = {d}", marker)
+    right.set(
+        xscale="log",
+        xlabel="beta",
+        ylabel="linear, % (held-out training)",
+        title=f"2. Best beta falls as D^{law.mean:.2f}",
+    )
+    right.legend()
+    save(figure, picture)
+
+    table = [[d, *(cell(by_seed(rows, "linear", projector_dim=d, c=float(x))) for x in cs)] for d in dims]
+    small = [(d, difference(scaled[d], scaled[dims[-1]])) for d in dims if d <= 256 and d != dims[-1]]
+    lost = difference(fixed[dims[-1]], fixed[dims[0]])
+    best = [[d, *(f"{claims.best_beta(rows, d, s):.4g}" for s in values(rows, "seed"))] for d in dims]
+    return [
+        "### 1. Small projectors suffice",
+        "",
+        f"![accuracy against D, and against beta](paper/{picture.name})",
+        "",
+        f"Linear top-1 on the test split, %, against D (down) and c = beta x D (across); c = {c:g} is best on held-out training"
+        " images over all D:",
+        "",
+        *markdown(["D", *(f"c = {x:g}" for x in cs)], table),
+        *(f"- D = {d} within {POINT:g} point of D = {dims[-1]} at {c:g}/D: {verdict(gap, -POINT)}" for d, gap in small),
+        f"- With beta fixed at {beta:.3g}, the best of D = {dims[-1]}, D = {dims[0]} loses: {verdict(lost, POINT)}",
+        "",
+        "### 2. The best beta falls as 1/D",
+        "",
+        *markdown(["D", *(f"best beta, seed {s}" for s in values(rows, "seed"))], best),
+        f"Slope of log beta* on log D: {law}. Claimed: within [-1.3, -0.7]; {within(law, -1.3, -0.7)}.",
+        "",
+    ]  # fmt: skip
+
+
+# --- claims 3, 4, 5
+
+
+def convergence(study: Study, rows: list[Row], table: Path, picture: Path) -> list[str]:
+    """Accuracy on held-out training images while training, on all of the data, against views, steps and core-seconds."""
+    path = table.with_suffix(".curves.csv")
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        points = [claims.typed(row) for row in csv.DictReader(file)]
+    most = max(r["fraction"] for r in rows)
+    points = [p for p in points if p["fraction"] == most]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    names = (("views_seen", "views seen"), ("step", "steps"), ("core_seconds", "core-seconds of training"))
+    for axis, (key, label) in zip(axes, names):
+        for marker, v in zip(MARKERS, values(points, "views")):
+            mine = [p for p in points if p["views"] == v]
+            steps = values(mine, "step")
+            x = [float(np.mean([p[key] for p in mine if p["step"] == s])) for s in steps]
+            bars(axis, x, [by_seed(mine, "linear", step=s) for s in steps], f"V = {v}", marker)
+        axis.set(xlabel=label, xscale="log")
+    axes[0].set(ylabel="online linear, % (held-out training)", title="3. More views, faster?")
+    axes[0].legend()
+    save(figure, picture)
+    text = ["### 3. More views converge faster", "", f"![convergence](paper/{picture.name})", ""]
+    head = ["images a step x V", "linear, %", "kNN, %", "steps", "core-seconds"]
+    chosen = [r for r in rows if r["fraction"] == most]
+    body = [
+        [f"V = {v}, {r['views_seen']:,} views", cell(by_seed(chosen, "linear", views=v)), cell(by_seed(chosen, "knn", views=v)),
+         f"{r['steps']:,}", f"{claims.cost(chosen, views=v)['core_seconds']:.0f}"]
+        for v in values(chosen, "views") for r in [next(r for r in chosen if r["views"] == v)]
+    ]  # fmt: skip
+    return [*text, f"At the end, on {most:.0%} of the images, test split, one clean view:", "", *markdown(head, body)]
+
+
+def data(rows: list[Row], picture: Path) -> list[str]:
+    """Views against images at an equal budget of views; the halves and quarters of the claim; error against time."""
+    fractions, vs = values(rows, "fraction"), values(rows, "views")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    for marker, v in zip(MARKERS, vs):
+        bars(left, fractions, [by_seed(rows, "linear", views=v, fraction=f) for f in fractions], f"V = {v}", marker)
+        mine = [r for r in rows if r["views"] == v]
+        sizes = [12 + 40 * np.sqrt(r["fraction"] / fractions[-1]) for r in mine]
+        errors = [100 - 100 * r["linear"] for r in mine]
+        right.scatter([r["core_seconds"] for r in mine], errors, s=sizes, marker=marker, label=f"V = {v}")
+    left.set(
+        xscale="log", xlabel="share of the training images", ylabel="linear, % (test)", title="4. Views against images"
+    )
+    left.legend()
+    right.set(xlabel="core-seconds of training", ylabel="error, %", title="Error against time (larger: more images)")
+    right.legend()
+    save(figure, picture)
+    table = [[f"{f:.2%}", *(cell(by_seed(rows, "linear", views=v, fraction=f)) for v in vs)] for f in fractions]
+    text = [
+        "### 4. More views replace data",
+        "",
+        f"![views against images](paper/{picture.name})",
+        "",
+        "Linear top-1 on the test split, %, at an equal budget of views (so equal time within the cost of claim 5: both controls "
+        "in one), against the share of the images (down) and V (across):",
+        "",
+        *markdown(["images", *(f"V = {v}" for v in vs)], table),
+    ]
+    for v in vs[1:]:
+        for f in fractions:
+            whole = by_seed(rows, "linear", views=vs[0], fraction=float(f * v / vs[0]))
+            part = by_seed(rows, "linear", views=v, fraction=float(f))
+            if whole and part:
+                text.append(
+                    f"- V = {v} on {f:.2%} against V = {vs[0]} on {f * v / vs[0]:.2%}, within {POINT:g} point: "
+                    + verdict(difference(part, whole), -POINT)
+                )
+    return [*text, ""]
+
+
+def costs(rows: list[Row]) -> list[str]:
+    vs = values(rows, "views")
+    found = {v: claims.cost(rows, views=v) for v in vs}
+    body = [[f"V = {v}", *(f"{found[v][k]:.3g}" for k in ("core_ms_a_view", "core_ms_a_step")), f"{found[v]['peak_mib']:.0f}"]
+            for v in vs]  # fmt: skip
+    return [
+        "### 5. What it costs",
+        "",
+        "Medians over the runs above, whole step (data, backbone, projector, loss, optimizer); the loss and the projector alone "
+        "are in [objective.md](objective.md), memory in [trainer.md](trainer.md).",
+        "",
+        *markdown(["", "core-ms a view", "core-ms a step", "peak MiB of the process"], body),
+    ]
+
+
+def forms(rows: list[Row]) -> list[str]:
+    """Barlow's three off-diagonals: which is the default?"""
+    vs, names = values(rows, "views"), values(rows, "form")
+    table = [[name, *(cell(by_seed(rows, "linear", views=v, form=name)) for v in vs)] for name in names]
+    text = [
+        "### Which off-diagonal",
+        "",
+        "The default form of `barlow`, by accuracy: linear top-1 on the test split, %, at an equal budget of views.",
+        "",
+        *markdown(["form", *(f"V = {v}" for v in vs)], table),
+    ]
+    for name in names:
+        if name != "pairs":
+            for v in vs:
+                found = difference(
+                    by_seed(rows, "linear", views=v, form=name), by_seed(rows, "linear", views=v, form="pairs")
+                )
+                text.append(f"- `{name}` against `pairs` at V = {v}: {found if found else 'not measured'} points")
+    return [*text, ""]
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)

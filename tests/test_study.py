@@ -1,0 +1,158 @@
+"""A study: a grid of real runs into a CSV, killed and gone on with; the statistics; the page."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from study import claims, report, sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = """
+train: {{data: {data}, backbone: resnet10-narrow, stem: standard, size: 8, batch_size: 32, projector_dim: 16, save_every: 5}}
+probe: {{epochs: 2, images: 200}}
+grids:
+  untrained: [{{views: 2, fraction: 1.0, budget: 0, seed: 0}}]
+  views: [{{views: [2, 4], fraction: [0.5, 1.0], budget: 1280, eval_every: 5, seed: [0, 1]}}]
+  forms: [{{views: 2, fraction: 1.0, budget: 1280, eval_every: 5, seed: 0}}]
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, digits: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TEXT.format(data=digits))
+    return path
+
+
+def test_a_grid_is_every_combination_and_a_run_is_counted_once(study: Path):
+    found = sweep.read(study)
+    assert len(found.grids["views"]) == 8 and len(found.runs) == 9  # the run of `forms` is one of `views`
+    assert found.columns == ["views", "fraction", "budget", "seed", "eval_every"]
+    words = sweep.flags(found, found.grids["views"][0])
+    assert words[words.index("--steps") + 1] == "20"  # 1280 views / (2 views x 32 images)
+
+
+def test_an_unknown_setting_is_refused_by_name(study: Path):
+    study.write_text(study.read_text().replace("budget: 0", "bugdet: 0"))
+    with pytest.raises(UserError, match="bugdet.*budget"):
+        sweep.read(study)
+
+
+def test_rows_of_other_shared_settings_are_refused(study: Path, tmp_path: Path):
+    found = sweep.read(study)
+    row = {**found.runs[0], "shared": found.shared}
+    sweep.write(found, tmp_path / "a.csv", {sweep.name_of(found.runs[0]): row})
+    assert len(sweep.finished(found, tmp_path / "a.csv")) == 1
+    study.write_text(study.read_text().replace("size: 8", "size: 9"))
+    with pytest.raises(UserError, match="other shared settings"):
+        sweep.finished(sweep.read(study), tmp_path / "a.csv")
+
+
+def command(study: Path, tmp_path: Path, *more: str) -> list[str]:
+    out, folder = str(tmp_path / "tiny.csv"), str(tmp_path / "runs")
+    return [sys.executable, str(ROOT / "tools" / "sweep.py"), str(study), "--out", out, "--folder", folder, *more]
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_the_page_is_written(study: Path, tmp_path: Path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(study, tmp_path), cwd=ROOT, env=environment, start_new_session=True)
+    table = tmp_path / "tiny.csv"
+    while not table.exists() or table.read_text().count("\n") < 3:  # two rows are there
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = list(csv.DictReader(table.open()))
+    done = subprocess.run(
+        command(study, tmp_path, "--jobs", "2"), cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 9 and all(row in rows for row in before)  # what was done is not done again
+    assert all(0 <= float(row["linear"]) <= 1 for row in rows)
+    trained = [row for row in rows if row["budget"] != "0"]
+    assert all(int(row["views_seen"]) == 1280 and float(row["core_seconds"]) > 0 for row in trained)
+    assert (tmp_path / "tiny.curves.csv").read_text().count("\n") == 1 + 8 * (20 // 5) - 4 * 2  # V = 4 has ten steps
+    report.main([study], tmp_path / "paper.md")
+    page = (tmp_path / "paper.md").read_text()
+    assert (
+        "9 of 10" not in page and "More views replace data" in page and (tmp_path / "paper" / "tiny-data.png").exists()
+    )
+
+
+@pytest.mark.slow
+def test_a_failing_run_is_named_and_the_others_are_done(study: Path, tmp_path: Path):
+    study.write_text(
+        study.read_text().replace("fraction: [0.5, 1.0]", "fraction: [1.0, 2.0]").replace("seed: [0, 1]", "seed: 0")
+    )
+    done = subprocess.run(command(study, tmp_path, "--jobs", "2"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.count("FAILED") == 2
+    assert "--fraction must be in (0, 1], not 2.0" in done.stdout
+    assert len(list(csv.DictReader((tmp_path / "tiny.csv").open()))) == 3
+
+
+# --- statistics
+
+
+def test_an_interval_is_students():
+    found = claims.estimate([1.0, 2.0, 3.0])
+    assert found.mean == 2 and math.isclose(found.half, 4.302652729911275 * 1 / math.sqrt(3), rel_tol=1e-9)
+    assert claims.estimate([1.0]).half == math.inf
+
+
+def test_differences_are_paired():
+    found = claims.difference({0: 10.0, 1: 20.0, 2: 30.0}, {0: 9.0, 1: 19.0, 3: 0.0})
+    assert found is not None and found.mean == 1 and found.half == 0 and found.n == 2
+    assert claims.difference({0: 1.0}, {1: 1.0}) is None
+
+
+def planted(c: float = 5.0) -> list[claims.Row]:
+    """Rows whose held-out accuracy is a parabola in log beta with its top at beta = c / D."""
+    return [
+        {"projector_dim": d, "beta": x / d, "c": x, "seed": s, "held_out": 0.5 - 0.01 * math.log(x / c) ** 2,
+         "linear": 0.5 - 0.01 * math.log(x / c) ** 2, "core_seconds": 1.0}
+        for d in (64, 256, 1024) for x in (0.3125, 1.25, 5.0, 20.0, 80.0) for s in (0, 1, 2)
+    ]  # fmt: skip
+
+
+def test_a_planted_law_is_found():
+    rows = planted(c=7.0)
+    assert math.isclose(claims.best_beta(rows, 256, 0), 7 / 256, rel_tol=1e-6)
+    assert math.isclose(claims.slope(rows).mean, -1.0, rel_tol=1e-6)
+    assert claims.tuned(rows, lambda r: r["c"]) == 5.0
+
+
+def test_the_page_says_what_a_planted_law_implies(tmp_path: Path):
+    text = "\n".join(report.projector(planted(), [20.0], tmp_path / "x.png"))
+    assert "D = 64 within 1 point of D = 1024 at 5/D: holds" in text
+    assert "the interval is inside" in text
+    loss = 1.0 * math.log(16) ** 2  # points lost at D = 64 with D = 1024's beta
+    assert f"D = 64 loses: holds ({loss:.2f} ± 0.00)" in text
+
+
+def test_a_verdict_needs_the_whole_interval():
+    assert report.verdict(claims.Estimate(0.0, 0.5, 3), -1).startswith("holds")
+    assert report.verdict(claims.Estimate(0.0, 2.0, 3), -1).startswith("undecided")
+    assert report.verdict(claims.Estimate(-3.0, 1.0, 3), -1).startswith("does not hold")
+    assert report.verdict(None, -1) == "not measured"
+
+
+def test_numbers_come_back_as_they_were(tmp_path: Path, study: Path):
+    found = sweep.read(study)
+    rows = {sweep.name_of(s): {**s, "linear": 0.25, "shared": found.shared} for s in found.runs}
+    sweep.write(found, tmp_path / "tiny.csv", rows)
+    back = claims.rows_of(found, tmp_path / "tiny.csv", "views")
+    assert len(back) == 8 and np.mean([row["linear"] for row in back]) == 0.25
+    assert {row["fraction"] for row in back} == {0.5, 1.0} and back[0]["views"] == 2
