@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
-import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from isal.isal_zlib import crc32
 
-from pipeline import archives, beton, codec, index, pool, shards, tar
+from pipeline import archives, beton, codec, files, index, moments, pool, shards, tar
 from pipeline.errors import UserError
 
 
@@ -25,8 +24,7 @@ class Found:
     rows: list[tuple] = field(default_factory=list)
     rejected: list[dict] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)  # images that would have to be encoded
-    sums: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))
-    pixels: int = 0
+    moments: np.ndarray = field(default_factory=moments.nothing)
 
 
 def adopt(source: Path, out: Path | None = None, *, jobs: int = 0, max_rejected: float = 0.01, quiet=False) -> dict:
@@ -36,22 +34,22 @@ def adopt(source: Path, out: Path | None = None, *, jobs: int = 0, max_rejected:
     """
     if not source.exists():
         raise UserError(f"source {source} does not exist")
-    files = archives.shard_files(source)
+    paths = archives.shard_files(source)
     out = out or (source if source.is_dir() else source.parent)
     if shards.read_manifest(out) is not None:
         raise UserError(f"{out} has a manifest already: remove {out / shards.MANIFEST} to index it anew")
-    if len(suffixes := {path.suffix for path in files}) > 1:
+    if len(suffixes := {path.suffix for path in paths}) > 1:
         raise UserError(f"{source} holds both .tar and .beton: index one of them at a time")
     out.mkdir(parents=True, exist_ok=True)
-    found = pool.run(adopt_shard, {str(path): path for path in files}, jobs=jobs, quiet=quiet)
-    results = [(path, found[str(path)]) for path in files]
+    found = pool.run(adopt_shard, {str(path): path for path in paths}, jobs=jobs, quiet=quiet)
+    results = [(path, found[str(path)]) for path in paths]
     if foreign := [f"{path}: {key}" for path, result in results for key in result.foreign]:
         raise UserError(
             f"{len(foreign)} images cannot be read where they are, the first is {foreign[0]}; "
             f"`python tools/shards.py import --source {source} --out DIRECTORY` converts them"
         )
     if suffixes == {tar.SUFFIX}:
-        _dali_indexes(files, out)
+        _dali_indexes(paths, out)
     return _manifest(source, out, results, max_rejected)
 
 
@@ -94,32 +92,14 @@ def _adopt_record(record: archives.Record, data: np.ndarray, result: Found) -> N
     crc = crc32(np.ascontiguousarray(payload))
     result.keys.append(record.key)
     result.rows.append((record.label, offset, payload.nbytes, 0, height, width, crc, codec.kind(payload)))
-    result.sums += codec.sums(pixels)
-    result.pixels += height * width
+    result.moments += moments.of_pixels(pixels)
 
 
-def _dali_indexes(files: list[Path], out: Path) -> None:
-    for path in files:
+def _dali_indexes(tars: list[Path], out: Path) -> None:
+    for path in tars:
         target = out / f"{path.stem}.idx"
         if not target.exists():
-            shards.write_text(target, dali_index(path))
-
-
-def dali_index(path: Path) -> str:
-    """What `wds2idx` writes for any tar."""
-    samples: list[list[str]] = []
-    last = None
-    with tarfile.open(path, "r:") as archive:
-        for info in archive:
-            dot = info.name.find(".", info.name.rfind("/") + 1)  # -1 for none, and then as wds2idx has it
-            key, extension = info.name[:dot], info.name[dot + 1 :]
-            if not info.isreg() or not key or key.endswith("/"):
-                continue
-            if key != last:
-                samples.append([])
-                last = key
-            samples[-1].append(f"{extension} {info.offset_data} {info.size} {info.name}")
-    return f"v1.2 {len(samples)}\n" + "".join(" ".join(parts) + "\n" for parts in samples)
+            files.write(target, tar.dali_index(path))
 
 
 def _manifest(source: Path, out: Path, results: list[tuple[Path, Found]], max_rejected: float) -> dict:
@@ -139,12 +119,13 @@ def _manifest(source: Path, out: Path, results: list[tuple[Path, Found]], max_re
     for split, found in sorted(by_split.items()):
         listed = [
             {"file": os.path.relpath(path, out), "count": len(part), "bytes": result.size, "sha256": result.sha256}
+            | ({"idx": f"{path.stem}.idx"} if path.suffix == tar.SUFFIX else {})
             for path, result, part in found
         ]
-        moments = sum(result.sums for _, result, _ in found) / max(sum(result.pixels for _, result, _ in found), 1)
+        average = moments.average(sum((result.moments for _, result, _ in found), moments.nothing()))
         rejects = sum(len(result.rejected) for _, result, _ in found)
         splits[split] = shards.finish_split(
-            out, split, index.concatenate([part for *_, part in found]), listed, moments, rejects
+            out, split, index.concatenate([part for *_, part in found]), listed, average, rejects
         )
     kind = "ffcv" if results[0][0].suffix == beton.SUFFIX else "webdataset"
     options = shards.Options("shards", kind)

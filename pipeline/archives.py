@@ -54,7 +54,14 @@ def _split(name: str, found: list[Member]) -> Split:
         np.array(labels, np.int64),
         np.array(sizes, np.int64),
         lambda i: read_range(*found[i][2:]),
+        changed([member.path for member in found]),
     )
+
+
+def changed(paths: list[str]) -> np.ndarray:
+    """(n,) int64: ctime, ns, of the archive each sample lies in."""
+    known = {path: os.stat(path).st_ctime_ns for path in set(paths)}
+    return np.array([known[path] for path in paths], np.int64)
 
 
 # --- ImageNet's own archives ----------------------------------------------------------------------------------------
@@ -313,7 +320,8 @@ def _existing_split(name: str, rows: list, labels: np.ndarray) -> Split:
         return payload(record, read_range(str(path), record.offset, record.size))
 
     names = [f"{key}.{record.extension}" for _, key, _, record in rows]
-    return Split(name, names, labels, np.array([row[3].size for row in rows], np.int64), read)
+    sizes = np.array([row[3].size for row in rows], np.int64)
+    return Split(name, names, labels, sizes, read, changed([str(row[2]) for row in rows]))
 
 
 def _own(source: Path) -> Source:

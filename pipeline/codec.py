@@ -17,6 +17,8 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +30,8 @@ ENCODINGS = ("jpeg", "raw", "yuv420")
 TINY = 64  # images of this many pixels a side and under are stored raw: decoding them costs more than it saves
 MAX_SIDE = 65_500  # of a JPEG; .beton stores sides in 16 bits
 QUALITY = 95
+# Of luma and the two chromas, as in a header: 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1, 4:4:1.
+SAMPLINGS = frozenset(bytes([luma, 0x11, 0x11]) for luma in (0x11, 0x21, 0x12, 0x22, 0x41, 0x14))
 SUBSAMPLING = "420"
 
 
@@ -43,11 +47,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Jpeg:
-    """What the headers of a JPEG say. `plain`: baseline, upright, grey or 3 colors: it may pass through as it is."""
+    """What the headers of a JPEG say. `plain`: baseline, upright, grey or 3 colors: it may pass through as it is.
+    `usual`: of a chroma sampling that libjpeg-turbo's fast interface knows for certain."""
 
     height: int
     width: int
     plain: bool
+    usual: bool = True
 
 
 def decode(payload: np.ndarray) -> np.ndarray:
@@ -68,14 +74,23 @@ def decode(payload: np.ndarray) -> np.ndarray:
     raise ValueError(f"no payload has shape {payload.shape}")
 
 
-def _decode_jpeg(data) -> np.ndarray:
+def thumbnail(data: np.ndarray) -> np.ndarray:
+    """A JPEG at an eighth of its size: (ceil(H / 8), ceil(W / 8), 3) uint8, three quarters of the work of all pixels.
+
+    Every code of every block is read and checked as for a full decode, so damage is found as there (ValueError, the
+    same text); left out are the inverse transform and the colors of single pixels, which cannot fail.
+    """
+    return _decode_jpeg(data, min_height=1, min_width=1)
+
+
+def _decode_jpeg(data, **size) -> np.ndarray:
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True, **size)
     except ValueError as error:
         # Bytes between the last scan and the end marker are common in good photos and touch no pixel.
         if "extraneous bytes before marker 0xd9" not in str(error):
             raise
-        return simplejpeg.decode_jpeg(data, "RGB", strict=False)
+        return simplejpeg.decode_jpeg(data, "RGB", strict=False, **size)
 
 
 def kind(payload: np.ndarray) -> int:
@@ -90,26 +105,30 @@ def view(data: np.ndarray, kind: int, height: int, width: int) -> np.ndarray:
 
 
 class Converted(NamedTuple):
-    """A payload, its pixels (H, W, 3) uint8 (None if they were not looked at), and its size."""
+    """A payload, its pixels (H, W, 3) uint8 (None if they were not made), its size, its thumbnail (or None)."""
 
     payload: np.ndarray
     pixels: np.ndarray | None
     height: int
     width: int
+    thumbnail: np.ndarray | None = None
 
 
-def convert(data: np.ndarray, settings: Settings, look: bool = True) -> Converted:
+def convert(data: np.ndarray, settings: Settings, look: str = "pixels") -> Converted:
     """A source image to a payload; the image is decoded completely, once.
 
     `data`: the bytes of an image file (1-D), or pixels (H, W) or (H, W, 3), uint8. A baseline JPEG keeps its bytes
     unless it is resized; everything else is encoded once. Raises ValueError with the reason when it cannot be used.
-    Without `look`, a baseline JPEG that may keep its bytes and is not cut off passes on the word of its headers.
+    `look`: what is asked of a baseline JPEG that may keep its bytes and is not cut off. "pixels": they are made.
+    "thumbnail": all its data are decoded, see `thumbnail`. "headers": it passes on the word of its headers.
     """
     jpeg = None
     if data.ndim == 1:
         jpeg = jpeg_header(data) if data[:3].tobytes() == b"\xff\xd8\xff" else None
-        if not look and jpeg is not None and _passes(jpeg, data, settings):
-            return Converted(data, None, jpeg.height, jpeg.width)
+        if look != "pixels" and jpeg is not None and _passes(jpeg, data, settings):
+            with _unless_unusual():
+                small = thumbnail(data) if look == "thumbnail" else None
+                return Converted(data, None, jpeg.height, jpeg.width, small)
         jpeg, pixels = _decode_any(data, jpeg, settings.max_pixels)
     else:
         pixels = data if data.ndim == 3 else np.repeat(data[..., None], 3, axis=2)
@@ -129,7 +148,7 @@ def _passes(jpeg: Jpeg, data: np.ndarray, settings: Settings) -> bool:
     _check_size(jpeg.height, jpeg.width, settings.max_pixels)
     small = settings.size and short > settings.size
     whole = data[-2:].tobytes() == b"\xff\xd9"
-    return jpeg.plain and whole and settings.encoding == "jpeg" and long > TINY and not small
+    return jpeg.plain and jpeg.usual and whole and settings.encoding == "jpeg" and long > TINY and not small
 
 
 def encode(pixels: np.ndarray, quality: int = QUALITY) -> np.ndarray:
@@ -161,15 +180,6 @@ def shrink(pixels: np.ndarray, short: int) -> np.ndarray:
     return cv2.resize(pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
 
 
-def sums(pixels: np.ndarray) -> np.ndarray:
-    """(2, 3) float64: sum of the values and of their squares, a channel."""
-    import cv2
-
-    # Half the time of cv2.meanStdDev, a twentieth of numpy's, and exact.
-    squares = [cv2.norm(channel, cv2.NORM_L2SQR) for channel in cv2.split(pixels)]
-    return np.rint([cv2.sumElems(pixels)[:3], squares])
-
-
 # --- reading whatever people have -----------------------------------------------------------------------------------
 
 
@@ -179,12 +189,19 @@ def _decode_any(data: np.ndarray, jpeg: Jpeg | None, max_pixels: int) -> tuple[J
     if jpeg is None or not jpeg.plain:
         return None, _decode_pillow(data, max_pixels)
     _check_size(jpeg.height, jpeg.width, max_pixels)
-    try:
+    with _unless_unusual():
         return jpeg, _decode_jpeg(data)
+    return None, _decode_pillow(data, max_pixels)
+
+
+@contextmanager
+def _unless_unusual() -> Iterator[None]:
+    """Go on behind the block where libjpeg-turbo's fast interface, which knows seven chroma samplings, meets another."""
+    try:
+        yield
     except ValueError as error:
-        if "subsampling" not in str(error):  # libjpeg-turbo's fast interface knows the usual seven samplings only
+        if "subsampling" not in str(error):
             raise
-        return None, _decode_pillow(data, max_pixels)
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
@@ -234,7 +251,7 @@ def _rgb(image):
 
 def jpeg_header(data: np.ndarray) -> Jpeg | None:
     """Walk the segments up to the scan. None where that does not work out; the decoder will say why."""
-    view = data[: 1 << 20].tobytes()  # APP segments of a megabyte are no photo's
+    view = data[: 1 << 20].data  # APP segments of a megabyte are no photo's
     at, rotated = 2, False
     while at + 9 < len(view):
         marker = view[at + 1]
@@ -245,11 +262,11 @@ def jpeg_header(data: np.ndarray) -> Jpeg | None:
             continue
         length = int.from_bytes(view[at + 2 : at + 4], "big")
         if marker == 0xE1 and view[at + 4 : at + 10] == b"Exif\0\0":
-            rotated = rotated or _orientation(view[at + 10 : at + 2 + length]) not in (0, 1)
+            rotated = rotated or _orientation(bytes(view[at + 10 : at + 2 + length])) not in (0, 1)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             bits, height, width, components = struct.unpack_from(">BHHB", view, at + 4)
             plain = marker == 0xC0 and bits == 8 and components in (1, 3) and not rotated
-            return Jpeg(height, width, plain)
+            return Jpeg(height, width, plain, components == 1 or bytes(view[at + 11 : at + 19 : 3]) in SAMPLINGS)
         at += 2 + length
     return None
 

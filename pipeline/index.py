@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from pipeline import files
 
 MAGIC = b"mvindex\0"
 VERSION = 1
@@ -82,17 +83,13 @@ def write(index: Index, path: Path) -> str:
     """Write, then fsync and rename into place. Returns the SHA-256 of the file."""
     header = np.array([(MAGIC, VERSION, len(index), len(index.key_bytes))], HEADER)
     digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with files.whole(path) as file:
         for part in (header, *(index[name] for name in COLUMNS), index.key_starts, index.key_bytes):
             data = np.ascontiguousarray(part).data.cast("B") if isinstance(part, np.ndarray) else part
             padded = (data, b"\0" * (-len(data) % 64))
             for piece in padded:
                 file.write(piece)
                 digest.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return digest.hexdigest()
 
 

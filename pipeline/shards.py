@@ -21,17 +21,16 @@ from pathlib import Path
 import numpy as np
 from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
-from pipeline import beton, codec, index, pool, sources, tar
+from pipeline import beton, codec, files, index, moments, pool, sources, stamp, tar
 from pipeline.errors import UserError, nearest
 
 VERSION = 1
 FORMATS = {"webdataset": tar, "ffcv": beton}
-MANIFEST, WORK, STAMP = "manifest.json", ".work", ".stamp.json"
+MANIFEST, WORK = "manifest.json", ".work"
 EXECUTORS = {"local": "pipeline.pool", "ray": "pipeline.cluster"}  # loaded when asked for: Ray is an extra
 MIN_SHARD, MAX_SHARD = 16 << 20, 256 << 20
 KEY_LENGTH = 90  # a ustar name has 100 bytes
-CHECKS = ("decode", "headers")
-SAMPLED = 16  # with check=headers one image in so many is decoded all the same, for the statistics
+CHECKS = {"decode": "thumbnail", "headers": "headers"}  # of JPEGs that keep their bytes, see `codec.convert`
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ class Job:
     source: sources.Source
     keys: list[list[str]]
     rows: list[Row]
+    listed: int  # when the source was, see `stamp`
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def plan(options: Options, source: sources.Source, keys: list[list[str]]) -> lis
     total = sum(int(split.sizes.sum()) for split in source.splits)
     target = options.shard_mb << 20 or min(max(total // 64, MIN_SHARD), MAX_SHARD)
     rows = []
-    settings = json.dumps([VERSION, asdict(options), source.classes])
+    settings = json.dumps([VERSION, "moments", asdict(options), source.classes])
     for number, split in enumerate(source.splits):
         samples = order(len(split.names), options.seed, split.name)
         sizes = split.sizes[samples]
@@ -144,89 +144,68 @@ class Contents:
     rows: list[tuple]  # as in index.COLUMNS
     keys: list[str]
     rejected: list[dict]
-    sums: np.ndarray  # (2, 3), see codec.sums
-    pixels: int = 0
+    moments: np.ndarray
+    unseen: int = 0  # JPEGs whose pixels nobody needed
 
 
 def convert_shard(row: Row) -> dict:
     """Make one shard and record it beside. Returns its part of the manifest, rejected images and pixel sums."""
     job = running[-1]
     final, work = job.out / row.name, job.out / WORK
-    temporary = final.with_name(f".{row.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w+b", buffering=1 << 16) as file:
-            planar = job.options.encoding == "yuv420"
-            writer = FORMATS[job.options.format].Writer(file, len(row.samples), planar)
-            contents = _fill(writer, row, job)
-            digest = writer.finish()
-            file.flush()
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-        if isinstance(writer, tar.Writer):
-            write_text(final.with_suffix(".idx"), writer.index_text())
-        os.replace(temporary, final)
-        _sync_folder(job.out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.whole(final, buffering=1 << 20) as file:
+        writer = FORMATS[job.options.format].Writer(file, len(row.samples), job.options.encoding == "yuv420")
+        contents = _fill(writer, row, job)
+        digest = writer.finish()
+        size = file.seek(0, os.SEEK_END)
+    shard: dict = {"file": row.name, "count": len(contents.rows), "bytes": size, "sha256": digest}
+    if isinstance(writer, tar.Writer):
+        shard["idx"] = final.with_suffix(".idx").name
+        files.write(job.out / shard["idx"], writer.index_text())
     index.write(index.build(contents.rows, contents.keys), work / f"{row.name}.index")
     result = {
         "digest": row.digest,
-        "shard": {"file": row.name, "count": len(contents.rows), "bytes": size, "sha256": digest},
+        "shard": shard,
         "rejected": contents.rejected,
-        "sums": contents.sums.tolist(),
-        "pixels": contents.pixels,
+        "moments": contents.moments.tolist(),
+        "listed": job.listed,
     }
-    write_text(work / f"{row.name}.json", json.dumps(result))  # the last step
+    files.write(work / f"{row.name}.json", json.dumps(result))  # the last step
     return result
 
 
 def _fill(writer, row: Row, job: Job) -> Contents:
     split, keys = job.source.splits[row.split], job.keys[row.split]
     settings = job.options.codec()
-    contents = Contents([], [], [], np.zeros((2, 3)))
-    for number, i in enumerate(row.samples):
+    contents = Contents([], [], [], moments.nothing())
+    for i in row.samples:
         pool.check_stop()
         key, label = keys[i], int(split.labels[i])
         try:
             data = split.read(i)
-            look = job.options.check == "decode" or number % SAMPLED == 0
-            payload, image, height, width = codec.convert(data, settings, look)
+            found = codec.convert(data, settings, CHECKS[job.options.check])
+            contents.moments += _moments(found, contents)
         except ValueError as error:
             item = {"split": split.name, "name": split.names[i], "key": key, "reason": str(error)}
             contents.rejected.append(item)
             pool.count(0, 0, 1)
             continue
-        offset = writer.add(key, label, payload)
-        crc = crc32(payload)
-        contents.rows.append((label, offset, payload.nbytes, 0, height, width, crc, codec.kind(payload)))
+        payload = found.payload
+        offset, crc = writer.add(key, label, payload), crc32(payload)
+        contents.rows.append((label, offset, payload.nbytes, 0, found.height, found.width, crc, codec.kind(payload)))
         contents.keys.append(key)
-        if image is not None:
-            contents.sums += codec.sums(image)
-            contents.pixels += image.shape[0] * image.shape[1]
         pool.count(1, data.nbytes, 0)
     return contents
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _moments(found: codec.Converted, contents: Contents) -> np.ndarray:
+    """What one image adds to the statistics; see `moments`. ValueError if it has to be decoded for that and cannot be."""
+    if found.pixels is not None:
+        return moments.of_pixels(found.pixels)
+    contents.unseen += 1
+    pixels = codec.decode(found.payload) if contents.unseen % moments.SAMPLED == 1 else None
+    if found.thumbnail is not None:
+        return moments.of_thumbnail(found.thumbnail, found.height * found.width, pixels)
+    return moments.nothing() if pixels is None else moments.of_pixels(pixels)
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------
@@ -269,6 +248,7 @@ def write(
     check(options)
     if done := _already_done(options, source, out):
         return done
+    listed = stamp.now()
     found = sources.load(options.dataset, source, download, options.unlabelled)
     out.mkdir(parents=True, exist_ok=True)
     (out / WORK).mkdir(exist_ok=True)
@@ -278,7 +258,7 @@ def write(
         except OSError:
             raise UserError(f"another process is writing shards to {out}") from None
         keys = [safe_keys(split.names) for split in found.splits]
-        job = Job(options, out, found, keys, plan(options, found, keys))
+        job = Job(options, out, found, keys, plan(options, found, keys), listed)
         results = _finished(job)
         (out / MANIFEST).unlink(missing_ok=True)  # of shards of which some are lost; from here on it would be wrong
         _clean(out, {row.name for row in job.rows})
@@ -287,7 +267,7 @@ def write(
         total = sum(len(row.samples) for row in todo.values())
         results |= _executor(executor).run(convert_shard, todo, jobs=jobs, total=total, quiet=quiet)
         manifest = _finish(job, results, max_rejected)
-        _write_stamp(out, found, source)
+        stamp.write(out, source, found, listed)
     shutil.rmtree(out / WORK)
     return manifest
 
@@ -311,16 +291,17 @@ def _already_done(options: Options, source: Path | None, out: Path) -> dict | No
             if manifest["options"].get(name) != value
         ]
         raise UserError(f"{out} holds shards made otherwise ({'; '.join(changed)}): choose another OUT or remove it")
-    if any(
-        _size(out / row["file"]) != row["bytes"] for split in manifest["splits"].values() for row in split["shards"]
-    ):
+    rows = [row for split in manifest["splits"].values() for row in split["shards"]]
+    if any(_size(out / row["file"]) != row["bytes"] for row in rows):
         return None
-    stamp = out / STAMP
-    if not stamp.exists() or json.loads(stamp.read_text()) != _stamp(json.loads(stamp.read_text()), source):
+    for row in rows:
+        if "idx" in row and not (out / row["idx"]).exists():
+            files.write(out / row["idx"], tar.dali_index(out / row["file"]))
+    before, listed = stamp.read(out, source), stamp.now()
+    if not stamp.untouched(before):
         found = sources.load(options.dataset, source, False, options.unlabelled)
-        if found.fingerprint() != manifest["source"]["fingerprint"]:
-            raise UserError(f"{source} has changed since {out} was made from it: choose another OUT or remove it")
-        _write_stamp(out, found, source)
+        _check_source(found, source, out, manifest, before["at"])
+        stamp.write(out, source, found, listed)
     shutil.rmtree(out / WORK, ignore_errors=True)
     return manifest
 
@@ -332,20 +313,18 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _stamp(paths, source: Path | None) -> dict:
-    result = {"": str(source and source.resolve())}
-    for path in paths:
-        if path:
-            try:
-                state = os.stat(path)
-                result[path] = [state.st_mtime_ns, state.st_size]  # type: ignore[assignment]
-            except OSError:
-                result[path] = None  # type: ignore[assignment]
-    return result
-
-
-def _write_stamp(out: Path, found: sources.Source, source: Path | None) -> None:
-    write_text(out / STAMP, json.dumps(_stamp(found.watch, source)))
+def _check_source(found: sources.Source, source: Path | None, out: Path, manifest: dict, since: int) -> None:
+    """UserError if a source is no longer what the shards were made from."""
+    if found.fingerprint() != manifest["source"]["fingerprint"]:
+        raise UserError(f"{source} has changed since {out} was made from it: choose another OUT or remove it")
+    settings = Options(**manifest["options"]).codec()
+    for split in found.splits:
+        rows = index.read(out / manifest["splits"][split.name]["index"]["file"])
+        if names := stamp.rewritten(split, safe_keys(split.names), rows, settings, since):
+            raise UserError(
+                f"{len(names)} files of {source} were rewritten since {out} was made, the first is {names[0]!r}: "
+                "choose another OUT or remove it"
+            )
 
 
 def _finished(job: Job) -> dict[str, dict]:
@@ -355,7 +334,10 @@ def _finished(job: Job) -> dict[str, dict]:
         record = job.out / WORK / f"{row.name}.json"
         if record.exists():
             result = json.loads(record.read_text())
-            if result["digest"] == row.digest and _size(job.out / row.name) == result["shard"]["bytes"]:
+            times = job.source.splits[row.split].times
+            altered = times is not None and bool((times[row.samples] > result["listed"]).any())
+            whole = _size(job.out / row.name) == result["shard"]["bytes"]
+            if result["digest"] == row.digest and whole and not altered:
                 results[row.name] = result
     return results
 
@@ -405,7 +387,7 @@ def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
 
 def write_rejected(out: Path, rejected: list[dict], total: int, allowed: float) -> None:
     """`rejected.jsonl`; UserError if there are more than the allowed fraction of `total`."""
-    write_text(out / "rejected.jsonl", "".join(json.dumps(item) + "\n" for item in rejected))
+    files.write(out / "rejected.jsonl", "".join(json.dumps(item) + "\n" for item in rejected))
     if len(rejected) > allowed * total:
         raise UserError(
             f"{len(rejected)} of {total} images were rejected, more than {allowed:.2%}: "
@@ -417,24 +399,23 @@ def _finish_split(job: Job, number: int, results: dict[str, dict]) -> dict:
     rows = [row for row in job.rows if row.split == number]
     name = job.source.splits[number].name
     parts = [index.read(job.out / WORK / f"{row.name}.index") for row in rows]
-    sums = sum(np.array(results[row.name]["sums"]) for row in rows)
-    pixels = sum(results[row.name]["pixels"] for row in rows)
+    total = sum((np.array(results[row.name]["moments"]) for row in rows), moments.nothing())
     return finish_split(
         job.out,
         name,
         index.concatenate(parts),
         [results[row.name]["shard"] for row in rows],
-        sums / max(pixels, 1),
+        moments.average(total),
         sum(len(results[row.name]["rejected"]) for row in rows),
     )
 
 
-def finish_split(out: Path, name: str, rows: index.Index, shards: list[dict], moments, rejected: int) -> dict:
-    """Write a split's index; returns its part of the manifest. `moments`: (2, 3), mean and mean square a channel."""
+def finish_split(out: Path, name: str, rows: index.Index, shards: list[dict], average, rejected: int) -> dict:
+    """Write a split's index; returns its part of the manifest. `average`: (2, 3), mean and mean square a channel."""
     if not len(rows):
         raise UserError(f"not one image of split {name} could be used: see {out / 'rejected.jsonl'}")
     digest = index.write(rows, out / f"{name}.index")
-    mean, square = np.asarray(moments)
+    mean, square = np.asarray(average)
     return {
         "count": len(rows),
         "rejected": rejected,
@@ -470,5 +451,5 @@ def write_manifest(
         "rejected": rejected,
         "splits": splits,
     }
-    write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    files.write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest

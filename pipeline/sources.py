@@ -27,13 +27,15 @@ FASHION_MNIST_CLASSES = (
 
 @dataclass
 class Split:
-    """Images of one split. `names` are unique within it; `sizes` in bytes (files) or of the pixels (arrays)."""
+    """Images of one split. `names` are unique within it; `sizes` in bytes (files) or of the pixels (arrays);
+    `times`: when their files were last changed (ctime, ns), None if they are no files."""
 
     name: str
     names: list[str]
     labels: np.ndarray
     sizes: np.ndarray
     read: Callable[[int], np.ndarray]
+    times: np.ndarray | None = None
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Source:
     splits: list[Split]
     problems: list[dict] = field(default_factory=list)  # what could not even be listed: {"split", "name", "reason"}
     ignored: int = 0  # files that are no images by their name
-    watch: list[str] = field(default_factory=list)  # folders and files whose times tell whether anything changed
+    watch: list[str] = field(default_factory=list)  # folders and archives that hold the images, see `stamp`
 
     def fingerprint(self) -> str:
         """Hex: names, labels and sizes of everything there is."""
@@ -79,6 +81,7 @@ class Listing:
 
     names: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
     problems: list[dict] = field(default_factory=list)
     ignored: int = 0
     folders: list[str] = field(default_factory=list)
@@ -112,7 +115,7 @@ def listing(root: Path) -> Listing:
                 _add_file(entry, name, entries, found)
         todo += reversed(folders)
     entries.sort(key=lambda item: os.fsencode(item[0]))
-    found.names, found.sizes = [name for name, _ in entries], [size for _, size in entries]
+    found.names, found.sizes, found.times = ([entry[i] for entry in entries] for i in range(3))
     return found
 
 
@@ -127,7 +130,8 @@ def _add_file(entry: os.DirEntry, name: str, entries: list, found: Listing) -> N
     try:
         if not entry.is_file():
             raise OSError(0, "not a file")
-        entries.append((name, entry.stat().st_size))
+        state = entry.stat()
+        entries.append((name, state.st_size, state.st_ctime_ns))
     except OSError as error:
         found.problems.append({"name": name, "reason": f"cannot be read: {error.strerror}"})
 
@@ -144,10 +148,9 @@ def read_file(path: str) -> np.ndarray:
 
 
 def _file_split(split: str, root: Path, found: Listing, labels: np.ndarray) -> Split:
-    names = found.names
-    return Split(
-        split, names, labels, np.array(found.sizes, np.int64), lambda i: read_file(os.path.join(root, names[i]))
-    )
+    names, start = found.names, f"{root}{os.sep}"
+    sizes, times = np.array(found.sizes, np.int64), np.array(found.times, np.int64)
+    return Split(split, names, labels, sizes, lambda i: read_file(start + names[i]), times)
 
 
 def folder(source: Path, download: bool = False, unlabelled: bool = False, only: set[str] | None = None) -> Source:
@@ -173,7 +176,8 @@ def folder(source: Path, download: bool = False, unlabelled: bool = False, only:
         root = roots.get(split, source)
         if only is not None:
             kept = [i for i, name in enumerate(files.names) if name.split("/", 1)[0] in only]
-            files.names, files.sizes = [files.names[i] for i in kept], [files.sizes[i] for i in kept]
+            files.names = [files.names[i] for i in kept]
+            files.sizes, files.times = ([column[i] for i in kept] for column in (files.sizes, files.times))
         labels = [number[name.split("/", 1)[0]] if labelled[split] else -1 for name in files.names]
         result.splits.append(_file_split(split, root, files, np.array(labels, np.int64)))
         result.problems += [{"split": split, **problem} for problem in files.problems]

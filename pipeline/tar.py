@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -10,6 +12,10 @@ import numpy as np
 SUFFIX = ".tar"
 BLOCK = 512
 RECORD = 20 * BLOCK  # GNU tar pads archives to whole records
+# A header but for name, size and checksum: mode, owner, group; time 0; "\0 " ends the checksum, then a regular file, "ustar".
+FRONT, MIDDLE = b"0000644\0" + b"0000000\0" * 2, b"\0" + b"%011o\0" % 0
+BACK = (b"\0 0" + bytes(100) + b"ustar\x0000").ljust(BLOCK - 154, b"\0")
+CHECK = sum(FRONT + MIDDLE + BACK[2:]) + 8 * ord(" ")  # the checksum counts as eight spaces
 
 
 class Writer:
@@ -26,8 +32,8 @@ class Writer:
         size = len(front) + payload.nbytes
         data_at = self.at + BLOCK
         label_at = data_at + _padded(size) + BLOCK
-        self._write(header(f"{key}.{extension}", size), front, payload, bytes(-size % BLOCK))
-        self._write(header(f"{key}.cls", len(text)), text, bytes(-len(text) % BLOCK))
+        tail = bytes(-size % BLOCK) + header(f"{key}.cls", len(text)) + text + bytes(-len(text) % BLOCK)
+        self._write(header(f"{key}.{extension}", size) + front, payload, tail)
         self.lines.append(f"{extension} {data_at} {size} {key}.{extension} cls {label_at} {len(text)} {key}.cls\n")
         return data_at + len(front)
 
@@ -53,13 +59,9 @@ def header(name: str, size: int) -> bytes:
     encoded = name.encode("ascii")
     if len(encoded) > 100 or size >= 1 << 33:
         raise ValueError(f"does not fit a ustar header: {name!r}, {size} bytes")
-    block = bytearray(BLOCK)
-    block[: len(encoded)] = encoded
-    block[100:148] = b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"%011o\0" % 0
-    block[148:157] = b" " * 8 + b"0"
-    block[257:265] = b"ustar\x0000"
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
+    digits = b"%011o" % size
+    check = CHECK + sum(encoded) + sum(digits)
+    return b"%b%b%b%b%06o%b" % (encoded.ljust(100, b"\0"), FRONT, digits, MIDDLE, check, BACK)
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
@@ -70,3 +72,20 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
+
+
+def dali_index(path: Path) -> str:
+    """What `wds2idx` writes for any tar."""
+    samples: list[list[str]] = []
+    last = None
+    with tarfile.open(path, "r:") as archive:
+        for info in archive:
+            dot = info.name.find(".", info.name.rfind("/") + 1)  # -1 for none, and then as wds2idx has it
+            key, extension = info.name[:dot], info.name[dot + 1 :]
+            if not info.isreg() or not key or key.endswith("/"):
+                continue
+            if key != last:
+                samples.append([])
+                last = key
+            samples[-1].append(f"{extension} {info.offset_data} {info.size} {info.name}")
+    return f"v1.2 {len(samples)}\n" + "".join(" ".join(parts) + "\n" for parts in samples)

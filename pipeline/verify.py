@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from isal.isal_zlib import crc32
 
-from pipeline import beton, codec, index, shards
+from pipeline import beton, codec, index, shards, tar
 from pipeline.errors import UserError
 
 
@@ -81,7 +81,11 @@ def _shard(path: Path, shard: dict, rows: index.Index, mine: np.ndarray, format:
     yield from _payloads(data, rows, mine)
     yield from _overlaps(rows, mine)
     try:
-        yield from _tar(file, rows, mine) if format == "webdataset" else _beton(file, rows, mine)
+        if format == "webdataset":
+            beside = path / shard.get("idx", Path(shard["file"]).with_suffix(".idx"))  # older manifests do not say
+            yield from _tar(file, beside, rows, mine)
+        else:
+            yield from _beton(file, rows, mine)
     except (tarfile.TarError, ValueError, UserError) as error:
         yield f"does not read as {format}: {error}"
 
@@ -118,9 +122,9 @@ def _overlaps(rows: index.Index, mine: np.ndarray) -> Iterator[str]:
         yield f"key {second}: overlaps key {first}"
 
 
-def _tar(file: Path, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
+def _tar(file: Path, beside: Path, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
     """The archive as `tarfile` reads it, and DALI's index beside it."""
-    from pipeline import adopt, archives
+    from pipeline import archives
 
     records, problems = archives.records(file)
     yield from (f"key {item['name']}: {item['reason']}" for item in problems)
@@ -136,8 +140,9 @@ def _tar(file: Path, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
             yield f"key {key}: ends at {record.offset + record.size} in the archive, at {end} in the index"
         if isinstance(record.label, int) and record.label != rows["label"][i]:
             yield f"key {key}: label {record.label} in the archive, {rows['label'][i]} in the index"
-    beside = file.with_suffix(".idx")
-    if beside.exists() and beside.read_text() != adopt.dali_index(file):
+    if not beside.exists():
+        yield f"{beside.name}: is missing"
+    elif beside.read_bytes() != tar.dali_index(file).encode():
         yield f"{beside.name}: does not fit the archive"
 
 

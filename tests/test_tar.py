@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pictures import class_folders, jpeg, pixels
 
-from pipeline import adopt, shards, tar
+from pipeline import shards, tar
 from pipeline.store import Store
 
 
@@ -97,7 +97,7 @@ def test_the_index_of_any_tar_is_what_wds2idx_writes(tmp_path):
             info.size = 0 if name.endswith("/") else 700
             archive.addfile(info, io.BytesIO(bytes(700)))
     subprocess.run(["wds2idx", tmp_path / "t.tar", tmp_path / "t.idx"], check=True, capture_output=True, env=_path())
-    assert adopt.dali_index(tmp_path / "t.tar") == (tmp_path / "t.idx").read_text()
+    assert tar.dali_index(tmp_path / "t.tar") == (tmp_path / "t.idx").read_text()
 
 
 def _path() -> dict:

@@ -206,6 +206,12 @@ def test_a_wrong_dali_index_is_found(originals, tmp_path):
     path = folder / "train-00000.idx"
     path.write_text(path.read_text().replace("jpg 512", "jpg 1024"))
     assert any("train-00000.idx: does not fit" in line for line in verify(folder))
+    path.write_bytes(b"\xff\xfe")
+    assert any("train-00000.idx: does not fit" in line for line in verify(folder))
+    path.unlink()
+    assert verify(folder) == ["train: train-00000.tar: train-00000.idx: is missing"]
+    shards.write(shards.Options("folder"), originals / "in", folder, quiet=True)
+    assert verify(folder) == []
 
 
 def test_the_command_says_so_and_exits_1(folder):

@@ -175,7 +175,7 @@ def rounded(values: tuple[float, ...]) -> str:
 
 def summary(out: Path, manifest: dict) -> str:
     parts = [f"{split['count']:,} {name}" for name, split in manifest["splits"].items()]
-    ignored = manifest["source"]["ignored"]
+    ignored = manifest["source"].get("ignored", 0)  # older shards did not count them
     others = f", {ignored} files of other types ignored" if ignored else ""
     return f"{out}: {', '.join(parts)} images, {manifest['format']}, {manifest['rejected']} rejected{others}"
 

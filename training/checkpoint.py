@@ -6,36 +6,15 @@ alone (`torch.load(weights_only=True)` reads it), and the newest complete one is
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline import files
 from pipeline.errors import UserError
-
-
-def write_atomic(path: Path, content: memoryview) -> None:
-    """Write to a temporary file beside `path`, fsync, then rename. An OSError leaves the old file in place."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -56,7 +35,7 @@ def save(folder: Path, state: dict[str, Any], keep_last: int, keep_every: int) -
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()  # not straight to the file: torch.save turns a full disk into an error of its own
     torch.save(state, buffer)
-    write_atomic(path_of(folder, state["step"]), buffer.getbuffer())
+    files.write(path_of(folder, state["step"]), buffer.getbuffer())
     for step in steps_in(folder)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             path_of(folder, step).unlink()
