@@ -440,7 +440,7 @@ class Suite:
         """The probe of the pre-training data, tested on another dataset without being trained there."""
         place = {name: i for i, name in enumerate(own.train.classes)}
         if not contained(data, own):
-            self.say(f"in-domain probe on {data.name}: not possible, its classes are not those of {own.name}")
+            data.notes.append(f"no in-domain probe: its classes are not those of {own.name}")
             return
         to_own = torch.tensor([place[name] for name in data.test.classes])
         for weights in ("trained", "untrained"):

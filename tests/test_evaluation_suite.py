@@ -277,6 +277,12 @@ def test_transfer_and_in_domain_probe_are_kept_apart(made, tmp_path):
     assert not any(d and "in-domain" in c for d, c in compare.table(content["results"]))
 
 
+def test_other_classes_have_no_in_domain_probe(made, digits, tmp_path):
+    content = evaluate(copy(made[0][0], tmp_path), data=(digits,), protocols=("ridge", "in-domain"), limit=100)
+    assert "no in-domain probe: its classes are not those of patterns" in content["datasets"]["digits"]["notes"]
+    assert {line["mode"] for line in content["table"]} == {"retrained"}
+
+
 def test_overlap_is_found(made, tmp_path):
     """Test images copied from the training images, one exactly, one with a few grey levels of noise."""
     folder = smoke.images(tmp_path / "images", per_class={"train": 10, "val": 5})
