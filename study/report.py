@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,25 @@ from study.sweep import Study
 from training.plots import STYLE
 
 POINT = 1.0  # percentage points within which two accuracies count as the same, as the paper's claims are worded
+MARGIN = 0.05  # of accuracy, by which anything trained must beat the untrained network
 MARKERS = "osD^v<>"
 
 
-def main(studies: list[Path], out: Path) -> int:
+def main(studies: list[Path], out: Path, must_hold: bool = False) -> int:
+    wrong: list[str] = []
     text = ["# The paper's claims, measured", "", (Path(__file__).parent / "paper.md").read_text().strip(), ""]
     for path in studies:
         table = out.parent / f"{path.stem}.csv"
         if table.exists():
             text += page(sweep.read(path), path, table, out.parent / "paper")
+            wrong += check(sweep.read(path), table) if must_hold else []
         else:
             text += [f"## {path.stem}", "", f"Not run yet: `python tools/sweep.py {path.as_posix()}`.", ""]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(text).rstrip() + "\n")
     print(out)
-    return 0
+    print("".join(f"does not hold: {line}\n" for line in wrong), end="", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def page(study: Study, path: Path, table: Path, pictures: Path) -> list[str]:
@@ -49,10 +54,34 @@ def page(study: Study, path: Path, table: Path, pictures: Path) -> list[str]:
         if rows.get("views"):
             text += convergence(study, rows["views"], table, pictures / f"{study.name}-convergence.png")
             text += data(rows["views"], pictures / f"{study.name}-data.png")
+            text += equal_steps(rows.get("steps", []), rows["views"])
             text += costs(rows["views"])
         if rows.get("forms"):
             text += forms(rows["forms"])
     return text
+
+
+def check(study: Study, table: Path) -> list[str]:
+    """What must be true of any study that learns: a regression test of the science, in sentences that fail."""
+    rows = [row for grid in study.grids if grid != "untrained" for row in claims.rows_of(study, table, grid)]
+    before = [row["linear"] for row in claims.rows_of(study, table, "untrained")]
+    wrong = [] if rows and before else ["no trained or no untrained rows"]
+    wrong += [
+        f"{', '.join(f'{c} {row[c]}' for c in study.columns if c in row)}: linear {row['linear']:.1%}, untrained {max(before):.1%}"
+        for row in rows
+        if before and row["linear"] < max(before) + MARGIN
+    ]
+    strong = claims.rows_of(study, table, "projector")
+    if strong:
+        dim, cs = min(values(strong, "projector_dim")), values(strong, "c")
+        weak, right = (
+            estimate(list(by_seed(strong, "linear", projector_dim=dim, c=float(c)).values())) for c in cs[:2]
+        )
+        if right.mean < weak.mean:
+            wrong.append(
+                f"D = {dim}: {right} with c = {cs[1]:g}, yet {weak} with c = {cs[0]:g}: weak decorrelation should lose"
+            )
+    return wrong
 
 
 def setup(study: Study, path: Path, table: Path, done: int, total: int) -> list[str]:
@@ -235,6 +264,23 @@ def data(rows: list[Row], picture: Path) -> list[str]:
                     + verdict(difference(part, whole), -POINT)
                 )
     return [*text, ""]
+
+
+def equal_steps(fewer: list[Row], rows: list[Row]) -> list[str]:
+    """The paper's comparison, all images and as many steps for every V, beside the control of as many views."""
+    most = max(r["fraction"] for r in rows)
+    rows = [r for r in rows if r["fraction"] == most]
+    vs = values(rows, "views")
+    steps = min(r["steps"] for r in rows)
+    same = [r for r in [*fewer, *rows] if abs(r["steps"] - steps) <= 1]
+    if len(values(same, "views")) < 2:
+        return []
+    body = [
+        [f"as many steps ({steps:,}), so V times the views", *(cell(by_seed(same, "linear", views=v)) for v in vs)],
+        ["as many views", *(cell(by_seed(rows, "linear", views=v)) for v in vs)],
+    ]
+    text = "At equal epochs, the paper's comparison, a larger V sees more views and pays for them. Test split, %, all images:"
+    return [text, "", *markdown(["equal", *(f"V = {v}" for v in vs)], body)]
 
 
 def costs(rows: list[Row]) -> list[str]:

@@ -182,10 +182,10 @@ def finished(study: Study, out: Path) -> dict[str, Settings]:
     if not out.exists():
         return {}
     rows = list(csv.DictReader(io.StringIO(out.read_text())))
-    if rows and (missing := [c for c in study.columns if c not in rows[0]]):
-        raise UserError(
-            f"{out}: no column {missing[0]!r}: the rows of another study? move it away, or choose another --out"
-        )
+    missing = [c for c in study.columns if rows and c not in rows[0]]
+    if missing or any(row["shared"] != study.shared for row in rows):
+        what = f"no column {missing[0]!r}" if missing else "rows made with other shared settings"
+        raise UserError(f"{out}: {what}: of another study, or of an earlier state of it; move it away, or give --out")
     return {name_of({c: row[c] for c in study.columns if row[c] != ""}): row for row in rows}
 
 

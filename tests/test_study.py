@@ -23,8 +23,9 @@ train: {{data: {data}, backbone: resnet10-narrow, stem: standard, size: 8, batch
 probe: {{epochs: 2, images: 200}}
 grids:
   untrained: [{{views: 2, fraction: 1.0, budget: 0, seed: 0}}]
-  views: [{{views: [2, 4], fraction: [0.5, 1.0], budget: 1280, eval_every: 5, seed: [0, 1]}}]
-  forms: [{{views: 2, fraction: 1.0, budget: 1280, eval_every: 5, seed: 0}}]
+  views: [{{views: [2, 4], fraction: [0.5, 1.0], budget: 640, eval_every: 5, seed: 0}}]
+  forms: [{{views: 2, fraction: 1.0, budget: 640, eval_every: -1, form: [mean, pairs], seed: 0}}]
+  again: [{{views: 2, fraction: 1.0, budget: 640, eval_every: 5, seed: 0}}]
 """
 
 
@@ -37,15 +38,15 @@ def study(tmp_path: Path, digits: Path) -> Path:
 
 def test_a_grid_is_every_combination_and_a_run_is_counted_once(study: Path):
     found = sweep.read(study)
-    assert len(found.grids["views"]) == 8 and len(found.runs) == 9  # the run of `forms` is one of `views`
-    assert found.columns == ["views", "fraction", "budget", "seed", "eval_every"]
+    assert len(found.grids["views"]) == 4 and len(found.runs) == 7  # the run of `again` is one of `views`
+    assert found.columns == ["views", "fraction", "budget", "seed", "eval_every", "form"]
     words = sweep.flags(found, found.grids["views"][0])
-    assert words[words.index("--steps") + 1] == "20"  # 1280 views / (2 views x 32 images)
+    assert words[words.index("--steps") + 1] == "10"  # 640 views / (2 views x 32 images)
 
 
 def test_an_unknown_setting_is_refused_by_name(study: Path):
     study.write_text(study.read_text().replace("budget: 0", "bugdet: 0"))
-    with pytest.raises(UserError, match="bugdet.*budget"):
+    with pytest.raises(UserError, match=r"bugdet.*budget"):
         sweep.read(study)
 
 
@@ -80,15 +81,20 @@ def test_a_killed_study_goes_on_and_the_page_is_written(study: Path, tmp_path: P
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader(table.open()))
-    assert len(rows) == 9 and all(row in rows for row in before)  # what was done is not done again
+    assert len(rows) == 7 and all(row in rows for row in before)  # what was done is not done again
     assert all(0 <= float(row["linear"]) <= 1 for row in rows)
     trained = [row for row in rows if row["budget"] != "0"]
-    assert all(int(row["views_seen"]) == 1280 and float(row["core_seconds"]) > 0 for row in trained)
-    assert (tmp_path / "tiny.curves.csv").read_text().count("\n") == 1 + 8 * (20 // 5) - 4 * 2  # V = 4 has ten steps
+    assert all(int(row["views_seen"]) == 640 and float(row["core_seconds"]) > 0 for row in trained)
+    assert (tmp_path / "tiny.curves.csv").read_text().count("\n") == 1 + 2 * (10 // 5) + 2 * (
+        5 // 5
+    )  # V = 4 takes 5 steps
     report.main([study], tmp_path / "paper.md")
     page = (tmp_path / "paper.md").read_text()
     assert (
-        "9 of 10" not in page and "More views replace data" in page and (tmp_path / "paper" / "tiny-data.png").exists()
+        "8 of 8 runs" in page
+        and "Which off-diagonal" in page
+        and "More views replace data" in page
+        and (tmp_path / "paper" / "tiny-data.png").exists()
     )
 
 
@@ -100,7 +106,7 @@ def test_a_failing_run_is_named_and_the_others_are_done(study: Path, tmp_path: P
     done = subprocess.run(command(study, tmp_path, "--jobs", "2"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.count("FAILED") == 2
     assert "--fraction must be in (0, 1], not 2.0" in done.stdout
-    assert len(list(csv.DictReader((tmp_path / "tiny.csv").open()))) == 3
+    assert len(list(csv.DictReader((tmp_path / "tiny.csv").open()))) == 5
 
 
 # --- statistics
@@ -154,5 +160,5 @@ def test_numbers_come_back_as_they_were(tmp_path: Path, study: Path):
     rows = {sweep.name_of(s): {**s, "linear": 0.25, "shared": found.shared} for s in found.runs}
     sweep.write(found, tmp_path / "tiny.csv", rows)
     back = claims.rows_of(found, tmp_path / "tiny.csv", "views")
-    assert len(back) == 8 and np.mean([row["linear"] for row in back]) == 0.25
+    assert len(back) == 4 and np.mean([row["linear"] for row in back]) == 0.25
     assert {row["fraction"] for row in back} == {0.5, 1.0} and back[0]["views"] == 2

@@ -22,11 +22,13 @@ class Options:
     """Study files; the rows of NAME.yaml are read from NAME.csv beside --out."""
     out: Path = Path("results/paper.md")
     """The page; pictures go into paper/ beside it."""
+    check: bool = False
+    """Fail unless training beats the untrained network everywhere and strong decorrelation beats weak at the smallest D."""
 
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__)
-    return report.main(list(options.studies), options.out)
+    return report.main(list(options.studies), options.out, options.check)
 
 
 if __name__ == "__main__":
