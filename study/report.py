@@ -67,7 +67,7 @@ def check(study: Study, table: Path) -> list[str]:
     before = [row["linear"] for row in claims.rows_of(study, table, "untrained")]
     wrong = [] if rows and before else ["no trained or no untrained rows"]
     wrong += [
-        f"{', '.join(f'{c} {row[c]}' for c in study.columns if c in row)}: linear {row['linear']:.1%}, untrained {max(before):.1%}"
+        f"{sweep.name_of({c: row[c] for c in study.columns if c in row})}: {row['linear']:.1%}, untrained {max(before):.1%}"
         for row in rows
         if before and row["linear"] < max(before) + MARGIN
     ]
