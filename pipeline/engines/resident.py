@@ -6,16 +6,19 @@ columns' matrix. A blur is two more, the same for both axes. On CUDA the whole i
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
 
 from pipeline.codec import decode
+from pipeline.engines.cpu import cores
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
 
-CHUNK = 32  # images at a time on the CPU, so that what is between two steps stays in cache
+CHUNK = 32 * 32 * 32  # pixels a call on the CPU: what is between two steps stays in cache and in memory that is reused
 
 
 class ResidentEngine:
@@ -39,6 +42,7 @@ class ResidentEngine:
         self.images = images.to(self.device)
         self.seconds = {"load": time.perf_counter() - begun, "render": 0.0}
         self._render = torch.compile(render) if self.device.type == "cuda" else render
+        self._pool = _pool(threads or cores()) if self.device.type == "cpu" else None
 
     def _load(self, i: int, shape: tuple[int, int]) -> np.ndarray:
         try:
@@ -56,79 +60,113 @@ class ResidentEngine:
         return self.submit(ids, parameters).result()
 
     def submit(self, ids: np.ndarray, parameters: Parameters) -> Pending:
-        """Start a batch (on CUDA the kernels are only queued); `result()` of what is returned gives it."""
+        """Start a batch; `result()` of what is returned waits for it."""
         bad = next((self.bad[i] for i in ids.tolist() if i in self.bad), None) if self.bad else None
         if bad is not None:
-            return Pending([], bad)
+            return Pending([], [], bad)
         begun = time.perf_counter()
-        images = self.images[torch.from_numpy(ids).to(self.device, non_blocking=True)]
-        outputs = [self._group(images, parameters, group) for group in parameters.groups]
+        outputs, work = [], []
+        for group in parameters.groups:
+            output, parts = self._group(ids, parameters, group)
+            outputs.append(output)
+            work += parts
         self.seconds["render"] += time.perf_counter() - begun
-        return Pending(outputs, None)
+        return Pending(outputs, work, None)
 
-    def _group(self, images: torch.Tensor, p: Parameters, group: slice) -> torch.Tensor:
-        size, flags = p.sizes[group.start], (bool(p.sigma[group].any()), bool(p.solarize[group].any()))
-        arrays = [np.ascontiguousarray(array[group]) for array in (p.box, p.flip, p.color, p.sigma, p.solarize)]
-        numbers = [torch.from_numpy(array).to(self.device, non_blocking=True) for array in arrays]
-        if self.device.type != "cpu":
-            return self._render(images, numbers, size, *flags)
-        parts = zip(images.split(CHUNK), zip(*(array.split(CHUNK, 1) for array in numbers)))
-        views = [render(some, theirs, size, *flags).permute(0, 1, 3, 4, 2) for some, theirs in parts]
-        return torch.cat(views, 1).permute(0, 1, 4, 2, 3)
+    def _group(self, ids: np.ndarray, p: Parameters, group: slice) -> tuple[torch.Tensor, list[Future]]:
+        """The views, and on the CPU what still writes them; on CUDA the kernels are only queued."""
+        views, size = group.stop - group.start, p.sizes[group.start]
+        flags = (bool(p.sigma[group].any()), bool(p.solarize[group].any()))
+        arrays = [np.tile(ids, views)]
+        arrays += [np.concatenate(array[group]) for array in (p.box, p.flip, p.color, p.sigma, p.solarize)]
+        which, *numbers = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in arrays)
+        if self._pool is None:
+            output, work = self._render(self.images[which], numbers, size, *flags), []
+        else:
+            output = torch.empty((len(which), size, size, 3), dtype=torch.uint8)
+            chunk = max(1, CHUNK // max(size**2, self.images[0, 0].numel()))
+            parts = zip(*(array.split(chunk) for array in (output, which, *numbers)))
+            work = [self._pool.submit(self._fill, part, size, *flags) for part in parts]
+        return output.unflatten(0, (views, -1)).permute(0, 1, 4, 2, 3), work
+
+    @torch.inference_mode()
+    def _fill(self, part: tuple[torch.Tensor, ...], *options) -> None:
+        output, which, *numbers = part
+        output.copy_(render(self.images[which], numbers, *options))
 
     def close(self) -> None:
         self.images = self.images[:0]
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch uses one core: its own threads would wait for each other after every step."""
+    before, together = torch.get_num_threads(), threading.Barrier(threads + 1)
+
+    def alone() -> None:
+        torch.get_num_threads()  # the first call in a thread takes over the number set last, so it must come before
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(threads, "views", initializer=alone)
+    for _ in range(threads):
+        pool.submit(together.wait)
+    together.wait()
+    torch.set_num_threads(before)  # for threads that are made later, which take over the number set last
+    return pool
 
 
 class Pending:
-    """A batch that is made already, or why it cannot be."""
+    """A batch that is made or being made, or why it cannot be."""
 
-    def __init__(self, outputs: list[torch.Tensor], error: Corrupt | None):
-        self._outputs, self._error = outputs, error
+    def __init__(self, outputs: list[torch.Tensor], work: list[Future], error: Corrupt | None):
+        self._outputs, self._work, self._error = outputs, work, error
 
     def result(self) -> list[torch.Tensor]:
         if self._error is not None:
             raise self._error
+        for one in self._work:
+            one.result()
         return self._outputs
 
     def cancel(self) -> None:
+        """Drop what has not begun and wait for what has."""
+        wait([one for one in self._work if not one.cancel()])
         self._outputs = []
 
 
 def render(images, numbers, size: int, blurred: bool, solarized: bool) -> torch.Tensor:
-    """(V, B, 3, size, size) uint8 views of `images` (B, 3, H, W); `numbers`: box, flip, color, sigma and
-    solarize of one group as in `views.Parameters`."""
+    """(N, size, size, 3) uint8, one view of each of `images` (N, 3, H, W); `numbers`: their box, flip, color, sigma
+    and solarize as in `views.Parameters`."""
     box, flip, color, sigma, solarize = numbers
-    views, batch = flip.shape
     height, width = images.shape[-2:]
-    rows = triangle(box[..., 0], box[..., 2], torch.zeros_like(flip), height, size)
-    columns = triangle(box[..., 1], box[..., 3], flip, width, size)
+    rows = triangle(box[:, 0], box[:, 2], torch.zeros_like(flip), height, size)
+    columns = triangle(box[:, 1], box[:, 3], flip, width, size)
     # The color map keeps sums of weights 1 and comes before the clamp, so it may come before the resize: it is then
-    # one small matrix product on the source's pixels.
-    pixels = images.to(rows.dtype).view(batch, 3, height * width)
-    colored = torch.baddbmm(color[..., 3:].flatten(0, 1), color[..., :3].flatten(0, 1), pixels.repeat(views, 1, 1))
-    x = colored.view(-1, 3 * height, width) @ columns.flatten(0, 1).mT
-    x = rows.flatten(0, 1)[:, None] @ x.view(-1, 3, height, size)
-    x = x.add_(0.5).clamp_(0, 255.5).floor_() if not blurred else x.round_().clamp_(0, 255)
+    # one small matrix product on the source's pixels. The half makes cutting off the fraction a rounding.
+    x = torch.baddbmm(color[..., 3:] + 0.5, color[..., :3], images.flatten(2).to(color.dtype))
+    x = x.view(-1, 3 * height, width) @ columns.mT
+    x = (rows[:, None] @ x.view(-1, 3, height, size)).clamp_(0, 255.5)
     if blurred:
-        kernel = gaussian(sigma, size).flatten(0, 1)[:, None]
-        x = (kernel @ x @ kernel.mT).round_()
-    x = x.view(views, batch, 3, size, size)
+        kernel = gaussian(sigma, size)[:, None]
+        x = (kernel @ x.floor_() @ kernel.mT).add_(0.5)
+    x = x.to(torch.uint8)
     if solarized:
-        x = torch.where(solarize[..., None, None, None], torch.minimum(x, 255 - x), x)
-    return x.to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        x = torch.where(solarize[:, None, None, None], torch.minimum(x, 255 - x), x)
+    return torch.stack(x.unbind(1), -1)
 
 
 def triangle(start: torch.Tensor, length: torch.Tensor, mirror: torch.Tensor, n: int, size: int) -> torch.Tensor:
     """(..., size, n) weights that resize `length` pixels from `start` of n to `size`, antialiased bilinear."""
-    scale = (length.float() / size)[..., None, None]
+    start, length = start[..., None], length[..., None]
+    scale = length.float() / size
+    grid = torch.arange(size, device=start.device, dtype=torch.float32)
+    center = scale * (torch.where(mirror[..., None], size - 1 - grid, grid) + 0.5) - 0.5
+    pixel = torch.arange(n, device=start.device) - start
+    pixel = torch.where((pixel >= 0) & (pixel < length), pixel.float(), torch.inf)  # no weight for what is outside
     support = scale.clamp_min(1)
-    grid = torch.arange(size, device=start.device, dtype=torch.float32)[:, None]
-    center = scale * (torch.where(mirror[..., None, None], size - 1 - grid, grid) + 0.5) - 0.5
-    pixel = torch.arange(n, device=start.device, dtype=torch.float32) - start[..., None, None]
-    inside = (pixel >= 0) & (pixel < length[..., None, None])
-    weight = (1 - (pixel - center).abs() / support).clamp_min(0) * inside
-    return weight / weight.sum(-1, keepdim=True)
+    weight = ((pixel / support)[..., None, :] - (center / support)[..., None]).abs_().neg_().add_(1).relu_()
+    return weight.div_(weight.sum(-1, keepdim=True))
 
 
 def gaussian(sigma: torch.Tensor, size: int) -> torch.Tensor:
