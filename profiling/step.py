@@ -1,15 +1,18 @@
 """The training step against a bare one: python tools/profile.py step --data shards/NAME --json FILE
 
-Three ways of doing the same forward, backward and optimizer work, taken in turn in one run:
-`bare`    the network on random tensors with the cheapest loss there is
-`step`    train.py's step (normalize, autocast, objective, scaler, skip of non-finite steps) on random pixels
-`data`    the same step fed by the real pipeline
-Ratios are medians over rounds, so a noisy neighbour hits all three.
+Ways of doing the same forward, backward and optimizer work, taken in turn in one run:
+`bare`      the network on random tensors with the cheapest loss there is
+`step`      train.py's step (normalize, autocast, objective, scaler, skip of non-finite steps) on random pixels
+`data`      the same step fed by the real pipeline
+`compiled`  with --compile: `step` through torch.compile
+Ratios to `bare` are medians over rounds, each in another order, so a noisy neighbour hits all; the interval is the
+bootstrap's 95 % of that median.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
 import torch
 import tyro
 
@@ -39,12 +42,13 @@ class Args:
     views: int = 4
     batch_size: int = 64
     projector_dim: int = 256
-    rounds: int = 8
+    rounds: int = 30
     """Rounds; each way runs `steps` steps a round."""
-    steps: int = 3
+    steps: int = 1
     engine: str = "auto"
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = False
+    """Measure the compiled step too."""
     json: Path | None = None
     """Where to write the result."""
 
@@ -54,7 +58,8 @@ def main(argv: list[str]) -> None:
     result = measure(args)
     for name, row in result["rows"].items():
         times = f"{row['ms']:9.1f} ms  {row['core_ms']:9.1f} core-ms"
-        print(f"{name:6s} {times}  {row['ratio']:.3f}x bare (core {row['core_ratio']:.3f}x)")
+        low, high = row["interval"]
+        print(f"{name:8s} {times}  {row['ratio']:.3f}x bare [{low:.3f}, {high:.3f}] (core {row['core_ratio']:.3f}x)")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -71,7 +76,7 @@ def measure(args: Args) -> dict[str, Any]:
     encoder: Any = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optim.create("adamw", encoder, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
-    run: Any = torch.compile(encoder) if args.compile else encoder
+    compiled: Any = torch.compile(encoder) if args.compile else None
     loss_of = objective.create("barlow")
     pixels = torch.randint(
         256, (args.views, args.batch_size, args.size, args.size, 3), dtype=torch.uint8, device=device
@@ -85,12 +90,12 @@ def measure(args: Args) -> dict[str, Any]:
 
     def bare() -> None:
         with autocast():
-            z = run(floats.flatten(0, 1))
+            z = encoder(floats.flatten(0, 1))
         z.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def step(made: list[torch.Tensor]) -> None:
+    def step(made: list[torch.Tensor], run: Any = encoder) -> None:
         groups = [normalize(v, store.mean, store.std, torch.float32) for v in made]
         backward(run, groups, loss_of, scaler.scale, False, autocast)
         scaler.step(optimizer)
@@ -98,39 +103,47 @@ def measure(args: Args) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
 
     ways = {"bare": bare, "step": lambda: step([pixels]), "data": lambda: step(next(batches).views)}
+    if compiled is not None:
+        ways["compiled"] = lambda: step([pixels], compiled)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for way in ways.values():  # warm up: kernels, compiler, prefetch
-        timed(way, 2, device)
+    first = {name: timed(way, 2, device)[0] for name, way in ways.items()}  # warm up: kernels, compiler, prefetch
+    order = random.Random(0)
     for _ in range(args.rounds):
-        for name, way in ways.items():
-            taken[name].append(timed(way, args.steps, device))
+        for name in order.sample(list(ways), len(ways)):
+            taken[name].append(timed(ways[name], args.steps, device))
     batches.close()  # type: ignore[attr-defined]
     engine.close()
-    rows = {}
-    for name, times in taken.items():
-        rows[name] = {
-            "ms": 1e3 * statistics.median(t[0] for t in times),
-            "core_ms": 1e3 * statistics.median(t[1] for t in times),
-            "ratio": statistics.median(t[0] / b[0] for t, b in zip(times, taken["bare"])),
-            "core_ratio": statistics.median(t[1] / b[1] for t, b in zip(times, taken["bare"])),
-        }
+    rows = {name: summary(times, taken["bare"]) for name, times in taken.items()}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     return {
         "rows": rows,
         "settings": settings,
         "engine": f"{engine.name}: {reason}",
+        "first_steps_s": first,
         "environment": monitor.environment(device),
+    }
+
+
+def summary(times: list[tuple[float, float]], bare: list[tuple[float, float]]) -> dict[str, Any]:
+    """Medians, and the median ratio to `bare` of the same round with its interval."""
+    wall, core = (np.array([t[i] / b[i] for t, b in zip(times, bare)]) for i in (0, 1))
+    again = np.median(np.random.default_rng(0).choice(wall, (2000, len(wall))), axis=1)
+    return {
+        "ms": 1e3 * statistics.median(t[0] for t in times),
+        "core_ms": 1e3 * statistics.median(t[1] for t in times),
+        "ratio": float(np.median(wall)),
+        "interval": [float(x) for x in np.percentile(again, (2.5, 97.5))],
+        "core_ratio": float(np.median(core)),
     }
 
 
 def timed(way: Any, steps: int, device: torch.device) -> tuple[float, float]:
     """Wall and CPU seconds a step."""
-    process = psutil.Process()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    cpu, wall = sum(process.cpu_times()[:2]), time.perf_counter()
+    cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(steps):
         way()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - wall) / steps, (sum(process.cpu_times()[:2]) - cpu) / steps
+    return (time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps

@@ -22,21 +22,21 @@ class Args:
     data: Path = Path("shards/cifar10")
     """Shards of small images."""
     out: Path = Path("results")
-    steps: int = 1
-    """Steps of each way in each of 5 rounds."""
+    rounds: int = 30
+    """Rounds of one step of each way."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py trainer")
     args.out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
-    networks = [("resnet18", 4, 32), ("resnet10-narrow", 8, 64)]
+    networks = [("resnet18", 4, 16), ("resnet10-narrow", 8, 32)]
     if args.device == "cuda":
         networks = [("resnet18", 8, 256), ("resnet50", 4, 256)]
     steps = []
     for backbone, views, batch in networks:
         taken = step.Args(
-            args.data, backbone, views=views, batch_size=batch, rounds=5, steps=args.steps, device=args.device
+            args.data, backbone, views=views, batch_size=batch, rounds=args.rounds, device=args.device, compile=True
         )
         steps.append(step.measure(taken))
         print(json.dumps(steps[-1]["rows"]))
@@ -57,16 +57,19 @@ def page(steps: list[dict[str, Any]], rows: list[dict[str, str]], args: Args) ->
         "",
         "`bare`: forward, backward and optimizer of the same network on random tensors, with the cheapest loss there is.",
         "`step`: what train.py does, on random pixels. `data`: the same, fed by the real pipeline (decode or copy, all views).",
+        "`compiled`: `step` through torch.compile; what its first two steps take is in step.json.",
         "",
-        "| network | V x B | engine | way | ms a step | core-ms a step | wall / bare | core / bare |",
+        "| network | V x B | engine | way | ms a step | core-ms a step | wall / bare (95 %) | core / bare |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in steps:
         s = one["settings"]
         for name, row in one["rows"].items():
+            low, high = row["interval"]
             lines.append(
                 f"| {s['backbone']}, {s['size']} px | {s['views']} x {s['batch_size']} | {one['engine'].split(':')[0]} | {name} |"
-                f" {row['ms']:.1f} | {row['core_ms']:.1f} | {row['ratio']:.3f} | {row['core_ratio']:.3f} |"
+                f" {row['ms']:.1f} | {row['core_ms']:.1f} | {row['ratio']:.3f} [{low:.3f}, {high:.3f}] |"
+                f" {row['core_ratio']:.3f} |"
             )
     lines += ["", "## Peak memory of a step", ""]
     lines += [
