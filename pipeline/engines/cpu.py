@@ -84,7 +84,7 @@ class CPUEngine:
             times = [time.perf_counter()]
             payload = self.store.read(int(ids[b]))
             times.append(time.perf_counter())
-            image = self._decode(int(ids[b]), payload)
+            image = decoded(self.store, int(ids[b]), payload)
             times.append(time.perf_counter())
             image.setflags(write=False)  # one compiled version of `render`, for decoded and for stored pixels
             for group, out in zip(p.groups, outputs):
@@ -95,12 +95,6 @@ class CPUEngine:
             self.decoded += len(rows)
             for stage, seconds in zip(self.seconds, spent):
                 self.seconds[stage] += float(seconds)
-
-    def _decode(self, i: int, payload: np.ndarray) -> np.ndarray:
-        try:
-            return decode(payload)
-        except ValueError as error:
-            raise Corrupt(i, self.store.key(i), str(error)) from None
 
     def close(self) -> None:
         """End the threads; batches not begun are dropped."""
@@ -121,6 +115,14 @@ class Pending:
     def cancel(self) -> None:
         """Drop what has not begun and wait for what has."""
         wait([one for one in self._work if not one.cancel()])
+
+
+def decoded(store: Store, i: int, payload: np.ndarray) -> np.ndarray:
+    """Sample i's pixels, (H, W, 3) uint8, from its payload. Raises `Corrupt`."""
+    try:
+        return decode(payload)
+    except ValueError as error:
+        raise Corrupt(i, store.key(i), str(error)) from None
 
 
 def cores() -> int:

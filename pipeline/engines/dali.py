@@ -6,14 +6,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
 
-from pipeline.codec import decode
-from pipeline.engines.cpu import cores
+from pipeline.engines.cpu import cores, decoded
 from pipeline.engines.pixels import finish
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
@@ -52,7 +52,7 @@ class DALIEngine:
             return pending
         self.seconds["read"] += time.perf_counter() - begun
         if any(p.ndim != 1 for p in payloads):
-            payloads = list(self._readers.map(self._decode, ids.tolist(), payloads))
+            payloads = list(self._readers.map(partial(decoded, self.store), ids.tolist(), payloads))
         self._start(pending, payloads)
         self.seconds["feed"] += time.perf_counter() - begun
         self.decoded += len(ids)
@@ -70,14 +70,8 @@ class DALIEngine:
 
     def again(self, pending: Pending) -> None:
         """Make a batch that DALI's decoder refused from images decoded on the host; names the culprit if there is one."""
-        payloads = [self._decode(i, self.store.read(i)) for i in pending.ids.tolist()]
+        payloads = [decoded(self.store, i, self.store.read(i)) for i in pending.ids.tolist()]
         self._start(pending, payloads)
-
-    def _decode(self, i: int, payload: np.ndarray) -> np.ndarray:
-        try:
-            return decode(payload)
-        except ValueError as error:
-            raise Corrupt(i, self.store.key(i), str(error)) from None
 
     def close(self) -> None:
         for graph in self._graphs.values():

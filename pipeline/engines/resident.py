@@ -13,8 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
-from pipeline.codec import decode
-from pipeline.engines.cpu import cores
+from pipeline.engines.cpu import cores, decoded
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
 
@@ -46,11 +45,9 @@ class ResidentEngine:
 
     def _load(self, i: int, shape: tuple[int, int]) -> np.ndarray:
         try:
-            image = np.array(decode(self.store.read(i)))
+            image = np.array(decoded(self.store, i, self.store.read(i)))
         except Corrupt as error:
             self.bad[i] = error
-        except ValueError as error:
-            self.bad[i] = Corrupt(i, self.store.key(i), str(error))
         else:
             self.decoded += 1
             return image
