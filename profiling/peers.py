@@ -40,6 +40,7 @@ from profiling.host import cores
 from training.monitor import environment
 
 PLAIN = {"jitter": 0, "grey": 0, "blur": 0}  # crop, flip and normalize: what the stock ffcv loader can do
+FIT_SECONDS, FIT_ROUNDS = 0.15, 5  # of core time at the least number of views; passes over the numbers of views
 PACKAGES = (
     "torch", "torchvision", "numpy", "numba", "simplejpeg", "opencv-python-headless", "pillow", "lightly",
     "kornia", "ffcv", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
@@ -79,9 +80,9 @@ def main(argv: list[str]) -> None:
     counts = _counts(args.views)
     result: dict[str, Any] = {
         "command": "python tools/profile.py peers " + shlex.join(argv),
-        "environment": environment(torch.device(args.device)),
+        "environment": environment(engines.device_of(args.device)),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "rounds": args.rounds, "batch": args.batch, "threads": args.threads, "rows": [], "ratios": [], "parity": {},
+        "rounds": args.rounds, "batch": args.batch, "threads": args.threads, "rows": [], "ratios": [], "costs": [], "parity": {},
     }  # fmt: skip
     for path, name, size in [(args.data, "simclr", args.size), (args.small, "cifar", 0)]:
         if path is not None:
@@ -90,7 +91,9 @@ def main(argv: list[str]) -> None:
             result["parity"] |= parity(args, store, name, side)
             for count in counts:
                 compare(args, store, name, side, count, result)
-    result["fits"] = fits(result["rows"])
+            if args.device == "cpu":
+                result["costs"] += costs(args, store, name, side, counts)
+    result["fits"] = fits(result["costs"])
     text = markdown(result)
     print(text)
     if args.json:
@@ -212,10 +215,53 @@ def add_ratios(taken: dict, name: str, size: int, count: int, result: dict[str, 
             })  # fmt: skip
 
 
+def costs(args: Args, store: Store, name: str, size: int, counts: list[int]) -> list[dict[str, Any]]:
+    """core-ms an image of each of our pipelines at every number of views, to fit a + b V to.
+
+    Of the same images at every V, because photos differ in size; enough of them that the least V takes `FIT_SECONDS`,
+    the numbers of views in turn, and the median of `FIT_ROUNDS`. Our pipelines have no worker processes, so the clock is
+    the process's own, in nanoseconds: the one that sees children ticks every 10 ms.
+    """
+    rows = []
+    for label, simple, build in chosen(args, size):
+        if not label.startswith("manyview"):
+            continue
+        kind = "crop+flip+normalize" if simple else name
+        policies = {v: policy(name, v, size, PLAIN if simple else None) for v in counts}
+        with contextlib.ExitStack() as stack:
+
+            def built(images: int, v: int) -> contenders.Contender:
+                setting = Setting(store, [Path()] * images, policies[v], v, args.batch, args.threads)  # noqa: B023
+                run = stack.enter_context(build(setting))  # noqa: B023
+                run()
+                return run
+
+            few = min(len(store), 4 * args.batch) // args.batch * args.batch
+            once = core_time(built(few, min(counts))) / few
+            images = int(np.clip(FIT_SECONDS / once, few, len(store))) // args.batch * args.batch
+            running = {v: built(images, v) for v in counts}
+            taken: dict[int, list[float]] = {v: [] for v in counts}
+            for _ in range(FIT_ROUNDS):
+                for v, run in running.items():
+                    taken[v].append(core_time(run))
+        for v in counts:
+            cost = round(1e3 * statistics.median(taken[v]) / images, 5)
+            rows.append({"pipeline": label, "policy": kind, "size": size, "views": v, "core_ms_per_image": cost,
+                         "images": images, "rounds": FIT_ROUNDS})  # fmt: skip
+    return rows
+
+
+def core_time(run: contenders.Contender) -> float:
+    """Seconds of all cores that this process spends in a run."""
+    begun = time.process_time()
+    run()
+    return time.process_time() - begun
+
+
 def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """core-ms an image = a + b V for each of our rows' pipelines: decode once means that V does not touch `a`."""
+    """core-ms an image = a + b V for each pipeline: decode once means that V does not touch `a`."""
     found = []
-    for key in dict.fromkeys((r["pipeline"], r["policy"], r["size"]) for r in rows if r["pipeline"].startswith("many")):
+    for key in dict.fromkeys((r["pipeline"], r["policy"], r["size"]) for r in rows):
         mine = [r for r in rows if (r["pipeline"], r["policy"], r["size"]) == key]
         if len(mine) < 3:
             continue
@@ -321,6 +367,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         "## Cost is a + b V core-ms an image",
+        "",
+        f"Of the same images at every V, the numbers of views in turn, median of {FIT_ROUNDS} passes of at least "
+        f"{FIT_SECONDS:g} s of core time.",
         "",
         "| pipeline | policy | px | a | b | R2 |",
         "|---|---|--:|--:|--:|--:|",

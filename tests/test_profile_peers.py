@@ -17,7 +17,7 @@ def test_the_fit_finds_what_was_put_in():
         {"pipeline": "manyview cpu", "policy": "p", "size": 8, "views": v, "core_ms_per_image": 1.5 + 0.25 * v}
         for v in (1, 2, 4, 8)
     ]
-    (fit,) = peers.fits([*rows, {**rows[0], "pipeline": "a peer"}])
+    (fit,) = peers.fits([*rows, {**rows[0], "pipeline": "another"}])  # of one number of views: nothing to fit
     assert (fit["a"], fit["b"], fit["r2"]) == (1.5, 0.25, 1.0)
 
 
@@ -57,6 +57,9 @@ def test_the_command_measures_and_writes_its_tables(tmp_path):
     assert all(row["views_per_s"] > 0 and np.isfinite(row["core_ms_per_image"]) for row in result["rows"])
     assert result["parity"]["manyview cpu 48 px"]["min_db"] > 40
     assert result["parity"]["manyview cpu 48 px"]["decodes_per_image"] == 1
+    assert {row["images"] for row in result["costs"]} == {24}  # the same at every number of views
+    fits = {(fit["pipeline"], fit["policy"]): fit for fit in result["fits"]}
+    assert len(fits) == 2 and fits["manyview cpu", "simclr"]["b"] > 0
     table = command("tools/profile.py", "peers", "--table", out)
     assert table.stdout.strip() == out.with_suffix(".md").read_text().strip()
 
