@@ -22,8 +22,9 @@ RETRIES = 3  # of a shard whose worker died
 
 
 def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None, quiet: bool = False) -> dict:
-    """`shards.convert_shard(row)` for every row on a Ray cluster: RAY_ADDRESS, one that was started on this machine, or
-    else one of this machine alone for the time being. Returns the results by the rows' names.
+    """`shards.convert_shard(row)` for every row on a Ray cluster: the one in RAY_ADDRESS, or that of this machine.
+
+    Returns the results by the rows' names.
 
     jobs: tasks at a time; 0 = as many as the cluster has CPUs. UserError: no Ray or no cluster, the output is not shared,
     the disk is full, or a shard's worker died again and again.
@@ -34,7 +35,7 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
 
     if not items:
         return {}
-    ray, ours = _connect(jobs, quiet)
+    ray, ours = _connect(quiet)
     job, under_way, results = shards.running[-1], {}, {}  # type: ignore[var-annotated]
     try:
         reference, task = ray.put(job), ray.remote(num_cpus=1, max_retries=RETRIES)(_convert)
@@ -58,7 +59,7 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
     return results
 
 
-def _connect(jobs: int, quiet: bool) -> tuple[Any, bool]:
+def _connect(quiet: bool) -> tuple[Any, bool]:
     """(the ray module, connected; whether the connection is ours to close)."""
     try:
         import ray
@@ -66,13 +67,13 @@ def _connect(jobs: int, quiet: bool) -> tuple[Any, bool]:
         raise UserError("the executor ray needs Ray: pip install 'manyview[ray]', or pip install ray") from None
     if ray.is_initialized():
         return ray, False
-    silent: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     try:
-        ray.init(address="auto", **silent)
+        ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
     except ConnectionError as error:
-        if "RAY_ADDRESS" in os.environ:
-            raise UserError(f"no Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from None
-        ray.init(num_cpus=jobs or pool.cores(), include_dashboard=False, **silent)
+        raise UserError(
+            f"{str(error).splitlines()[0]}: start one here with `ray start --head`, or name one in RAY_ADDRESS;"
+            " where it asks for a token, RAY_AUTH_MODE=token sends it"
+        ) from None
     if not quiet:
         print(f"Ray: {len(ray.nodes())} node(s), {ray.cluster_resources().get('CPU', 0):g} CPUs", file=sys.stderr)
     return ray, True
@@ -107,10 +108,12 @@ def _result(ray: Any, done: Any, name: str, out: Any) -> dict:
                 f"{name}: {cause.strerror or cause}: {cause.filename or out}; finished shards are kept"
             ) from None
         raise error.cause from None
-    except ray.exceptions.RayError as error:
+    except (
+        ray.exceptions.RayError
+    ) as error:  # killed, out of memory, a decoder that crashed, a node without this program
         raise UserError(
-            f"{name}: its worker died {RETRIES + 1} times (killed, out of memory, or a decoder crashed): "
-            f"{str(error).splitlines()[0]}; finished shards are kept, the same command goes on from them"
+            f"{name}, tried {RETRIES + 1} times: {str(error).splitlines()[0]}"
+            " Finished shards are kept, the same command goes on from them"
         ) from None
     if not (out / name).exists() or (out / name).stat().st_size != result["shard"]["bytes"]:
         raise UserError(f"{out / name} was written by another node and is not seen here: the nodes must share {out}")
