@@ -380,7 +380,8 @@ class Suite:
             preset = o.preset if o.preset in finetune.PRESETS else f"{o.preset}-{share * 100:g}%"
             self._tune(f"fewshot-{share * 100:g}%", f"finetune {share * 100:g}%", weights, data, subset, preset, seed)
         if "full" in o.protocols:
-            everything = fewshot.Subset(data.train_ids, 1.0, o.seed, 1.0)
+            share = len(data.train_ids) / int((data.train.labels >= 0).sum())
+            everything = fewshot.Subset(data.train_ids, 1.0, o.seed, share)
             self._tune("full", "finetune full", weights, data, everything, "full", o.seed)
 
     def _tune(

@@ -239,10 +239,11 @@ def test_finetuning_scores_the_test_set_once_and_last(made, tmp_path, monkeypatc
     batches, predict = finetune._batches, finetune.predict
     monkeypatch.setattr(finetune, "_batches", lambda *a: (events.append(f"epoch {b[0]}") or b for b in batches(*a)))
     monkeypatch.setattr(finetune, "predict", lambda *a, **k: events.append("test") or predict(*a, **k))
-    content = evaluate(copy(made[0][0], tmp_path), protocols=("full",), finetune_epochs=3)
+    content = evaluate(copy(made[0][0], tmp_path), protocols=("full",), finetune_epochs=3, limit=100)
     assert events == ["epoch 0", "epoch 1", "epoch 2", "test"] * 2  # trained, untrained
     (line,) = content["table"]
     assert "3 epochs" in line["text"] and line["text"].endswith("last epoch")
+    assert "100 labels (50.000% of the training data)" in line["text"]
 
 
 @pytest.mark.slow
