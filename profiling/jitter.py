@@ -2,15 +2,18 @@
 
 First the pixels: the same crop with the same four factors, ours against torchvision's `ColorJitter` operations in a random
 order, and which of the three causes makes the difference. Then the distributions: statistics of the views by both,
-and by torchvision with two seeds, which is what no difference looks like. With `--small shards/cifar10`, last, what it
-is for: a small network trained on views by either, several seeds, and the k-nearest-neighbour accuracy of its features.
+and by torchvision with two seeds, which is what no difference looks like; and where clipped values come from. With
+`--small shards/cifar10`, last, what it is for: a small network trained on views by either, several seeds with the same
+crops, factors and weights at the start, and the k-nearest-neighbour accuracy of its features on held-out images.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from scipy.stats import t
 from torch import nn
 from torchvision.transforms.v2 import functional as F
 
 from evaluation.knn import cosine_exp
-from model import objective
+from model import backbone, objective
 from pipeline.codec import decode
 from pipeline.engines.resident import ResidentEngine
 from pipeline.loader import normalize
@@ -46,24 +50,28 @@ class Args:
     """SimCLR's: brightness, contrast, saturation 0.8 and hue 0.2 of a turn, times this."""
     seeds: int = 3
     train_images: int = 5000
-    epochs: int = 10
+    epochs: int = 16
     json: Path | None = None
+    """Where the result goes; the same name with .md gets the page."""
 
 
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py jitter")
+    begun = time.perf_counter()
     result: dict[str, Any] = {
         "command": "python tools/profile.py jitter " + shlex.join(argv),
         "environment": environment(torch.device("cpu")),
-        "pixels": pixels(args), "distributions": distributions(args),
+        "pixels": pixels(args), "distributions": distributions(args), "clipped": clipped(args),
     }  # fmt: skip
     if args.small:
         result["training"] = training(args)
-    text = json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=1)
+    result["minutes"] = round((time.perf_counter() - begun) / 60, 1)
+    text = markdown(result)
     print(text)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.with_suffix(".md").write_text(text)
 
 
 def photos(args: Args) -> list[torch.Tensor]:
@@ -153,6 +161,32 @@ def distributions(args: Args) -> dict[str, Any]:
     }
 
 
+def clipped(args: Args) -> dict[str, float]:
+    """Share (%) of the values that are 0 or 255, by what makes the views; and of those that torchvision's chain put to
+    0 or 255 at any of its steps, where what they were is lost too."""
+    generator = np.random.default_rng(4)
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def ends(image: torch.Tensor) -> torch.Tensor:
+        return (image == 0) | (image == 255)
+
+    for image in photos(args):
+        factors, order = draw(generator, args.strength)
+        luma = float(F.rgb_to_grayscale(image, 1).float().mean())
+        steps = [image]
+        for k in order:
+            steps.append(OPERATIONS[k](steps[-1], factors[k]))
+        shares = {
+            "photos": ends(image), "torchvision": ends(steps[-1]),
+            "torchvision, at any of its steps": torch.stack([ends(step) for step in steps[1:]]).any(0),
+            "ours": ends(ours(image, factors)), "ours, contrast around the image's mean": ends(ours(image, factors, luma)),
+            "ours, without hue": ends(ours(image, [*factors[:3], 0.0])),
+        }  # fmt: skip
+        for name, which in shares.items():
+            found.setdefault(name, []).append(which.float().mean())
+    return {name: round(100 * float(torch.stack(v).mean()), 2) for name, v in found.items()}
+
+
 def _ks(a: np.ndarray, b: np.ndarray) -> float:
     """The largest distance between two empirical distribution functions."""
     both = np.sort(np.concatenate([a, b]))
@@ -165,23 +199,80 @@ def training(args: Args) -> dict[str, Any]:
     assert args.small is not None
     store, val = Store(args.small), Store(args.small, "val")
     engine, other = ResidentEngine(store), ResidentEngine(val)
-    found: dict[str, list[float]] = {"ours": [], "torchvision": [], "no jitter": []}
+    found: dict[str, list[float]] = {"ours": [], "torchvision": [], "no jitter": [], "untrained": []}
     for seed in range(args.seeds):
         for name, scores in found.items():
             scores.append(round(train(args, store, engine, val, other, name, seed), 2))
-    return {name: {"accuracy": v, "mean": round(statistics.mean(v), 2)} for name, v in found.items()}
+    engine.close()
+    other.close()
+    return {
+        "accuracy": found,
+        "mean": {name: round(statistics.mean(v), 2) for name, v in found.items()},
+        "ours - torchvision": paired(found["ours"], found["torchvision"]),
+        "torchvision - no jitter": paired(found["torchvision"], found["no jitter"]),
+        "torchvision - untrained": paired(found["torchvision"], found["untrained"]),
+    }
+
+
+def paired(a: list[float], b: list[float]) -> dict[str, float]:
+    """Mean difference a seed and its 95 % interval by Student's t (infinite for one seed)."""
+    differences = [x - y for x, y in zip(a, b)]
+    mean, n = statistics.mean(differences), len(differences)
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5 if n > 1 else math.inf
+    return {"mean": round(mean, 2), "low": round(mean - half, 2), "high": round(mean + half, 2)}
+
+
+def verdict(training: dict[str, Any]) -> str:
+    """What the training says: about the color map, beside what the jitter itself is worth."""
+    ours_, worth, learnt = (
+        training[k] for k in ("ours - torchvision", "torchvision - no jitter", "torchvision - untrained")
+    )
+    if learnt["low"] <= 0:
+        return "Nothing can be said: the networks are not better than untrained ones."
+    zero = ours_["low"] <= 0 <= ours_["high"]
+    return (
+        f"Trained on one clamped color map instead of torchvision's chain, the accuracy is {ours_['mean']:+.2f} points "
+        f"[{ours_['low']:.2f}, {ours_['high']:.2f}] different; "
+        + ("the interval holds 0, so no difference is seen" if zero else "the interval does not hold 0: it matters")
+        + f". The jitter itself is worth {worth['mean']:+.2f} [{worth['low']:.2f}, {worth['high']:.2f}], the training "
+        f"{learnt['mean']:+.2f}."
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    env = result["environment"]
+    lines = [
+        "# One color map beside torchvision's chain", "", f"`{result['command']}`", "",
+        f"Commit {env['commit']}, {env['device']} ({env['cores']} cores), {result['minutes']} minutes.", "",
+        "| mean absolute difference, grey levels | mean | median |", "|---|--:|--:|",
+        *(f"| {name} | {v['mean']} | {v['median']} |" for name, v in result["pixels"].items()), "",
+        "| Kolmogorov-Smirnov distance of views' | ours to torchvision | torchvision to itself |", "|---|--:|--:|",
+        *(f"| {name} | {' | '.join(str(x) for x in v.values())} |" for name, v in result["distributions"].items()), "",
+        "| values that are 0 or 255 | % |", "|---|--:|",
+        *(f"| {name} | {v} |" for name, v in result["clipped"].items()), "",
+        "Torchvision clamps after each operation, and a later one moves what was clamped off the end again: fewer values end "
+        "there, but what they were is lost all the same.",
+    ]  # fmt: skip
+    if "training" in result:
+        training = result["training"]
+        lines += ["", "| held-out kNN, % | mean | seeds |", "|---|--:|---|"]
+        lines += [f"| {k} | {training['mean'][k]} | {v} |" for k, v in training["accuracy"].items()]
+        lines += ["", verdict(training)]
+    return "\n".join(lines) + "\n"
 
 
 def train(args: Args, store: Store, engine: ResidentEngine, val: Store, other: ResidentEngine, jitter: str, seed: int):
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
-    network = small_network()
-    head = nn.Sequential(nn.Linear(256, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 128))
+    network = backbone.create("resnet10-narrow", image_size=32, stem="standard")
+    head = nn.Sequential(
+        nn.Linear(int(network.num_features), 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 128)
+    )
     optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], 1e-3, weight_decay=1e-6)
     loss_of = objective.create("barlow")
     chosen = policy("simclr", 2, 32, {"jitter": 0, "grey": 0, "blur": 0})
     order = plan(store.labels, seed=seed, batch=250, fraction=args.train_images / len(store))
-    for step in range(order.steps(args.epochs)):
+    for step in range(order.steps(args.epochs) if jitter != "untrained" else 0):
         ids, epochs = order.batch(step)
         drawn = parameters(chosen, seed, epochs, ids, store.heights[ids], store.widths[ids])
         views = engine(ids, drawn)[0].flatten(0, 1)
@@ -203,13 +294,6 @@ def _jittered(view: torch.Tensor, jitter: str, generator: np.random.Generator, s
     if generator.random() >= 0.8 or jitter == "no jitter":
         return view
     return ours(view, factors) if jitter == "ours" else theirs(view, factors, order)
-
-
-def small_network() -> nn.Module:
-    layers: list[nn.Module] = []
-    for before, after, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 2)):
-        layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 @torch.inference_mode()
