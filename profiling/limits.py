@@ -18,31 +18,38 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.store import Store
-from profiling.host import cores, spent
+from profiling.host import cores, interval, spent
 from profiling.workload import Setup, Workload
 
 ALL_REDUCE_BYTES = 64 << 20
 
 
-def disk(setup: Setup, seconds: float = 1.5) -> dict[str, float]:
-    """Cold reads, after the page cache was told to forget the shards: sequential (4 MiB at a time) and sample by sample.
+def disk(setup: Setup, seconds: float = 3.0, repeats: int = 5) -> dict[str, Any]:
+    """Cold reads: sequential (4 MiB at a time) and sample by sample, in turn, `repeats` times each within `seconds`.
 
-    Must come before anything maps the shards, since mapped pages stay. A host's or a disk's own cache may still
-    answer; then this is what it gives.
+    Before each the page cache is told to forget the shards. It keeps what is mapped, so this must come before anything maps
+    them. A host's or a disk's own cache may still answer; then this is what it gives. Medians, and their intervals.
     """
     store = Store(setup.data, setup.split)
     paths = [store.path / shard["file"] for shard in store.shards]
     store.close()
-    forget(paths)
-    n_bytes, wall = _sequential(paths, seconds)
-    forget(paths)
-    store = Store(setup.data, setup.split)
-    images, payload, took = _samples(store, seconds)
-    store.close()
+    sequential, sampled, images = [], [], []
+    for number in range(repeats):
+        forget(paths)
+        n_bytes, wall = _sequential(paths, seconds / repeats / 2)
+        sequential.append(n_bytes / wall)
+        forget(paths)
+        store = Store(setup.data, setup.split)
+        count, payload, took = _samples(store, seconds / repeats / 2, number)
+        store.close()
+        sampled.append(payload / took)
+        images.append(count / took)
     return {
-        "sequential_bytes_per_s": n_bytes / wall,
-        "images_per_s": images / took,
-        "random_bytes_per_s": payload / took,
+        "sequential_bytes_per_s": median(sequential),
+        "sequential_interval": interval(sequential),
+        "random_bytes_per_s": median(sampled),
+        "random_interval": interval(sampled),
+        "images_per_s": median(images),
         "threads": cores(),
     }
 
@@ -65,9 +72,9 @@ def _sequential(paths: list[Path], seconds: float) -> tuple[int, float]:
     return total, max(1e-9, time.perf_counter() - begun)
 
 
-def _samples(store: Store, seconds: float) -> tuple[int, int, float]:
+def _samples(store: Store, seconds: float, seed: int = 0) -> tuple[int, int, float]:
     """(images, bytes, seconds) of random samples, each once, in as many threads as cores."""
-    order = np.random.default_rng(0).permutation(len(store))
+    order = np.random.default_rng(seed).permutation(len(store))
     begun, threads = time.perf_counter(), cores()
 
     def some(first: int) -> tuple[int, int]:
@@ -203,13 +210,14 @@ def shares(found: dict[str, Any], images_per_s: float) -> list[dict[str, Any]]:
     """Every limit as the images a second that it alone would allow, and the share of it that is used."""
     rows = []
 
-    def row(name: str, limit: float, unit: str, per_image: float) -> None:
+    def row(name: str, limit: float, unit: str, per_image: float, between: Any = None) -> None:
         allowed = limit / per_image
-        rows.append({"name": name, "limit": limit, "unit": unit, "per_image": per_image,
+        rows.append({"name": name, "limit": limit, "interval": between, "unit": unit, "per_image": per_image,
                      "images_per_s": allowed, "share": images_per_s / allowed})  # fmt: skip
 
-    row("disk, cold, sequential", found["disk"]["sequential_bytes_per_s"], "B/s", found["bytes_per_image"])
-    row("disk, cold, sample by sample", found["disk"]["random_bytes_per_s"], "B/s", found["bytes_per_image"])
+    cold, size = found["disk"], found["bytes_per_image"]
+    row("disk, cold, sequential", cold["sequential_bytes_per_s"], "B/s", size, cold.get("sequential_interval"))
+    row("disk, cold, sample by sample", cold["random_bytes_per_s"], "B/s", size, cold.get("random_interval"))
     row("memory", found["memory_bytes_per_s"], "B/s", found["traffic_per_image"])
     if found.get("jpeg"):
         row("libjpeg-turbo on all cores", found["jpeg"]["pixels_per_core_s"] * found["cores"], "px/s",
@@ -222,7 +230,7 @@ def shares(found: dict[str, Any], images_per_s: float) -> list[dict[str, Any]]:
         row(f"matrix product, {found['precision']}", found["peak_flops"], "FLOP/s", found["flops_per_image"])
     if found.get("all_reduce") and found.get("gradient_bytes"):
         row(f"all-reduce ({found['all_reduce']['backend']})", found["all_reduce"]["bytes_per_s"], "B/s",
-            found["gradient_bytes"] / found["batch"])  # fmt: skip
+            found["gradient_bytes"] / found["batch"], found["all_reduce"].get("interval"))  # fmt: skip
     return rows
 
 
@@ -260,8 +268,10 @@ def all_reduce(world: int = 2, n_bytes: int = ALL_REDUCE_BYTES) -> dict[str, Any
     shutil.rmtree(folder)
     if any(rank.returncode for rank in ranks):
         raise RuntimeError("all-reduce between processes of this machine failed")
-    seconds, backend = outputs[0].split()
-    return {"bytes_per_s": n_bytes / float(seconds), "world": world, "backend": backend, "bytes": n_bytes}
+    backend, *seconds = outputs[0].split()
+    rates = [n_bytes / float(s) for s in seconds]
+    return {"bytes_per_s": median(rates), "interval": interval(rates), "samples": rates, "world": world,
+            "backend": backend, "bytes": n_bytes}  # fmt: skip
 
 
 _RANK = """
@@ -270,13 +280,13 @@ address, world, size, rank = sys.argv[1], *map(int, sys.argv[2:])
 gpu = torch.cuda.device_count() >= world
 dist.init_process_group("nccl" if gpu else "gloo", init_method=address, world_size=world, rank=rank)
 x = torch.ones(size // 4, device=torch.device("cuda", rank) if gpu else "cpu")
-best = float("inf")
-for _ in range(6):
+taken = []
+for _ in range(13):
     dist.barrier()
     begun = time.perf_counter()
     dist.all_reduce(x)
     if gpu: torch.cuda.synchronize()
-    best = min(best, time.perf_counter() - begun)
-if rank == 0: print(best, "nccl" if gpu else "gloo")
+    taken.append(time.perf_counter() - begun)
+if rank == 0: print("nccl" if gpu else "gloo", *taken[1:])
 dist.destroy_process_group()
 """

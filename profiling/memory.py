@@ -22,6 +22,7 @@ import torch
 import tyro
 
 from model import backbone, objective, projector
+from pipeline import engines
 from training.step import Encoder, backward, backward_chunked
 
 
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
     if args.one:
         print(json.dumps(peak(args, *args.one)))
         return
+    engines.device_of(args.device)  # here, since what a process of its own says is not shown
     rows = []
     for v in args.views:
         for chunk in args.chunks:
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> None:
 
 def peak(args: Args, views: int, chunk: int) -> dict[str, float]:
     """Peak bytes above the resting state, and seconds, of one step after a small warm-up step."""
-    device = torch.device(args.device)
+    device = engines.device_of(args.device)
     trunk: Any = backbone.create(args.backbone, image_size=args.size)
     encoder = Encoder(trunk, projector.Projector(trunk.num_features, args.projector_dim, args.projector_dim)).to(device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")

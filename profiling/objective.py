@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import backbone, objective
 from model.projector import Projector
+from pipeline import engines
 from pipeline.errors import UserError
 from profiling.host import Neighbours, spent
 from training.monitor import environment
@@ -94,7 +95,7 @@ def numbers(flag: str, text: str, least: int) -> list[int]:
 
 def measure(args: Args) -> dict[str, Any]:
     views, dims = numbers("--views", args.views, 2), numbers("--dim", args.dim, 1)
-    device = torch.device(args.device)
+    device = engines.device_of(args.device)
     torch.set_num_threads(args.threads)
     neighbors = Neighbours()
     torch.manual_seed(args.seed)

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(args: Args) -> dict[str, Any]:
-    device = torch.device(args.device)
+    device = engines.device_of(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
     torch.manual_seed(0)

@@ -98,10 +98,11 @@ def composed(report: dict[str, Any]) -> list[str]:
 def limits(report: dict[str, Any]) -> list[str]:
     if not report.get("limits"):
         return []
-    lines = ["", f"{'limit':32s}{'measured':>16s}{'allows images/s':>17s}{'used':>8s}"]
+    lines = ["", f"{'limit':32s}{'measured':>16s}{'95 %':>26s}{'allows images/s':>17s}{'used':>8s}"]
     for row in report["limits"]["shares"]:
-        lines.append(f"{row['name']:32s}{quantity(row['limit'], row['unit']):>16s}{number(row['images_per_s']):>17s}"
-                     f"{row['share']:>8.1%}")  # fmt: skip
+        between = " .. ".join(quantity(x, row["unit"]) for x in row.get("interval") or ())
+        lines.append(f"{row['name']:32s}{quantity(row['limit'], row['unit']):>16s}{between:>26s}"
+                     f"{number(row['images_per_s']):>17s}{row['share']:>8.1%}")  # fmt: skip
     return lines
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from model import backbone, objective, projector
 from pipeline import engines, views
-from pipeline.errors import UserError
 from pipeline.loader import Loader, normalize
 from pipeline.plan import Plan, plan
 from pipeline.store import Store
@@ -40,7 +39,7 @@ class Setup:
     augment: tuple[str, ...] = ()
     """Changes to the policy as name=value or YAML files."""
     size: int = 0
-    """View side in pixels; 0 = the images' own short side, at most 224."""
+    """View side in pixels; 0 = the median short side of the images, at most 224."""
     batch_size: int = 256
     """Images a step."""
     backbone: str = "resnet18"
@@ -153,30 +152,17 @@ class Workload:
         self.store.close()
 
 
-def view_size(setup: Setup, store: Store) -> int:
-    return setup.size or min(224, int(min(store.heights.min(), store.widths.min())))
-
-
-def device_of(name: str) -> torch.device:
-    wanted = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: torch sees no CUDA device; use --device cpu, or install a driver that fits this torch"
-        )
-    return torch.device(wanted, 0 if wanted == "cuda" else None)  # type: ignore[arg-type]
-
-
 def build(setup: Setup, step_seconds: float) -> Workload:
     """Open the data, the engine and, unless the backbone is `none`, the model. On the CPU a step that would take longer
     than `step_seconds` is measured with fewer images."""
-    from train import keep_memory
+    from train import default_size, keep_memory
 
     torch.manual_seed(setup.seed)
-    device = device_of(setup.device)
+    device = engines.device_of(setup.device)
     if device.type == "cpu":
         keep_memory()
     store = Store(setup.data, setup.split)
-    size = view_size(setup, store)
+    size = setup.size or default_size(store)
     policy = views.policy(setup.policy, setup.views, size, views.overrides(setup.augment))
     engine, reason = engines.create(setup.engine, store, device, threads=setup.threads or None)
     training = None if setup.backbone == "none" else Training(setup, size, device, store.mean, store.std)

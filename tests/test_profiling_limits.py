@@ -54,11 +54,15 @@ def test_cold_reads_read_what_there_is(work):
     mean = work.store.nbytes() / len(work.store)
     assert cold["random_bytes_per_s"] / cold["images_per_s"] == pytest.approx(mean, rel=0.2)
     assert cold["sequential_bytes_per_s"] > 0
+    for name in ("sequential", "random"):
+        low, high = cold[f"{name}_interval"]
+        assert 0 < low <= cold[f"{name}_bytes_per_s"] <= high
 
 
 def test_shares_are_the_rate_over_what_a_limit_allows(work):
     found = {
-        "disk": {"sequential_bytes_per_s": 100e6, "random_bytes_per_s": 50e6}, "bytes_per_image": 1e5, "cores": 2,
+        "disk": {"sequential_bytes_per_s": 100e6, "random_bytes_per_s": 50e6, "sequential_interval": (9e7, 2e8)},
+        "bytes_per_image": 1e5, "cores": 2,
         "memory_bytes_per_s": 10e9, "traffic_per_image": 1e6,
         "jpeg": {"pixels_per_core_s": 1e8, "pixels_per_image": 2e5}, "peak_flops": 1e11, "flops_per_image": 1e8,
         "precision": "float32", "batch": 10,
@@ -66,6 +70,7 @@ def test_shares_are_the_rate_over_what_a_limit_allows(work):
     rows = {row["name"]: row for row in limits.shares(found, images_per_s=100.0)}
     assert rows["disk, cold, sequential"]["images_per_s"] == pytest.approx(1000)
     assert rows["disk, cold, sequential"]["share"] == pytest.approx(0.1)
+    assert rows["disk, cold, sequential"]["interval"] == (9e7, 2e8)
     assert rows["libjpeg-turbo on all cores"]["share"] == pytest.approx(100 / 1000)
     assert rows["matrix product, float32"]["share"] == pytest.approx(0.1)  # MFU
 
@@ -74,6 +79,7 @@ def test_shares_are_the_rate_over_what_a_limit_allows(work):
 def test_all_reduce_between_two_processes():
     found = limits.all_reduce(2, 4 << 20)
     assert found["world"] == 2 and found["bytes_per_s"] > 1e6
+    assert found["interval"][0] <= found["bytes_per_s"] <= found["interval"][1] and len(found["samples"]) == 12
 
 
 # ---------------------------------------------------------------------------------------------------------------- sweep

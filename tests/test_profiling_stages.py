@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -14,10 +15,10 @@ from conftest import command
 from PIL import Image
 
 from pipeline import views
+from pipeline.engines import device_of
 from pipeline.errors import UserError
 from pipeline.store import Store
 from profiling import ceilings, host, stages, terminal, verdict
-from profiling.workload import device_of
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,14 @@ def test_without_a_backbone_the_data_path_is_profiled(photos):
     assert terminal.composed(report)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what must be missing")
+@pytest.mark.parametrize("name", ["memory", "objective", "peers", "stages", "step", "trainer"])
+def test_a_gpu_that_is_not_there_is_one_line(photos, tmp_path, name):
+    data = {"objective": [], "memory": []}.get(name, ["--data", str(photos)])
+    with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
+        importlib.import_module(f"profiling.{name}").main([*data, "--device", "cuda"])
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -199,12 +208,10 @@ def test_without_a_backbone_the_data_path_is_profiled(photos):
         (("--baseline", "none.json"), "none.json is no profile"),
         (("--run", "nowhere"), "nowhere is no run of train.py"),
         (("--backbone", "resnet19"), "unknown backbone 'resnet19'"),
-        (("--device", "cuda"), "--device cuda: torch sees no CUDA device"),
+        (("--device", "gpu"), "unknown device 'gpu'"),
     ],
 )
 def test_bad_input_is_said(photos, tmp_path, flags, said):
-    if flags[1] == "cuda" and torch.cuda.is_available():
-        return
     data = () if "--data" in flags else ("--data", str(photos))
     with pytest.raises(UserError, match=said):
         stages.main([*data, *flags, "--out", str(tmp_path), "--seconds", "1"])

@@ -17,6 +17,18 @@ SHARE = 0.25  # of the device's free memory that resident pixels may take
 INSTALL = "pip install nvidia-dali-cuda130 (drivers before 580: nvidia-dali-cuda120)"
 
 
+def device_of(name: str) -> torch.device:
+    """The device of this name: cpu, cuda, or `auto`, which is the GPU where there is one. UserError if there is no such."""
+    if name.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise UserError(nearest("device", name, ("auto", "cpu", "cuda")))
+    wanted = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {name}: torch sees no CUDA device; use --device cpu, or install a driver that fits this torch"
+        )
+    return torch.device(wanted, 0 if wanted == "cuda" else None)  # type: ignore[arg-type]
+
+
 def create(
     name: str, store: Store, device: str | torch.device = "cpu", *, threads: int | None = None
 ) -> tuple[Any, str]:

@@ -1,0 +1,59 @@
+"""Every command line of tools/bench.sh is understood by what it calls; nothing is measured."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+VALUES = {"PHOTOS": "photos", "small": "shards/cifar10", "data": "shards/photos"}
+
+
+def lines() -> list[list[str]]:
+    """The words of each call of a tool, variables filled in."""
+    text = re.sub(r"\\\n", " ", (ROOT / "tools" / "bench.sh").read_text())
+    calls = re.findall(r"\$python (tools/.*)$", text, re.MULTILINE)
+    filled = [re.sub(r"\$\{?(\w+)\}?", lambda found: VALUES[found[1]], call) for call in calls]
+    return [shlex.split(call) for call in filled]
+
+
+def parse(words: list[str]) -> Any:
+    """What the tool's own parser makes of them; SystemExit where it does not understand."""
+    tool, *rest = words
+    if tool == "tools/profile.py":
+        return tyro.cli(importlib.import_module(f"profiling.{rest[0]}").Args, args=rest[1:])
+    if tool == "tools/theory.py":
+        return tyro.cli(importlib.import_module("profiling.theory").Args, args=rest)
+    spec = importlib.util.spec_from_file_location("tool", ROOT / tool)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tool"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return tyro.extras.subcommand_cli_from_dict(module.COMMANDS, args=rest, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def test_there_are_lines():
+    found = [" ".join(words[:2]) for words in lines()]
+    assert len(found) >= 7 and {
+        "tools/profile.py peers",
+        "tools/profile.py stages",
+        "tools/profile.py objective",
+    } <= set(found)
+
+
+@pytest.mark.parametrize("words", lines(), ids=lambda words: " ".join(words[:2]))
+def test_its_parser_takes_the_line(words):
+    assert parse(words) is not None
+
+
+def test_a_flag_that_is_not_there_is_noticed():
+    with pytest.raises(SystemExit):
+        parse(["tools/profile.py", "stages", "--data", "x", "--json", "y"])
