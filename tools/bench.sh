@@ -15,4 +15,5 @@ $python tools/profile.py peers --data shards/photos --small "$small" --views 1,2
 $python tools/profile.py objective --views 2,4,8,16 --dim 256,2048,8192 --json results/objective.json
 $python tools/theory.py
 $python tools/profile.py trainer --data "$small"
+$python tools/profile.py plan
 $python tools/profile.py stages --data shards/photos --views 8 --backbone resnet18 --out results/stages

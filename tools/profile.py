@@ -1,5 +1,5 @@
 """Measure: python tools/profile.py NAME --help, with NAME one of stages, diff, capacity, peers, objective,
-step, memory, trainer, jitter, throughput, shards."""
+step, memory, trainer, jitter, throughput, shards, plan."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ NAMES = (
     "memory",
     "objective",
     "peers",
+    "plan",
     "shards",
     "stages",
     "step",
