@@ -237,11 +237,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
 
 def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
     """(world size, rank, device): one process, or what torchrun says in the environment."""
-    wanted = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: torch sees no CUDA device; use --device cpu, or install a driver that fits this torch"
-        )
+    wanted = engines.device_of(cfg.device).type
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device(wanted, int(os.environ.get("LOCAL_RANK", "0")) if wanted == "cuda" else None)  # type: ignore[arg-type]
     if device.type == "cuda":
