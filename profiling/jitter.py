@@ -266,7 +266,10 @@ def train(args: Args, store: Store, engine: ResidentEngine, val: Store, other: R
     generator = np.random.default_rng(seed)
     network = backbone.create("resnet10-narrow", image_size=32, stem="standard")
     head = nn.Sequential(
-        nn.Linear(int(network.num_features), 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 128)
+        nn.Linear(network.num_features, 128, bias=False),  # type: ignore[arg-type]
+        nn.BatchNorm1d(128),
+        nn.ReLU(),
+        nn.Linear(128, 128),
     )
     optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], 1e-3, weight_decay=1e-6)
     loss_of = objective.create("barlow")
