@@ -465,6 +465,9 @@ def main(argv: list[str]) -> None:
     if args.contender:
         run_one(args)
         return
+    import cv2
+
+    cv2.setNumThreads(0)  # this process forks: it must have no threads then
     result: dict = {"environment": environment(args)}
     files = photos(args.source)
     result["images"], result["megabytes"] = len(files), sum(os.path.getsize(path) for path, _ in files) / 1e6
