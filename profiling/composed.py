@@ -42,20 +42,20 @@ class Composed:
         self.step = 0
 
     def block(self, seconds: float, least: int = 2) -> None:
-        """Run for about `seconds`, `least` steps at the fewest."""
+        """Run for as many steps as fit in `seconds`, `least` at the fewest."""
         work, loader = self.work, self.work.loader()
         batches = loader.batches(self.step, ENDLESS)
         warmed = time.perf_counter()
         for _ in range(work.setup.prefetch + 1):
             self._one(batches)
-            if time.perf_counter() - warmed > seconds / 2:  # steps so long that queues are full anyway
+            if time.perf_counter() - warmed > seconds / 4:  # steps so long that queues are full anyway
                 break
         synchronize(work.device)
         before, neighbours, begun = dict(loader.timings), Neighbours(), now()
         taken: list[float] = []
         waited: list[float] = []
         marks: list[Any] = []
-        while len(taken) < least or time.perf_counter() - begun.wall < seconds:
+        while len(taken) < least or (time.perf_counter() - begun.wall) * (1 + 1 / len(taken)) < seconds:
             start = time.perf_counter()
             waited.append(self._one(batches, marks))
             taken.append(time.perf_counter() - start)

@@ -331,7 +331,7 @@ def page(result: dict[str, Any]) -> str:
         "The number of nodes (of those above, or exactly) from which on something is the limit. Fewer shards than GPUs stop"
         " loaders that give each worker shards of its own; here samples are dealt, not shards, and it is no limit.",
         table(["set", "order", *bounds(result["sets"][0], ORDERS[0], s)], limits),
-        "![images a second by nodes](scale.png)",
+        "![share of full speed by nodes](scale.png)",
     ]  # fmt: skip
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -382,37 +382,28 @@ def computed(one: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Images a second against nodes, a panel a set."""
+    """The share of full speed against the number of nodes, a panel a set."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    s = result["settings"]
-    figure, axes = plt.subplots(
-        1, len(result["sets"]), figsize=(4.2 * len(result["sets"]), 3.8), sharey=True, squeeze=False
-    )
-    for axis, one in zip(axes[0], result["sets"]):
-        nodes = sorted(s["nodes"])
-        axis.plot(nodes, [x * s["gpus"] * s["images_per_s"] for x in nodes], "k:", label="every GPU at full speed")
-        for order, color in zip(ORDERS, ("tab:blue", "tab:orange")):
+    nodes, sets = sorted(result["settings"]["nodes"]), result["sets"]
+    figure, axes = plt.subplots(1, len(sets), figsize=(4.2 * len(sets), 3.8), sharey=True, squeeze=False)
+    for axis, one in zip(axes[0], sets):
+        for order, color, width in zip(
+            ORDERS, ("tab:blue", "tab:orange"), (5, 2)
+        ):  # both are seen where one lies on the other
             rows = sorted((row for row in one["rows"] if row["order"] == order), key=lambda row: row["nodes"])
             for epoch, style in (("first", "--"), ("later", "-")):
-                y = [row["nodes"] * s["gpus"] * s["images_per_s"] * row[f"{epoch}_speed"] for row in rows]
-                axis.plot(
-                    nodes,
-                    y,
-                    style,
-                    color=color,
-                    marker="o",
-                    markersize=4,
-                    label=f"{order}, {epoch} epoch{'s' * (epoch == 'later')}",
-                )
-        axis.set(xscale="log", yscale="log", xlabel="nodes", title=name_of(one["images"]), xticks=nodes)
+                label = f"{order}, {epoch} epoch{'s' if epoch == 'later' else ''}"
+                y = [100 * row[f"{epoch}_speed"] for row in rows]
+                axis.plot(nodes, y, style, color=color, linewidth=width, marker="o", markersize=width + 2, label=label)
+        axis.set(xscale="log", xlabel="nodes", title=name_of(one["images"]), ylim=(0, 105), xticks=nodes)
         axis.set_xticklabels(nodes)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("images/s of all nodes")
+    axes[0][0].set_ylabel("% of full speed that storage and network allow")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

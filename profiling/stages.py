@@ -124,11 +124,11 @@ def measure(args: Args, progress: Any = lambda text: None, extras: bool = True) 
 
 
 def rounds(ceilings: Ceilings, seconds: float) -> None:
-    begun = time.perf_counter()
-    while True:
+    """One round, and more as long as another one fits in."""
+    begun, done = time.perf_counter(), 0
+    while done == 0 or (time.perf_counter() - begun) * (done + 1) / done < seconds:
         ceilings.round()
-        if time.perf_counter() - begun > seconds:
-            return
+        done += 1
 
 
 def first_batch(work: Workload) -> dict[str, float]:
