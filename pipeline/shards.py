@@ -15,13 +15,14 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
-from pipeline import beton, codec, files, index, moments, pool, sources, stamp, tar
+from pipeline import beton, codec, files, index, moments, pool, remote, sources, stamp, tar
 from pipeline.errors import UserError, nearest
 
 VERSION = 1
@@ -70,6 +71,7 @@ class Job:
     keys: list[list[str]]
     rows: list[Row]
     listed: int  # when the source was, see `stamp`
+    url: str | None = None  # of the bucket that finished shards move to
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
@@ -161,6 +163,8 @@ def convert_shard(row: Row) -> dict:
     if isinstance(writer, tar.Writer):
         shard["idx"] = final.with_suffix(".idx").name
         files.write(job.out / shard["idx"], writer.index_text())
+    if job.url:
+        remote.move([final.with_suffix(".idx"), final], job.url)
     index.write(index.build(contents.rows, contents.keys), work / f"{row.name}.index")
     result = {
         "digest": row.digest,
@@ -243,11 +247,16 @@ def write(
 ) -> dict:
     """Convert a dataset to shards in `out`; go on where an earlier run stopped. Returns the manifest.
 
+    `out` may be the address of a bucket (see `remote`): each shard is made here and moves there, the manifest comes last.
     UserError: bad options or source, other shards in `out`, too many rejected images, disk full, a worker that died.
     """
     check(options)
+    bucket = remote.storage(out)
+    if bucket and executor != "local":
+        raise UserError(f"executor {executor} writes to a folder that its nodes share, not to {bucket.url}")
     if done := _already_done(options, source, out):
         return done
+    out = remote.workshop(out)
     listed = stamp.now()
     found = sources.load(options.dataset, source, download, options.unlabelled)
     out.mkdir(parents=True, exist_ok=True)
@@ -258,16 +267,21 @@ def write(
         except OSError:
             raise UserError(f"another process is writing shards to {out}") from None
         keys = [safe_keys(split.names) for split in found.splits]
-        job = Job(options, out, found, keys, plan(options, found, keys), listed)
+        job = Job(options, out, found, keys, plan(options, found, keys), listed, bucket.url if bucket else None)
         results = _finished(job)
         (out / MANIFEST).unlink(missing_ok=True)  # of shards of which some are lost; from here on it would be wrong
-        _clean(out, {row.name for row in job.rows})
+        if bucket:
+            bucket.remove(MANIFEST)
+        _clean(out, bucket, {row.name for row in job.rows})
         todo = {row.name: row for row in job.rows if row.name not in results}
         running[:] = [job]
         total = sum(len(row.samples) for row in todo.values())
         results |= _executor(executor).run(convert_shard, todo, jobs=jobs, total=total, quiet=quiet)
         manifest = _finish(job, results, max_rejected)
         stamp.write(out, source, found, listed)
+        if bucket:
+            for name in ("rejected.jsonl", *(f"{split}.index" for split in manifest["splits"]), MANIFEST):
+                bucket.write(out / name, name)
     shutil.rmtree(out / WORK)
     return manifest
 
@@ -281,7 +295,7 @@ def _executor(name: str):
 
 def _already_done(options: Options, source: Path | None, out: Path) -> dict | None:
     """The manifest if these very shards are there; a stamp (times of the source's folders) saves listing the source."""
-    manifest = read_manifest(out)
+    manifest, size_of = read_manifest(out), _sizes(out)
     if manifest is None:
         return None
     if manifest["options"] != asdict(options):
@@ -290,27 +304,32 @@ def _already_done(options: Options, source: Path | None, out: Path) -> dict | No
             for name, value in asdict(options).items()
             if manifest["options"].get(name) != value
         ]
-        raise UserError(f"{out} holds shards made otherwise ({'; '.join(changed)}): choose another OUT or remove it")
+        raise UserError(
+            f"{remote.where(out)} holds shards made otherwise ({'; '.join(changed)}): choose another OUT or remove it"
+        )
     rows = [row for split in manifest["splits"].values() for row in split["shards"]]
-    if any(_size(out / row["file"]) != row["bytes"] for row in rows):
+    if any(size_of(row["file"]) != row["bytes"] for row in rows):
         return None
+    bucket, out = remote.storage(out), remote.workshop(out)
     for row in rows:
-        if "idx" in row and not (out / row["idx"]).exists():
+        if "idx" in row and not bucket and not (out / row["idx"]).exists():
             files.write(out / row["idx"], tar.dali_index(out / row["file"]))
     before, listed = stamp.read(out, source), stamp.now()
     if not stamp.untouched(before):
         found = sources.load(options.dataset, source, False, options.unlabelled)
+        if bucket:
+            bucket.fetch([part["index"]["file"] for part in manifest["splits"].values()], out)
         _check_source(found, source, out, manifest, before["at"])
         stamp.write(out, source, found, listed)
     shutil.rmtree(out / WORK, ignore_errors=True)
     return manifest
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
+def _sizes(out: Path) -> Callable[[str], int | None]:
+    """Bytes of a file of `out`, None if there is no such."""
+    if bucket := remote.storage(out):
+        return bucket.sizes().get
+    return lambda name: (out / name).stat().st_size if (out / name).exists() else None
 
 
 def _check_source(found: sources.Source, source: Path | None, out: Path, manifest: dict, since: int) -> None:
@@ -329,27 +348,33 @@ def _check_source(found: sources.Source, source: Path | None, out: Path, manifes
 
 def _finished(job: Job) -> dict[str, dict]:
     """Rows of an earlier run that this plan would make again, and whose shards are there."""
-    results = {}
+    results, size_of = {}, _sizes(Path(job.url or job.out))
     for row in job.rows:
         record = job.out / WORK / f"{row.name}.json"
         if record.exists():
             result = json.loads(record.read_text())
             times = job.source.splits[row.split].times
             altered = times is not None and bool((times[row.samples] > result["listed"]).any())
-            whole = _size(job.out / row.name) == result["shard"]["bytes"]
+            whole = size_of(row.name) == result["shard"]["bytes"]
             if result["digest"] == row.digest and whole and not altered:
                 results[row.name] = result
     return results
 
 
-def _clean(out: Path, planned: set[str]) -> None:
+def _clean(out: Path, bucket: remote.Storage | None, planned: set[str]) -> None:
     """Remove what an interrupted run left: temporary files, and shards of another plan."""
     for path in out.iterdir():
-        temporary = path.name.startswith(".") and path.name.endswith(".tmp")
-        if temporary or (SHARD.fullmatch(path.name) and path.with_suffix(path.suffix).name not in planned):
-            if path.suffix == ".idx" and path.with_suffix(tar.SUFFIX).name in planned:
-                continue
+        if (path.name.startswith(".") and path.name.endswith(".tmp")) or _stray(path.name, planned):
             path.unlink()
+    if bucket:
+        for name in bucket.sizes():
+            if _stray(name, planned):
+                bucket.remove(name)
+
+
+def _stray(name: str, planned: set[str]) -> bool:
+    """Whether this is a shard, or DALI's index of one, that the plan does not have."""
+    return SHARD.fullmatch(name) is not None and not {name, name.removesuffix(".idx") + tar.SUFFIX} & planned
 
 
 SHARD = re.compile(r"(train|val|unlabelled)-\d{5}\.(tar|idx|beton)")
@@ -360,15 +385,17 @@ SHARD = re.compile(r"(train|val|unlabelled)-\d{5}\.(tar|idx|beton)")
 
 def read_manifest(out: Path) -> dict | None:
     """None if there is none. UserError if it is of another version or damaged."""
+    bucket = remote.storage(out)
     try:
-        manifest = json.loads((out / MANIFEST).read_text())
-    except FileNotFoundError:
+        text = bucket.read(MANIFEST).decode() if bucket else (out / MANIFEST).read_text()
+        manifest = json.loads(text)
+    except (FileNotFoundError, remote.Missing):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{out / MANIFEST} is damaged: {error}") from None
+        raise UserError(f"{remote.where(out / MANIFEST)} is damaged: {error}") from None
     if manifest.get("version") != VERSION:
         raise UserError(
-            f"{out} holds shards of version {manifest.get('version')}, this program reads {VERSION}: make them again"
+            f"{remote.where(out)} holds shards of version {manifest.get('version')}, this program {VERSION}: make them again"
         )
     return manifest
 

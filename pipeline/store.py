@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
-from pipeline import codec, index, shards
+from pipeline import codec, index, remote, shards
 from pipeline.errors import UserError
 
 GAP = 128 << 10  # bytes: reading over less than this is cheaper than another request
@@ -28,7 +28,7 @@ class Corrupt(Exception):
 
 
 class Store:
-    """One split of a folder of shards. Reads may come from any number of threads.
+    """One split of shards in a folder, or in a bucket (see `remote`). Reads may come from any number of threads.
 
     `labels`: (n,) int64, -1 = unlabelled; `heights`, `widths`: (n,) int32, pixels of the stored image. `mean`, `std`: a
     channel, of values 0..255, over the training split. `fingerprint`: identity of this split's samples, the same
@@ -40,18 +40,16 @@ class Store:
 
     def __init__(self, path: str | Path, split: str = "train", allow_damaged: bool = False) -> None:
         self.path, self.split = Path(path), split
-        manifest = shards.read_manifest(self.path)
-        if manifest is None:
-            raise UserError(
-                f"no shards in {path} (no {shards.MANIFEST}); `make shards DATASET=… OUT={path}` writes them"
-            )
+        manifest = _manifest(self.path)
         if split not in manifest["splits"]:
-            raise UserError(f"{path} has no split {split!r}; it has {', '.join(manifest['splits'])}")
+            raise UserError(f"{remote.where(path)} has no split {split!r}; it has {', '.join(manifest['splits'])}")
         self.manifest, self.name, self.classes = manifest, manifest["name"], manifest["classes"]
         part = manifest["splits"][split]
         self.fingerprint: str = part["fingerprint"]
         self.mean, self.std = statistics(manifest)
         self.shards: list[dict] = part["shards"]
+        url = remote.address(path)
+        self._bucket = remote.Bucket(url, manifest, split) if url else None
         self.damaged: dict[int, str] = {}
         self._check_shards(allow_damaged)
         self._rows = self._read_index(part)
@@ -61,23 +59,25 @@ class Store:
         self._lock = threading.Lock()
 
     def _check_shards(self, allow_damaged: bool) -> None:
-        for number, shard in enumerate(self.shards):
-            path = self.path / shard["file"]
-            size = path.stat().st_size if path.exists() else None
+        paths = [self.path / shard["file"] for shard in self.shards]
+        sizes = (
+            self._bucket.sizes() if self._bucket else [path.stat().st_size if path.exists() else None for path in paths]
+        )
+        for number, (shard, path, size) in enumerate(zip(self.shards, paths, sizes)):
             if size != shard["bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-                self.damaged[number] = f"shard {path} {state}"
+                self.damaged[number] = f"shard {remote.where(path)} {state}"
         if self.damaged and not allow_damaged:
             raise UserError("\n".join(f"{line}; make it again or copy it anew" for line in self.damaged.values()))
 
     def _read_index(self, part: dict) -> index.Index:
         path = self.path / part["index"]["file"]
         try:
-            rows = index.read(path)
+            rows = self._bucket.read_index(part["index"]) if self._bucket else index.read(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"index {path}: {error}") from None
+            raise UserError(f"index {remote.where(path)}: {error}") from None
         if len(rows) != part["count"]:
-            raise UserError(f"index {path} has {len(rows)} rows, the manifest {part['count']}")
+            raise UserError(f"index {remote.where(path)} has {len(rows)} rows, the manifest {part['count']}")
         return rows
 
     def __len__(self) -> int:
@@ -87,21 +87,26 @@ class Store:
         return self._rows.key(i)
 
     def read(self, i: int) -> np.ndarray:
-        """Sample i's payload (see `codec`): a read-only view of the memory map. Raises `Corrupt`."""
+        """Sample i's payload (see `codec`), read-only; of a folder, a view of the memory map. Raises `Corrupt`; of a
+        bucket also UserError, when it cannot be reached any more."""
         rows = self._rows
-        shard = int(rows["shard"][i])
-        data = self._maps[shard]
-        if data is None:
-            data = self._map(shard, i)
-        start = int(rows["offset"][i])
-        payload = data[start : start + int(rows["length"][i])]
-        if crc32(payload) != rows["crc"][i]:
-            raise Corrupt(i, self.key(i), f"its bytes in {self.shards[shard]['file']} have changed (checksum)")
+        payload = self._payload(i)
+        damaged = crc32(payload) != rows["crc"][i]
+        if damaged and self._bucket:
+            payload = self._bucket.read_again(i)
+            damaged = crc32(payload) != rows["crc"][i]
+        if damaged:
+            raise Corrupt(
+                i, self.key(i), f"its bytes in {self.shards[rows['shard'][i]]['file']} have changed (checksum)"
+            )
         return codec.view(payload, rows["kind"][i], int(rows["height"][i]), int(rows["width"][i]))
 
     def prefetch(self, ids: np.ndarray) -> None:
         """Say that these samples ((n,) ids, any order) will be read soon. A hint: it returns at once, brings them into the
-        operating system's cache while others are worked on, and what is wrong with a sample shows when it is read."""
+        operating system's cache (from a bucket: onto local disk) while others are worked on, and what is wrong with a sample
+        shows when it is read."""
+        if self._bucket:
+            return self._bucket.prefetch(ids)
         if not hasattr(os, "posix_fadvise"):  # macOS has none; its maps read ahead by themselves
             return
         for shard, pieces in groupby(self.ranges(ids), key=lambda one: one[0]):
@@ -119,9 +124,18 @@ class Store:
         first, last = np.flatnonzero(np.r_[True, apart]), np.flatnonzero(np.r_[apart, True])
         return list(zip(shard[first].tolist(), start[first].tolist(), stop[last].tolist())) if len(order) else []
 
-    def _map(self, shard: int, i: int) -> np.ndarray:
-        if shard in self.damaged:
+    def _payload(self, i: int) -> np.ndarray:
+        shard, start = int(self._rows["shard"][i]), int(self._rows["offset"][i])
+        if self.damaged and shard in self.damaged:
             raise Corrupt(i, self.key(i), self.damaged[shard])
+        if self._bucket:
+            return self._bucket.read(i)
+        data = self._maps[shard]
+        if data is None:
+            data = self._map(shard)
+        return data[start : start + int(self._rows["length"][i])]
+
+    def _map(self, shard: int) -> np.ndarray:
         with self._lock:
             found = self._maps[shard]
             if found is None:
@@ -139,16 +153,23 @@ class Store:
         return int((self.heights.astype(np.int64) * self.widths).max())
 
     def close(self) -> None:
-        """Forget the memory maps; payloads still held stay valid."""
+        """Forget the memory maps and stop fetching; payloads still held stay valid."""
+        if self._bucket:
+            self._bucket.close()
         self._maps = [None] * len(self.shards)
 
 
 def splits(path: str | Path) -> list[str]:
-    """Names of the splits of a folder of shards. UserError if there are none."""
-    manifest = shards.read_manifest(Path(path))
+    """Names of the splits of a folder of shards, or of a bucket's. UserError if there are none."""
+    return list(_manifest(Path(path))["splits"])
+
+
+def _manifest(path: Path) -> dict:
+    manifest = shards.read_manifest(path)
     if manifest is None:
-        raise UserError(f"no shards in {path} (no {shards.MANIFEST}); `make shards DATASET=… OUT={path}` writes them")
-    return list(manifest["splits"])
+        where = remote.where(path)
+        raise UserError(f"no shards in {where} (no {shards.MANIFEST}); `make shards DATASET=… OUT={where}` writes them")
+    return manifest
 
 
 def statistics(manifest: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:

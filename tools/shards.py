@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
 
-from pipeline import adopt, errors, shards, store, verify
+from pipeline import adopt, errors, remote, shards, store, verify
 from pipeline.errors import UserError
 
 
@@ -26,7 +26,7 @@ class Write:
     source: Path | None = None
     """The folder (or archives) the dataset lies in."""
     out: Path | None = None
-    """Where the shards go; shards/DATASET if not given."""
+    """Where the shards go: a folder (shards/DATASET if not given), or a bucket's address such as s3://bucket/name."""
     format: str = "webdataset"
     """webdataset (.tar) or ffcv (.beton)."""
     encoding: str = "jpeg"
@@ -91,7 +91,7 @@ class List:
     """Say what is in shards: splits, counts, sizes, statistics; with --records also single samples."""
 
     path: tyro.conf.Positional[Path]
-    """The folder of shards."""
+    """The folder of shards, or a bucket's address."""
     records: int = 0
     """How many samples of each split to list."""
 
@@ -177,7 +177,9 @@ def summary(out: Path, manifest: dict) -> str:
     parts = [f"{split['count']:,} {name}" for name, split in manifest["splits"].items()]
     ignored = manifest["source"].get("ignored", 0)  # older shards did not count them
     others = f", {ignored} files of other types ignored" if ignored else ""
-    return f"{out}: {', '.join(parts)} images, {manifest['format']}, {manifest['rejected']} rejected{others}"
+    return (
+        f"{remote.where(out)}: {', '.join(parts)} images, {manifest['format']}, {manifest['rejected']} rejected{others}"
+    )
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

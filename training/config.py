@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 import yaml
 
+from pipeline import remote
 from pipeline.errors import UserError, nearest
 from training.monitor import TRACKERS
 
@@ -52,7 +53,7 @@ class Config:
     # --- what is learned: a resumed run must agree on all of these ---
 
     data: Path = Path("shards/imagenet")
-    """Shard directory, as `make shards` writes it."""
+    """Shard directory, as `make shards` writes it, or a bucket's address such as s3://bucket/name."""
     views: int = 4
     """Views an image (V); under multicrop two are global and the rest local crops."""
     policy: str = "simclr"
@@ -225,7 +226,7 @@ def check(config: Config) -> list[str]:
         errors.append("--view-chunk needs --bn view: statistics pooled over views cannot be cut into chunks exactly")
     if config.resume and config.overwrite:
         errors.append("--resume and --overwrite exclude each other")
-    if not (config.data / "manifest.json").is_file() and "://" not in str(config.data):
+    if remote.address(config.data) is None and not (config.data / "manifest.json").is_file():
         errors.append(
             f"--data {config.data}: no shards there; make some: make shards DATASET={config.data.name} OUT={config.data}"
         )
@@ -279,7 +280,7 @@ def to_json(config: Config) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         plain[field.name] = (
-            str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            remote.where(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         )
     return plain
 

@@ -1,0 +1,490 @@
+"""Shards in a bucket (s3://…, or any address that fsspec knows), read through a bounded cache on local disk.
+
+What is fetched is a piece: the records of a shard that begin within the same `PIECE` bytes, in one ranged request. Pieces are
+fetched ahead of need by a few threads, as `Store.prefetch` tells them, or else when a record is read. Every record's
+checksum is looked at on arrival and again on reading. The cache is a folder that all processes of a node share: a piece
+appears whole, by a rename, and is fetched by one of them. What was asked for longest ago makes room for what is new.
+Nothing is held open between reads, so anything may be evicted, or killed, at any time: what is missing is fetched again.
+
+MANYVIEW_CACHE is the folder (~/.cache/manyview), MANYVIEW_CACHE_GB its bound (half of what was free). Credentials are
+fsspec's business; for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import posixpath
+import queue
+import random
+import re
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from isal.isal_zlib import crc32
+
+from pipeline import files, index
+from pipeline.errors import UserError
+
+PIECE = 8 << 20  # bytes: long enough that a request's first byte (tens of ms) is not most of its time
+STREAMS = 8  # requests under way ahead of need
+TRIES, FIRST, LONGEST = (
+    10,
+    0.1,
+    30.0,
+)  # of a request; seconds to wait after the first failure, and at most: a minute in all
+ALTERED = 3  # times a piece is fetched whose checksums are wrong, until the object must be what is damaged
+ALONE = 2  # samples of a piece that nobody announced and that are fetched alone: a probe picks a few of a large set
+SLACK = 0.05  # share of the cache that an eviction frees beyond need, so that it is rare
+PART = ".part"
+# Waiting and trying again are done here, once, not also in two layers below.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}},
+    "file": {"auto_mkdir": True},
+}
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
+
+
+def address(path: str | Path) -> str | None:
+    """The address, if this is one and not a folder. A Path has lost one of its slashes: it is put back."""
+    found = ADDRESS.fullmatch(str(path))
+    if found is None:
+        return None
+    protocol, rest = found.groups()
+    return f"{protocol}://{'/' if protocol in ('file', 'local') else ''}{rest.rstrip('/')}"
+
+
+def where(path: str | Path) -> str:
+    """How to name a folder or a bucket in a message."""
+    return address(path) or str(path)
+
+
+def storage(path: str | Path) -> Storage | None:
+    """What is behind an address, None for a folder."""
+    url = address(path)
+    return Storage(url) if url else None
+
+
+class Missing(UserError):
+    """No such object, or no such bucket."""
+
+
+class Short(OSError):
+    """Fewer bytes came than there are."""
+
+
+class Storage:
+    """Objects under an address, by name. Every request is tried again, later and later, unless that cannot help.
+
+    UserError, of one line: unknown protocol, credentials, no such object (`Missing`), a storage that stays unreachable.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url
+        protocol, _, _ = url.partition(":")
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url, **OPTIONS.get(protocol, {}))
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{url}: {error}") from None
+        if protocol == "s3":
+            self.fs.retries = 1
+        self._root = root.rstrip("/")
+        self._jitter = random.Random()  # the global generator's state belongs to training
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes `start` .. `stop - 1` of an object."""
+
+        def get() -> bytes:
+            data = self.fs.cat_file(self._path(name), start=start, end=stop)
+            if stop is not None and len(data) != stop - start:
+                raise Short(f"{len(data)} of {stop - start} bytes came: cut off")
+            return data
+
+        return self._persist(name, get)
+
+    def write(self, local: Path, name: str) -> None:
+        """Upload a file."""
+        self._persist(name, lambda: self.fs.put_file(str(local), self._path(name)))
+
+    def fetch(self, names: list[str], folder: Path) -> None:
+        """Download whole objects into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            files.write(folder / name, self.read(name))
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(Missing):
+            self._persist(name, lambda: self.fs.rm_file(self._path(name)))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of all objects under the address, by name; none if there is nothing."""
+        try:
+            self.fs.invalidate_cache()
+            found = self._persist("", lambda: self.fs.find(self._root, detail=True))
+        except Missing:
+            return {}
+        return {path[len(self._root) + 1 :]: about["size"] for path, about in found.items()}
+
+    def size(self, name: str) -> int | None:
+        """Bytes of one object, None if there is no such."""
+        try:
+            return self._persist(name, lambda: self.fs.info(self._path(name))["size"])
+        except Missing:
+            return None
+
+    def _path(self, name: str) -> str:
+        path = f"{self._root}/{name}"
+        return posixpath.normpath(path) if ".." in name else path  # shards adopted from a folder beside
+
+    def _persist(self, name: str, request: Callable[[], Any]) -> Any:
+        place = f"{self.url}/{name}".rstrip("/")
+        for attempt in range(TRIES):
+            try:
+                return request()
+            except Exception as error:
+                if _lasting(error) or attempt == TRIES - 1:
+                    raise _explained(place, error, attempt) from error
+                if attempt == 3:  # by now it has taken a second
+                    print(f"storage: {place}: {_line(error)}; trying again", file=sys.stderr)
+            time.sleep(min(FIRST * 2**attempt, LONGEST) * self._jitter.uniform(0.5, 1))
+
+
+def _lasting(error: Exception) -> bool:
+    """Whether another try cannot end otherwise: no such object, no access, a request that the storage finds wrong."""
+    refused = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError | TypeError)
+    return refused or getattr(error, "errno", None) == errno.EINVAL or _credentials(error)
+
+
+def _credentials(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or any(word in type(error).__name__ for word in ("Credential", "Profile"))
+
+
+def _explained(place: str, error: Exception, attempt: int) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return Missing(f"{place}: no such object or bucket ({_line(error)})")
+    if _credentials(error):
+        return UserError(
+            f"{place}: no access ({_line(error)}); set the credentials in the environment, for S3 AWS_PROFILE or "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    return UserError(f"{place}: {_line(error)}" + (f" ({attempt + 1} tries)" if attempt else ""))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[int | None]:
+    """A descriptor of `path`, locked against all processes and threads; None if another holds it and `wait` is off.
+    The lock goes with its process, however that ends."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(descriptor).st_ino == os.stat(path).st_ino:  # not renamed or removed while waiting
+                    yield descriptor
+                    return
+        except BlockingIOError:
+            yield None
+            return
+        finally:
+            os.close(descriptor)
+
+
+class Cache:
+    """Files of a folder by name, in all not more than `limit` bytes (beside those being written)."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+
+    def read(self, name: str, start: int, length: int) -> bytes | None:
+        """Part of a file; None if it is not there, or not as long as it was."""
+        try:
+            descriptor = os.open(self.folder / name, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            data = os.pread(descriptor, length, start)
+        finally:
+            os.close(descriptor)
+        return data if len(data) == length else None
+
+    def touch(self, name: str) -> bool:
+        """Whether the file is there; it is then the last to go."""
+        try:
+            os.utime(self.folder / name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+    def add(self, name: str, make: Callable[[BinaryIO], None], wait: bool = True) -> bool:
+        """Have `make` write the file, unless it is there. If another is at it, wait for that one, or leave it to that
+        one and return False."""
+        path = self.folder / name
+        part = path.with_name(path.name + PART)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(part, wait) as descriptor:
+            if descriptor is None:
+                return False
+            if path.exists():
+                part.unlink()
+                return True
+            try:
+                with open(descriptor, "wb", closefd=False) as file:
+                    make(file)
+                    file.truncate()  # what a killed one left may have been longer
+                self._make_room(os.fstat(descriptor).st_size)
+                os.rename(part, path)
+            except BaseException as error:
+                part.unlink(missing_ok=True)
+                if not isinstance(error, OSError):
+                    raise
+                raise UserError(
+                    f"cache {self.folder}: {error.strerror}; MANYVIEW_CACHE names another folder"
+                ) from error
+        return True
+
+    def _make_room(self, size: int) -> None:
+        """Count `size` more bytes. The count is only ever too high (after a kill), and made right when it matters."""
+        with _locked(self.folder / "size") as descriptor:
+            assert descriptor is not None
+            total = int(os.pread(descriptor, 20, 0) or 0) + size
+            if total > self.limit:
+                total = self._evict()
+            os.pwrite(descriptor, f"{total:<20}".encode(), 0)
+
+    def _evict(self) -> int:
+        """Remove the files that were not asked for longest; returns the bytes that are left."""
+        files = []
+        for path in self.folder.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                about = path.stat()
+                files.append((about.st_mtime_ns, about.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.limit * (1 - SLACK):
+                break
+            if path.suffix == PART:  # of a process that was killed, unless somebody is writing it now
+                with _locked(path, wait=False) as descriptor:
+                    if descriptor is None:
+                        continue
+                    path.unlink()
+            path.unlink(missing_ok=True)
+            total -= size
+        return total
+
+
+def _home() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "manyview"
+    return Path(os.environ.get("MANYVIEW_CACHE") or default).expanduser()
+
+
+def cache() -> Cache:
+    """The cache that the environment names."""
+    folder = _home() / "pieces"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"MANYVIEW_CACHE {folder}: {error.strerror}") from None
+    given = os.environ.get("MANYVIEW_CACHE_GB")
+    try:
+        limit = float(given) * 1e9 if given else (free + int((folder / "size").read_text() or 0)) / 2
+    except ValueError:
+        limit = 0
+    except FileNotFoundError:
+        limit = free / 2
+    if limit <= 0:
+        raise UserError(f"MANYVIEW_CACHE_GB is the size of the cache in gigabytes, above 0, not {given!r}")
+    return Cache(folder, int(limit))
+
+
+# --- a split ----------------------------------------------------------------------------------------------------------
+
+
+class Bucket:
+    """One split of shards in a bucket. Reads and announcements may come from any number of threads.
+
+    `counts`: `hits` and `misses` of reads in the cache, `pieces` and `bytes` that this process fetched. The manifest is
+    part of the cache's names, so shards that are written anew never meet pieces of the old.
+    """
+
+    def __init__(self, url: str, manifest: dict, split: str) -> None:
+        self.storage, self.cache = Storage(url), cache()
+        self.shards: list[dict] = manifest["splits"][split]["shards"]
+        self.counts = {"hits": 0, "misses": 0, "pieces": 0, "bytes": 0}
+        key = hashlib.sha256(json.dumps([url, PIECE, manifest]).encode()).hexdigest()[:16]
+        self._names = f"{key}/{split}"
+        self._first = np.concatenate([[0], np.cumsum([shard["count"] for shard in self.shards])])
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+        self._queued: set[tuple[int, int]] = set()
+        self._announced: dict[tuple[int, int], bool] = {}  # and whether it has been in the cache since then
+        self._alone: Counter[tuple[int, int]] = Counter()  # samples that were read without their piece
+        self._warned = False
+        self._threads: list[threading.Thread] = []
+        self._rows: index.Index
+
+    def sizes(self) -> list[int | None]:
+        """Bytes of each shard, None if it is not there."""
+        found = self.storage.sizes()
+        return [found.get(shard["file"]) or self.storage.size(shard["file"]) for shard in self.shards]
+
+    def read_index(self, about: dict) -> index.Index:
+        """The index of the split, by way of the cache."""
+        self._index = f"{self._names}.index"
+        path = self.cache.folder / self._index
+        if self.cache.touch(self._index) and path.stat().st_size != self.storage.size(about["file"]):
+            self.cache.remove(self._index)  # cut off, by a machine that lost power
+        self.cache.add(self._index, partial(self._fetch_whole, about))
+        self._rows = index.read(path)
+        return self._rows
+
+    def _fetch_whole(self, about: dict, file: BinaryIO) -> None:
+        size = self.storage.size(about["file"])
+        if size is None:
+            raise UserError(f"index {self.storage.url}/{about['file']} is missing")
+        for _ in range(ALTERED):
+            digest = hashlib.sha256()
+            file.seek(0)
+            for start in range(0, size, PIECE):
+                data = self.storage.read(about["file"], start, min(start + PIECE, size))
+                digest.update(data)
+                file.write(data)
+            if digest.hexdigest() == about["sha256"]:
+                return
+        raise UserError(f"index {self.storage.url}/{about['file']} was altered since it was written (SHA-256)")
+
+    def prefetch(self, ids: np.ndarray) -> None:
+        """Say that these samples will be read soon: their pieces are fetched in this order, or kept."""
+        shard, number = self._rows["shard"][ids].astype(np.int64), self._rows["offset"][ids].astype(np.int64) // PIECE
+        _, first = np.unique((shard << 32) + number, return_index=True)
+        self.cache.touch(self._index)
+        for j in np.sort(first):
+            piece = int(shard[j]), int(number[j])
+            there = self.cache.touch(self._name(piece))
+            with self._lock:
+                self._announced[piece] = there
+                new = not there and piece not in self._queued
+                if new:
+                    self._queued.add(piece)
+            if new:
+                self._queue.put(piece)
+        if not self._threads:
+            self._threads = [threading.Thread(target=self._work, name="storage", daemon=True) for _ in range(STREAMS)]
+            for thread in self._threads:
+                thread.start()
+
+    def read(self, i: int) -> np.ndarray:
+        """The payload's bytes of sample i, as they are in the cache."""
+        shard, start = int(self._rows["shard"][i]), int(self._rows["offset"][i])
+        length, piece = int(self._rows["length"][i]), (shard, start // PIECE)
+        data = self.cache.read(self._name(piece), start % PIECE, length)
+        self._count(piece, data is not None)
+        if data is None and piece not in self._announced and self._alone[piece] < ALONE:
+            data = self.storage.read(self.shards[shard]["file"], start, start + length)
+            self._add(bytes=length)
+            self._alone[piece] += 1
+        while data is None:
+            self.cache.remove(self._name(piece))  # if it is there, it is cut off
+            self._fetch(piece)
+            data = self.cache.read(self._name(piece), start % PIECE, length)
+        return np.frombuffer(data, np.uint8)
+
+    def read_again(self, i: int) -> np.ndarray:
+        """As `read`, after the piece in the cache was found to be damaged."""
+        self.cache.remove(self._name((int(self._rows["shard"][i]), int(self._rows["offset"][i]) // PIECE)))
+        return self.read(i)
+
+    def close(self) -> None:
+        """End the threads."""
+        for _ in self._threads:
+            self._queue.put(None)
+        self._threads = []
+
+    def _name(self, piece: tuple[int, int]) -> str:
+        return f"{self._names}-{piece[0]:05d}.{piece[1]}"
+
+    def _work(self) -> None:
+        while (piece := self._queue.get()) is not None:
+            with contextlib.suppress(UserError):  # it shows when a sample of it is read
+                self._fetch(piece, wait=False)
+            with self._lock:
+                self._queued.discard(piece)
+
+    def _fetch(self, piece: tuple[int, int], wait: bool = True) -> None:
+        """Have a piece in the cache, or with another process, which is at it."""
+        if self.cache.add(self._name(piece), partial(self._download, piece), wait):
+            with self._lock:
+                self._announced[piece] = True
+
+    def _download(self, piece: tuple[int, int], file: BinaryIO) -> None:
+        rows = slice(*self._first[piece[0] : piece[0] + 2].tolist())
+        offset, length, crc = (self._rows[name][rows].astype(np.int64) for name in ("offset", "length", "crc"))
+        mine = offset // PIECE == piece[1]
+        start, end, sums = offset[mine], (offset + length)[mine], crc[mine].tolist()
+        begin = piece[1] * PIECE
+        spans = [slice(a, b) for a, b in zip((start - begin).tolist(), (end - begin).tolist())]
+        for _ in range(ALTERED):
+            data = memoryview(self.storage.read(self.shards[piece[0]]["file"], begin, int(end.max())))
+            if all(crc32(data[span]) == value for span, value in zip(spans, sums)):
+                break
+        self._add(pieces=1, bytes=len(data))
+        file.write(data)
+
+    def _add(self, **counts: int) -> None:
+        with self._lock:
+            for name, value in counts.items():
+                self.counts[name] += value
+
+    def _count(self, piece: tuple[int, int], hit: bool) -> None:
+        with self._lock:
+            self.counts["hits" if hit else "misses"] += 1
+            early = not hit and self._announced.get(piece, False) and not self._warned
+            self._warned |= early
+        if early:
+            print(
+                f"storage: the cache {self.cache.folder} of {self.cache.limit / 1e9:.3g} GB is too small, pieces leave it "
+                "before they are read: raise MANYVIEW_CACHE_GB, or read with --order blocks",
+                file=sys.stderr,
+            )
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def workshop(out: Path) -> Path:
+    """Where shards are made: `out` itself if it is a folder; for a bucket, a folder of its name on local disk."""
+    url = address(out)
+    return _home() / "making" / hashlib.sha256(url.encode()).hexdigest()[:16] / out.name if url else out
+
+
+def move(paths: list[Path], url: str) -> None:
+    """Upload files and remove them here. In S3 and its like an object is there whole or not at all."""
+    bucket = Storage(url)
+    for path in paths:
+        if path.exists():
+            bucket.write(path, path.name)
+            path.unlink()
