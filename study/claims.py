@@ -97,6 +97,12 @@ def values(rows: list[Row], key: str) -> list[Any]:
 # --- claims 1 and 2: the projector and the strength of decorrelation
 
 
+def complete(rows: list[Row]) -> list[Row]:
+    """Without the D whose grid of beta and seeds is not done: a best beta among two of five says nothing."""
+    counts = {d: sum(r["projector_dim"] == d for r in rows) for d in values(rows, "projector_dim")}
+    return [r for r in rows if counts[r["projector_dim"]] == max(counts.values())]
+
+
 def best_beta(rows: list[Row], dim: int, seed: int) -> float:
     """The beta that is best on held-out training images: the top of the parabola through the best point and its
     neighbours in log beta, or the best point itself at an edge of the grid."""

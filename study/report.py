@@ -137,6 +137,9 @@ def bars(axis: Any, x: list[float], found: list[dict[int, float]], label: str, m
 
 
 def projector(rows: list[Row], untrained: list[float], picture: Path) -> list[str]:
+    rows = claims.complete(rows)
+    if len(values(rows, "projector_dim")) < 2:
+        return ["### 1. and 2. Small projectors", "", "Too few runs yet to compare two D.", ""]
     dims, cs = values(rows, "projector_dim"), sorted({round(r["c"], 6) for r in rows})
     c = claims.tuned(rows, lambda r: r["c"])
     largest = [r for r in rows if r["projector_dim"] == dims[-1]]

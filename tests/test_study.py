@@ -162,3 +162,8 @@ def test_numbers_come_back_as_they_were(tmp_path: Path, study: Path):
     back = claims.rows_of(found, tmp_path / "tiny.csv", "views")
     assert len(back) == 4 and np.mean([row["linear"] for row in back]) == 0.25
     assert {row["fraction"] for row in back} == {0.5, 1.0} and back[0]["views"] == 2
+
+
+def test_a_projector_whose_grid_is_not_done_is_left_out():
+    rows = [r for r in planted() if r["projector_dim"] != 1024 or r["c"] < 2]
+    assert claims.values(claims.complete(rows), "projector_dim") == [64, 256]
