@@ -136,7 +136,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     log = Run(
         cfg, folder, rank, device,
         steps=steps, images=cfg.batch_size, views=cfg.batch_size * policy.views,
-        start=start, seconds=state["seconds"] if state else 0.0,
+        start=start, seconds=state["seconds"] if state else 0.0, core_seconds=state["core_seconds"] if state else 0.0,
     )  # fmt: skip
     if rank == 0:
         config.save(cfg, folder / "config.json", size=size, out=str(folder), steps=steps, lr=peak, dataset=store.name)
@@ -170,7 +170,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
         }
-        states |= {"step": step, "seconds": log.seconds, "skipped": int(skipped), "identity": identity}
+        states |= {"step": step, "skipped": int(skipped), "identity": identity}
+        states |= {"seconds": log.seconds, "core_seconds": log.core_seconds}
         states |= {"random": checkpoint.random_state(), "average": average.state_dict() if average else None}
         try:
             checkpoint.save(folder / "checkpoints", states, keep_last=2, keep_every=cfg.keep_every)

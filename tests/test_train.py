@@ -333,3 +333,13 @@ def test_flags_win_over_the_preset(digits, tmp_path):
     preset.write_text("veiws: 8\n")
     with pytest.raises(config.UserError, match="nearest: views"):
         config.parse(["--preset", str(preset), "--data", str(digits)])
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.01", 0.01), ("5/D", 5 / 64), ("auto", "auto")])
+def test_beta_may_be_a_number_divided_by_the_dimensions(text, value):
+    assert config.objective_options(config.Config(beta=text, projector_dim=64))["beta"] == value
+
+
+@pytest.mark.parametrize("text", ["five/D", "5/E", "-1/D", "nan"])
+def test_a_beta_that_is_no_strength_is_refused(digits, text):
+    assert any("beta" in line for line in config.check(config.Config(data=digits, beta=text)))

@@ -83,7 +83,7 @@ class Config:
     form: str = "auto"
     """Which correlation is decorrelated; barlow: mean, cross, pairs; vicreg: view, pooled. auto = the objective's own."""
     beta: str = "auto"
-    """Strength of decorrelation: a number, or auto = c / D."""
+    """Strength of decorrelation: a number, one divided by the dimensions such as `5/D`, or auto = c / D."""
     standardize: str = "auto"
     """Barlow's embedding statistics per view (auto: the textbook's), or pooled over all views."""
     bn: str = "pooled"
@@ -218,8 +218,8 @@ def check(config: Config) -> list[str]:
             errors.append(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(config, name)}")
     if not 0 < config.fraction <= 1:
         errors.append(f"--fraction must be in (0, 1], not {config.fraction}")
-    if config.beta != "auto" and not _is_number(config.beta):
-        errors.append(f"--beta must be a number or auto, not {config.beta!r}")
+    if config.beta != "auto" and beta(config) is None:
+        errors.append(f"--beta must be a number, a number like 5/D, or auto, not {config.beta!r}")
     if config.epochs <= 0 and config.steps <= 0:
         errors.append("--epochs must be above 0 (or give --steps)")
     if config.view_chunk and config.bn != "view":
@@ -262,16 +262,17 @@ def objective_options(config: Config) -> dict[str, Any]:
     return {
         "form": None if config.form == "auto" else config.form,
         "standardize": None if config.standardize == "auto" else config.standardize,
-        "beta": "auto" if config.beta == "auto" or not _is_number(config.beta) else float(config.beta),
+        "beta": "auto" if config.beta == "auto" else beta(config),
     }
 
 
-def _is_number(text: str) -> bool:
+def beta(config: Config) -> float | None:
+    """The number behind `--beta 0.01` or `--beta 5/D` (over projector_dim); None where it is neither."""
+    text = config.beta.strip()
     try:
-        float(text)
+        return float(text.removesuffix("/D")) / (config.projector_dim if text.endswith("/D") else 1)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def to_json(config: Config) -> dict[str, Any]:

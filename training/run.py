@@ -21,7 +21,8 @@ from training.config import Config, to_json
 class Run:
     """Console, metrics, tracker and clock of one run; ranks other than 0 keep the clock and write nothing.
 
-    steps: total; images, views: a step, over all ranks; start: the step gone on from; seconds: trained before that.
+    steps: total; images, views: a step, over all ranks; start: the step gone on from; seconds, core_seconds: trained
+    before that.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Run:
         views: int,
         start: int,
         seconds: float,
+        core_seconds: float,
     ):
         self.folder, self.device, self.dim = folder, device, cfg.projector_dim
         self.steps, self.images, self.views = steps, images, views
@@ -49,7 +51,7 @@ class Run:
         self.say = self.console.say
         self.alarmed = False
         self.before, self.began, self.paused = seconds, time.perf_counter(), 0.0
-        self.paused_core = 0.0
+        self.before_core, self.began_core, self.paused_core = core_seconds, time.process_time(), 0.0
         self.last_time, self.last_step, self.last_wait = self.began, start, 0.0
 
     @property
@@ -57,8 +59,14 @@ class Run:
         """Spent training, over all resumes; evaluation and start-up left out."""
         return self.before + time.perf_counter() - self.began - self.paused
 
+    @property
+    def core_seconds(self) -> float:
+        """CPU time of this process for the same: what a run costs on a machine that others use too."""
+        return self.before_core + time.process_time() - self.began_core - self.paused_core
+
     def start_clock(self) -> None:
         self.began = self.last_time = time.perf_counter()
+        self.began_core = time.process_time()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -73,7 +81,7 @@ class Run:
     def row(self, step: int, **numbers: Any) -> None:
         """One line of metrics.jsonl and of the tracker."""
         row: dict[str, Any] = {"step": step, "images": step * self.images, "views": step * self.views}
-        row |= {"seconds": round(self.seconds, 3), **numbers}
+        row |= {"seconds": round(self.seconds, 3), "core_seconds": round(self.core_seconds, 3), **numbers}
         self.metrics.write(row)
         self.tracker.write(row)
 
@@ -95,7 +103,6 @@ class Run:
             step, loss=total, invariance=invariance, decorrelation=decorrelation, lr=lr, rank=rank, spread=spread,
             skipped=int(skipped), images_per_s=round(images_per_s, 1), views_per_s=round(taken * self.views / elapsed, 1),
             data_wait=round(wait, 4), peak_bytes=peak, timings={k: round(v, 3) for k, v in timings.items()},
-            core_seconds=round(time.process_time() - self.paused_core, 3),
         )  # fmt: skip
         self.console.live(
             f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {total:8.3f}  lr {lr:.1e}  {images_per_s:5.0f} img/s"
