@@ -231,3 +231,16 @@ def test_memory_is_flat_over_epochs(tmp_path):
         used.append(psutil.Process().memory_info().rss / 2**20)
     made.engine.close()
     assert used[-1] - used[1] < 25, json.dumps(used)
+
+
+@pytest.mark.parametrize("order", ["random", "blocks"])
+def test_storage_is_told_before_a_batch_is_read(photos, order):
+    made = loader(photos)
+    made.plan = plan(made.store.labels, seed=4, batch=6, order=order)
+    told: list[int] = []
+    prefetch, submit = made.store.prefetch, made.engine.submit
+    made.store.prefetch = lambda ids: (told.extend(ids.tolist()), prefetch(ids))
+    made.engine.submit = lambda ids, drawn: [told.remove(i) for i in ids.tolist()] and submit(ids, drawn)
+    assert len(list(made.batches(2, 12))) == 10  # `remove` raises for what was not told
+    assert told == []
+    made.engine.close()
