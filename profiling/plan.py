@@ -38,7 +38,7 @@ from training.monitor import environment
 NAMES = {1_280_000: "ImageNet-1k", 14_200_000: "ImageNet-22k", 400_000_000: "LAION-400M"}
 KEY = 28  # bytes of a key, as ImageNet's
 CHUNK = 4_000_000  # rows of an index that are generated at a time
-ROOM = 2.0  # times the index's bytes that must be free on the disk
+ROOM = 1.3  # times the index's bytes that must be free on the disk
 FEW = 100  # steps an epoch: with fewer, an epoch is hardly a schedule any more
 QUALITY = 20_000_000  # samples of which the shuffle is measured; of a larger set the first so many
 

@@ -173,6 +173,8 @@ def test_bandwidth_and_where_it_stops():
     found = plan.bandwidth(c, replay.Epoch(1000, 1000, 0, 1.0), replay.Epoch(1000, 250, 0, 1.0), args)
     assert found["first_node_gb_s"] == pytest.approx(1000 * remote.PIECE / 1e9)  # 8.4 GB/s into a node that takes 3
     assert found["first_speed"] == pytest.approx(2 / (10 * 1000 * remote.PIECE / 1e9))  # the storage is slower still
+    assert found["first_storage_gb_s"] == pytest.approx(10 * found["first_node_gb_s"])
+    assert found["later_storage_gb_s"] == pytest.approx(found["first_storage_gb_s"] / 4)
     assert found["later_speed"] == pytest.approx(4 * found["first_speed"])
     rows = [{"order": "random", "nodes": 10, **found}]
     assert found["images_per_s"] == pytest.approx(10_000 * found["later_speed"])
