@@ -35,8 +35,7 @@ import yaml
 
 from pipeline.errors import UserError, nearest
 from study import worker
-from training import config
-from training.monitor import duration
+from training import config, monitor
 
 Settings = dict[str, Any]
 RESULTS = ("held_out", "linear", "knn", "rank", "loss", "steps", "views_seen", "core_seconds", "seconds", "peak_bytes",
@@ -118,18 +117,20 @@ def run(study: Study, out: Path, folder: Path, jobs: int) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["study.worker"])
     begun, failed = time.perf_counter(), 0
+    commit = monitor.commit()  # of the code that the server is about to load, whatever the checkout becomes meanwhile
     children: set[Any] = set()
     stopped = on_sigterm(children)
     with ThreadPoolExecutor(jobs) as pool:
         work = {pool.submit(child, context, children, stopped, study, s, folder, jobs): s for s in todo}
         for n, future in enumerate(as_completed(work), 1):
             settings, code = work[future], future.result()
-            left = duration((time.perf_counter() - begun) / n * (len(todo) - n))
+            left = monitor.duration((time.perf_counter() - begun) / n * (len(todo) - n))
             place = folder / study.name / name_of(settings)
             if code == 0:
                 rows[name_of(settings)] = {
                     **settings,
                     **json.loads((place / "row.json").read_text()),
+                    "commit": commit,
                     "shared": study.shared,
                 }
                 write(study, out, rows)

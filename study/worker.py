@@ -79,20 +79,18 @@ def scores(
     environment = monitor.environment(torch.device(device))
     return {
         "held_out": max(found.held_out), "linear": score(found.scores, truth).top1, "knn": score(votes, truth).top1,
-        "commit": environment["commit"], "machine": f"{environment['device']}, {threads} threads",
+        "machine": f"{environment['device']}, {threads} threads",
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 
 
 def untrained(cfg: config.Config, store: Store) -> encoders.Encoder:
-    """The network that `cfg` would begin with."""
+    """The architecture with random weights, as evaluation's baseline has it; calibrate it before use."""
     size = cfg.size or train.default_size(store)
     fresh = partial(backbone.create, cfg.backbone, image_size=size, stem=cfg.stem)
-    torch.manual_seed(cfg.seed)
     (r, g, b), (dr, dg, db) = store.mean, store.std
-    return encoders.Encoder(
-        fresh().eval(), fresh, "untrained", cfg.backbone, size, (r, g, b), (dr, dg, db), "untrained"
-    )
+    made = encoders.Encoder(fresh().eval(), fresh, "untrained", cfg.backbone, size, (r, g, b), (dr, dg, db))
+    return encoders.untrained(made, cfg.seed, f"{store.name}'s training images")
 
 
 def some(store: Store, n: int) -> np.ndarray:
