@@ -327,16 +327,17 @@ def cache() -> Cache:
 class Bucket:
     """One split of shards in a bucket. Reads and announcements may come from any number of threads.
 
-    `counts`: `hits` and `misses` of reads in the cache, `pieces` and `bytes` that this process fetched. The manifest is
-    part of the cache's names, so shards that are written anew never meet pieces of the old.
+    `counts`: `hits` and `misses` of reads in the cache; `requests` that brought samples, `pieces` among them, and `bytes`.
+    The manifest is part of the cache's names, so shards that are written anew never meet pieces of the old.
     """
 
     def __init__(self, url: str, manifest: dict, split: str) -> None:
         self.storage, self.cache = Storage(url), cache()
         self.shards: list[dict] = manifest["splits"][split]["shards"]
-        self.counts = {"hits": 0, "misses": 0, "pieces": 0, "bytes": 0}
+        self.counts = {"hits": 0, "misses": 0, "pieces": 0, "requests": 0, "bytes": 0}
         key = hashlib.sha256(json.dumps([url, PIECE, manifest]).encode()).hexdigest()[:16]
         self._names = f"{key}/{split}"
+        self._fits = sum(shard["bytes"] for shard in self.shards) <= (1 - SLACK) * self.cache.limit
         self._first = np.concatenate([[0], np.cumsum([shard["count"] for shard in self.shards])])
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
@@ -378,16 +379,24 @@ class Bucket:
         raise UserError(f"index {self.storage.url}/{about['file']} was altered since it was written (SHA-256)")
 
     def prefetch(self, ids: np.ndarray) -> None:
-        """Say that these samples will be read soon: their pieces are fetched in this order, or kept."""
+        """Say that these samples will be read soon: their pieces are fetched in this order, or kept.
+
+        Where the cache cannot hold the split, only pieces of which these samples are a good part: what lies strewn over
+        the shards, as in a random order, is read sample by sample instead of being fetched with all its neighbours.
+        """
         shard, number = self._rows["shard"][ids].astype(np.int64), self._rows["offset"][ids].astype(np.int64) // PIECE
-        _, first = np.unique((shard << 32) + number, return_index=True)
+        _, first, group = np.unique((shard << 32) + number, return_index=True, return_inverse=True)
         self.cache.touch(self._index)
-        for j in np.sort(first):
-            piece = int(shard[j]), int(number[j])
+        worth = np.ones(len(first), bool) if self._fits else self._dense(ids, group)
+        for j in np.argsort(first):
+            piece = int(shard[first[j]]), int(number[first[j]])
             there = self.cache.touch(self._name(piece))
             with self._lock:
-                self._announced[piece] = there
-                new = not there and piece not in self._queued
+                new = bool(worth[j]) and not there and piece not in self._queued
+                if new or there:
+                    self._announced[piece] = there
+                elif piece not in self._queued:
+                    self._announced.pop(piece, None)
                 if new:
                     self._queued.add(piece)
             if new:
@@ -397,15 +406,23 @@ class Bucket:
             for thread in self._threads:
                 thread.start()
 
+    def _dense(self, ids: np.ndarray, group: np.ndarray) -> np.ndarray:
+        """Of each piece (a number in `group`), whether these samples are several and a quarter of what lies between them."""
+        start, length = (self._rows[name][ids].astype(np.int64) for name in ("offset", "length"))
+        first, last = np.full(group.max() + 1, np.iinfo(np.int64).max), np.zeros(group.max() + 1, np.int64)
+        np.minimum.at(first, group, start)
+        np.maximum.at(last, group, start + length)
+        return (np.bincount(group) > 1) & (4 * np.bincount(group, length) >= last - first)
+
     def read(self, i: int) -> np.ndarray:
         """The payload's bytes of sample i, as they are in the cache."""
         shard, start = int(self._rows["shard"][i]), int(self._rows["offset"][i])
         length, piece = int(self._rows["length"][i]), (shard, start // PIECE)
         data = self.cache.read(self._name(piece), start % PIECE, length)
         self._count(piece, data is not None)
-        if data is None and piece not in self._announced and self._alone[piece] < ALONE:
+        if data is None and piece not in self._announced and (not self._fits or self._alone[piece] < ALONE):
             data = self.storage.read(self.shards[shard]["file"], start, start + length)
-            self._add(bytes=length)
+            self._add(requests=1, bytes=length)
             self._alone[piece] += 1
         while data is None:
             self.cache.remove(self._name(piece))  # if it is there, it is cut off
@@ -451,7 +468,7 @@ class Bucket:
             data = memoryview(self.storage.read(self.shards[piece[0]]["file"], begin, int(end.max())))
             if all(crc32(data[span]) == value for span, value in zip(spans, sums)):
                 break
-        self._add(pieces=1, bytes=len(data))
+        self._add(pieces=1, requests=1, bytes=len(data))
         file.write(data)
 
     def _add(self, **counts: int) -> None:

@@ -49,7 +49,7 @@ class Store:
         self.mean, self.std = statistics(manifest)
         self.shards: list[dict] = part["shards"]
         url = remote.address(path)
-        self._bucket = remote.Bucket(url, manifest, split) if url else None
+        self.bucket = remote.Bucket(url, manifest, split) if url else None
         self.damaged: dict[int, str] = {}
         self._check_shards(allow_damaged)
         self._rows = self._read_index(part)
@@ -61,7 +61,7 @@ class Store:
     def _check_shards(self, allow_damaged: bool) -> None:
         paths = [self.path / shard["file"] for shard in self.shards]
         sizes = (
-            self._bucket.sizes() if self._bucket else [path.stat().st_size if path.exists() else None for path in paths]
+            self.bucket.sizes() if self.bucket else [path.stat().st_size if path.exists() else None for path in paths]
         )
         for number, (shard, path, size) in enumerate(zip(self.shards, paths, sizes)):
             if size != shard["bytes"]:
@@ -73,7 +73,7 @@ class Store:
     def _read_index(self, part: dict) -> index.Index:
         path = self.path / part["index"]["file"]
         try:
-            rows = self._bucket.read_index(part["index"]) if self._bucket else index.read(path)
+            rows = self.bucket.read_index(part["index"]) if self.bucket else index.read(path)
         except (OSError, ValueError) as error:
             raise UserError(f"index {remote.where(path)}: {error}") from None
         if len(rows) != part["count"]:
@@ -92,8 +92,8 @@ class Store:
         rows = self._rows
         payload = self._payload(i)
         damaged = crc32(payload) != rows["crc"][i]
-        if damaged and self._bucket:
-            payload = self._bucket.read_again(i)
+        if damaged and self.bucket:
+            payload = self.bucket.read_again(i)
             damaged = crc32(payload) != rows["crc"][i]
         if damaged:
             raise Corrupt(
@@ -105,8 +105,8 @@ class Store:
         """Say that these samples ((n,) ids, any order) will be read soon. A hint: it returns at once, brings them into the
         operating system's cache (from a bucket: onto local disk) while others are worked on, and what is wrong with a sample
         shows when it is read."""
-        if self._bucket:
-            return self._bucket.prefetch(ids)
+        if self.bucket:
+            return self.bucket.prefetch(ids)
         if not hasattr(os, "posix_fadvise"):  # macOS has none; its maps read ahead by themselves
             return
         for shard, pieces in groupby(self.ranges(ids), key=lambda one: one[0]):
@@ -128,8 +128,8 @@ class Store:
         shard, start = int(self._rows["shard"][i]), int(self._rows["offset"][i])
         if self.damaged and shard in self.damaged:
             raise Corrupt(i, self.key(i), self.damaged[shard])
-        if self._bucket:
-            return self._bucket.read(i)
+        if self.bucket:
+            return self.bucket.read(i)
         data = self._maps[shard]
         if data is None:
             data = self._map(shard)
@@ -154,8 +154,8 @@ class Store:
 
     def close(self) -> None:
         """Forget the memory maps and stop fetching; payloads still held stay valid."""
-        if self._bucket:
-            self._bucket.close()
+        if self.bucket:
+            self.bucket.close()
         self._maps = [None] * len(self.shards)
 
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline import remote
+from pipeline.errors import UserError
 from pipeline.store import Store
 from profiling.host import cores, interval, spent
 from profiling.workload import Setup, Workload
@@ -30,6 +32,8 @@ def disk(setup: Setup, seconds: float = 3.0, repeats: int = 5) -> dict[str, Any]
     Before each the page cache is told to forget the shards. It keeps what is mapped, so this must come before anything maps
     them. A host's or a disk's own cache may still answer; then this is what it gives. Medians, and their intervals.
     """
+    if remote.address(setup.data):
+        raise UserError(f"{remote.where(setup.data)}: here a disk is measured; for a bucket: tools/profile.py bucket")
     store = Store(setup.data, setup.split)
     paths = [store.path / shard["file"] for shard in store.shards]
     store.close()

@@ -1,5 +1,5 @@
 """Measure: python tools/profile.py NAME --help, with NAME one of stages, diff, capacity, peers, objective,
-step, memory, trainer, jitter, throughput, shards, plan."""
+step, memory, trainer, jitter, throughput, shards, plan, bucket."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and like the
 from pipeline.errors import UserError, nearest, run
 
 NAMES = (
+    "bucket",
     "capacity",
     "diff",
     "jitter",

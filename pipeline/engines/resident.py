@@ -36,6 +36,7 @@ class ResidentEngine:
         self.bad: dict[int, Corrupt] = {}
         begun = time.perf_counter()
         images = torch.zeros((len(store), 3, height, width), dtype=torch.uint8)
+        store.prefetch(np.arange(len(store)))
         for i in range(len(store)):
             images[i] = torch.from_numpy(self._load(i, (height, width))).permute(2, 0, 1)
         self.images = images.to(self.device)
