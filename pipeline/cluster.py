@@ -6,6 +6,7 @@ the nodes share. What is written is byte for byte what the local pool writes.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -68,7 +69,7 @@ def _connect(quiet: bool) -> tuple[Any, bool]:
     if ray.is_initialized():
         return ray, False
     try:
-        ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
+        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:
         raise UserError(
             f"{str(error).splitlines()[0]}: start one here with `ray start --head`, or name one in RAY_ADDRESS;"
