@@ -39,6 +39,7 @@ pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 say "installing Python packages (about 6 GB with torch's CUDA libraries; minutes)"
 "${pip[@]}" --upgrade pip setuptools wheel
 "${pip[@]}" -e '.[dali,dev]'
+"${pip[@]}" -e '.[dev-bucket]' # afterwards: see pyproject.toml
 lost=""
 if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then
   # ffcv brings opencv-python, whose cv2 overwrites the headless one: put that one back afterwards.
