@@ -13,6 +13,9 @@ import numpy as np
 from numba import njit
 
 ZERO, HALF, FULL = np.float32(0), np.float32(0.5), np.float32(255)
+# What of fast math changes no finite value. Reassociating and fusing would: a compiler may do either here and not there,
+# and did, so that views differed by one grey level between the process that compiled and those that found it compiled.
+EXACT = {"nnan", "ninf", "nsz"}
 ONE, TWO, THREE = np.uint64(1), np.uint64(2), np.uint64(3)
 
 
@@ -55,7 +58,7 @@ def _finish(sharp, sigma, solarize, view):
             values[j] = min(values[j], np.uint8(255) - values[j])
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=EXACT)
 def resize(image, box, flip, color, out):
     """`out` (S, 3 S): the box of `image`, resized, mirrored if `flip`, through the (3, 4) color map."""
     size = len(out)
@@ -79,7 +82,7 @@ def resize(image, box, flip, color, out):
         _color_row(red, green, blue, color, out[y])
 
 
-@njit(cache=True, nogil=True, fastmath=True, inline="always")
+@njit(cache=True, nogil=True, fastmath=EXACT, inline="always")
 def _combine_rows(rows, first, start, stop, weights, line):
     one = rows[first, start:stop]
     if len(weights) == 1:
@@ -96,7 +99,7 @@ def _combine_rows(rows, first, start, stop, weights, line):
                 line[j] += p * np.float32(more[j])
 
 
-@njit(cache=True, nogil=True, fastmath=True, inline="always")
+@njit(cache=True, nogil=True, fastmath=EXACT, inline="always")
 def _color_row(red, green, blue, m, out):
     for x in range(len(red)):
         r, g, b = red[x], green[x], blue[x]
@@ -125,7 +128,7 @@ def triangle(n, size, mirror):
     return first, weight
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=EXACT)
 def blur(image, sigma, out):
     """Gaussian blur of `image` (S, 3 S) uint8 into `out`, to 3 sigma, edges reflected without repeating the border."""
     size, n, reach = len(image), image.shape[1], math.ceil(3 * sigma)
