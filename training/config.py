@@ -114,7 +114,7 @@ class Config:
     precision: str = "auto"
     """bf16, fp16, fp32; auto = bf16 where the GPU has it, fp16 on older ones, fp32 on the CPU."""
     compile: bool = False
-    """torch.compile the encoder."""
+    """torch.compile the encoder: off, as it takes its time first and pays for some networks only (results/trainer.md)."""
     threads: int = 0
     """Threads of the engine; 0 = all cores this process may use."""
     prefetch: int = 2
