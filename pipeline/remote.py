@@ -210,6 +210,11 @@ def _locked(path: Path, wait: bool = True) -> Iterator[int | None]:
             os.close(descriptor)
 
 
+def _now() -> tuple[int, int]:
+    """Times for a file. The kernel's own stand still for milliseconds, and the order of files in time is the policy."""
+    return (now := time.time_ns()), now
+
+
 class Cache:
     """Files of a folder by name, in all not more than `limit` bytes (beside those being written)."""
 
@@ -217,7 +222,7 @@ class Cache:
         self.folder, self.limit = folder, limit
 
     def read(self, name: str, start: int, length: int) -> bytes | None:
-        """Part of a file; None if it is not there, or not as long as it was."""
+        """Part of a file; None if it is not there, or not as long as it was: then it goes."""
         try:
             descriptor = os.open(self.folder / name, os.O_RDONLY)
         except FileNotFoundError:
@@ -226,12 +231,15 @@ class Cache:
             data = os.pread(descriptor, length, start)
         finally:
             os.close(descriptor)
-        return data if len(data) == length else None
+        if len(data) == length:
+            return data
+        self.remove(name)  # cut off, by a machine that lost power
+        return None
 
     def touch(self, name: str) -> bool:
         """Whether the file is there; it is then the last to go."""
         try:
-            os.utime(self.folder / name)
+            os.utime(self.folder / name, ns=_now())
         except FileNotFoundError:
             return False
         return True
@@ -256,6 +264,7 @@ class Cache:
                     make(file)
                     file.truncate()  # what a killed one left may have been longer
                 self._make_room(os.fstat(descriptor).st_size)
+                os.utime(descriptor, ns=_now())
                 os.rename(part, path)
             except BaseException as error:
                 part.unlink(missing_ok=True)
@@ -418,14 +427,15 @@ class Bucket:
         """The payload's bytes of sample i, as they are in the cache."""
         shard, start = int(self._rows["shard"][i]), int(self._rows["offset"][i])
         length, piece = int(self._rows["length"][i]), (shard, start // PIECE)
+        with self._lock:  # before looking: it may come in meanwhile
+            was_there = self._announced.get(piece, False)
         data = self.cache.read(self._name(piece), start % PIECE, length)
-        self._count(piece, data is not None)
+        self._count(data is not None, was_there)
         if data is None and piece not in self._announced and (not self._fits or self._alone[piece] < ALONE):
             data = self.storage.read(self.shards[shard]["file"], start, start + length)
             self._add(requests=1, bytes=length)
             self._alone[piece] += 1
         while data is None:
-            self.cache.remove(self._name(piece))  # if it is there, it is cut off
             self._fetch(piece)
             data = self.cache.read(self._name(piece), start % PIECE, length)
         return np.frombuffer(data, np.uint8)
@@ -476,10 +486,10 @@ class Bucket:
             for name, value in counts.items():
                 self.counts[name] += value
 
-    def _count(self, piece: tuple[int, int], hit: bool) -> None:
+    def _count(self, hit: bool, was_there: bool) -> None:
         with self._lock:
             self.counts["hits" if hit else "misses"] += 1
-            early = not hit and self._announced.get(piece, False) and not self._warned
+            early = not hit and was_there and not self._warned
             self._warned |= early
         if early:
             print(

@@ -270,7 +270,6 @@ def test_what_was_asked_for_longest_ago_goes_first(fresh):
     cache = remote.Cache(fresh / "pieces", 1000)
     for name in "abcdefgh":
         assert cache.add(f"x/{name}", lambda file: file.write(b"." * 120))
-        time.sleep(0.01)
     assert cache.touch("x/a")
     assert cache.add("x/i", lambda file: file.write(b"." * 120))
     assert cache.read("x/a", 100, 20) == b"." * 20 and cache.read("x/b", 0, 1) is None and not cache.touch("x/b")
@@ -282,6 +281,21 @@ def test_what_was_asked_for_longest_ago_goes_first(fresh):
             assert cache.add(f"x/{name}", lambda file: file.write(b"." * 120))
         assert (fresh / "pieces" / "x" / "alive.part").exists()
     assert not dead.exists() and held(fresh) <= 1000
+
+
+def test_a_piece_that_comes_in_while_it_is_looked_for_is_not_fetched_again(url, folder, monkeypatch, capsys):
+    store = Store(url)
+    look = store.bucket.cache.read
+
+    def too_early(name: str, start: int, length: int) -> bytes | None:
+        """Nothing is there; right after, the piece is, fetched by another thread."""
+        monkeypatch.setattr(store.bucket.cache, "read", look)
+        store.bucket._fetch((0, 0))
+        return None
+
+    monkeypatch.setattr(store.bucket.cache, "read", too_early)
+    assert np.array_equal(store.read(0), Store(folder).read(0))
+    assert store.bucket.counts["pieces"] == 1 and "too small" not in capsys.readouterr().err
 
 
 @pytest.mark.slow

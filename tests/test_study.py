@@ -104,7 +104,7 @@ def test_a_failing_run_is_named_and_the_others_are_done(study: Path, tmp_path: P
         study.read_text().replace("fraction: [0.5, 1.0]", "fraction: [1.0, 2.0]").replace("seed: [0, 1]", "seed: 0")
     )
     done = subprocess.run(command(study, tmp_path, "--jobs", "2"), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout.count("FAILED") == 2
+    assert done.returncode == 1 and done.stdout.count("FAILED") == 2, done.stdout + done.stderr
     assert "--fraction must be in (0, 1], not 2.0" in done.stdout
     assert len(list(csv.DictReader((tmp_path / "tiny.csv").open()))) == 5
 
