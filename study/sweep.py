@@ -3,7 +3,7 @@
 A study file says what every run shares and what varies:
 
     train: {data: shards/cifar10, backbone: resnet10-narrow, batch_size: 128, …}   # settings of train.py
-    probe: {epochs: 30, images: 0}                    # of the linear probe; images: of each split, 0 = all
+    probe: {epochs: 30, images: 0}                    # of the linear probe; images: to train on, 0 = all
     grids:
       views:                                          # what tools/report.py knows these runs by
         - {views: [2, 4, 8], beta: [1/D, 5/D], budget: [400000], seed: [0, 1, 2]}   # every combination is a run
@@ -21,18 +21,19 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline import files
 from pipeline.errors import UserError, nearest
 from study import worker
 from training import config, monitor
@@ -52,12 +53,12 @@ class Study:
     grids: dict[str, list[Settings]]  # without what all share
     probe: Settings = field(default_factory=dict)
 
-    @property
+    @cached_property
     def runs(self) -> list[Settings]:
         """Every run once, however many grids hold it."""
         return list({name_of(s): s for grid in self.grids.values() for s in grid}.values())
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
         """What varies, in the order of the file."""
         return list(dict.fromkeys(key for run in self.runs for key in run))
@@ -187,41 +188,53 @@ def finished(study: Study, out: Path) -> dict[str, Settings]:
     if missing or any(row["shared"] != study.shared for row in rows):
         what = f"no column {missing[0]!r}" if missing else "rows made with other shared settings"
         raise UserError(f"{out}: {what}: of another study, or of an earlier state of it; move it away, or give --out")
-    return {name_of({c: row[c] for c in study.columns if row[c] != ""}): row for row in rows}
+    return {run_of(study, row): row for row in rows}
+
+
+def run_of(study: Study, row: Settings) -> str:
+    """The name of the run that a row of a CSV is of."""
+    return name_of({column: row[column] for column in study.columns if row[column] != ""})
 
 
 def write(study: Study, out: Path, rows: dict[str, Settings]) -> None:
     """All rows, in the order of the study, the file replaced at once."""
     order = [name_of(s) for s in study.runs]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*study.columns, *RESULTS], extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for name in sorted(rows, key=lambda n: order.index(n) if n in order else len(order)):
-        writer.writerow(rows[name])
+    names = sorted(rows, key=lambda n: order.index(n) if n in order else len(order))
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(text.getvalue())
-    os.replace(temporary, out)
+    files.write(out, table([*study.columns, *RESULTS], [rows[name] for name in names]))
+
+
+def table(columns: list[str], rows: list[Settings]) -> str:
+    """CSV with these columns of the rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def curves(study: Study, folder: Path, out: Path) -> None:
-    """The online probes of all runs that have some, in one CSV: held-out *training* images while training."""
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*study.columns, *CURVE], extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for settings in study.runs:
-            metrics = folder / study.name / name_of(settings) / "metrics.jsonl"
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
-            for row in (json.loads(line) for line in lines):
-                if "linear" in row:
-                    writer.writerow({**settings, **row, "views_seen": row["views"], "views": settings["views"]})
+    """The online probes of all runs that have some, in one CSV: held-out *training* images while training.
+
+    Curves that are there of runs whose folders are not (made elsewhere, or cleaned away) are kept.
+    """
+    lines: dict[str, list[Settings]] = {}
+    if out.exists():
+        for row in csv.DictReader(io.StringIO(out.read_text())):
+            lines.setdefault(run_of(study, row), []).append(row)
+    for settings in study.runs:
+        metrics = folder / study.name / name_of(settings) / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        if probes := [{**row, "views_seen": row["views"], **settings} for row in rows if "linear" in row]:
+            lines[name_of(settings)] = probes
+    if lines:
+        files.write(out, table([*study.columns, *CURVE], [row for rows in lines.values() for row in rows]))
 
 
 def main(path: Path, out: Path | None, folder: Path, jobs: int) -> int:
     study = read(path)
     out = out or Path("results") / f"{study.name}.csv"
     failed = run(study, out, folder, jobs)
-    if any((folder / study.name).glob("*/metrics.jsonl")):
-        curves(study, folder, out.with_suffix(".curves.csv"))
+    curves(study, folder, out.with_suffix(".curves.csv"))
     print(f"{out}: {len(finished(study, out))} of {len(study.runs)} rows", file=sys.stderr)
     return 1 if failed else 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from evaluation import encoder as encoders
 from evaluation import features, knn, linear
 from evaluation.metrics import score
 from model import backbone
-from pipeline import plan
+from pipeline import engines, files, plan
 from pipeline.engines.cpu import CPUEngine
+from pipeline.pool import cores
 from pipeline.store import Store
 from training import config, monitor
 
@@ -30,7 +30,7 @@ def work(probe: dict[str, Any], flags: list[str], settings: dict[str, Any], fold
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, cores() // jobs)
     torch.set_num_threads(threads)
     sys.argv = ["train.py", *flags, "--threads", str(threads), "--out", str(folder), "--resume"]
     print("python", *sys.argv, flush=True)
@@ -40,9 +40,7 @@ def work(probe: dict[str, Any], flags: list[str], settings: dict[str, Any], fold
             sys.exit(code)
         row = trained(folder)
     row |= scores(config.parse(sys.argv[1:]), folder, row != {}, threads, **probe)
-    temporary = folder / "row.tmp"
-    temporary.write_text(json.dumps(row) + "\n")
-    os.replace(temporary, folder / "row.json")
+    files.write(folder / "row.json", json.dumps(row) + "\n")
 
 
 def trained(folder: Path) -> dict[str, Any]:
@@ -59,11 +57,11 @@ def scores(
     """Top-1 of kNN (cosine, k = 20) and of a linear probe with BatchNorm, by one clean view of each image.
 
     held_out: the probe on a tenth of the training images, by which anything may be tuned; linear and knn: on the test
-    split, `images` of each split (0 = all).
+    split. `images`: of the training images, and half as many of the test split's (0 = all of both).
     """
     bank, test = Store(cfg.data, "train"), Store(cfg.data, "val")
     ids = [some(store, n) for store, n in ((bank, images), (test, images // 2))]
-    device = "cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"
+    device = engines.device_of(cfg.device)
     network = encoders.load(str(folder)) if is_trained else untrained(cfg, bank)
     embedded = []
     for store, chosen in zip((bank, test), ids):
@@ -76,11 +74,10 @@ def scores(
     classes = len(bank.classes)
     found = linear.sweep(x, y, queries, classes, bn=True, epochs=epochs, seed=cfg.seed)
     votes = knn.cosine_exp(x, y, queries, k=20, classes=classes)
-    environment = monitor.environment(torch.device(device))
+    environment = monitor.environment(device)
     return {
         "held_out": max(found.held_out), "linear": score(found.scores, truth).top1, "knn": score(votes, truth).top1,
         "machine": f"{environment['device']}, {threads} threads",
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 
 
