@@ -25,7 +25,7 @@ if ((${#missing[@]})); then
     say "installing system packages: ${missing[*]}"
     "${root[@]}" apt-get update -qq || say "apt-get update failed; trying with the lists that are here"
     for package in "${missing[@]}"; do # one by one: Ubuntu has no dataset-fashion-mnist, and that must not stop the rest
-      DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
+      "${root[@]}" env DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
         say "no package $package here"
     done
   else
@@ -35,7 +35,7 @@ if ((${#missing[@]})); then
 fi
 
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv || { say "run: apt-get install python3-venv"; exit 1; }
-pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check) # errors and nothing else
 say "installing Python packages (about 6 GB with torch's CUDA libraries; minutes)"
 "${pip[@]}" --upgrade pip setuptools wheel
 "${pip[@]}" -e '.[dali,dev]'
