@@ -9,19 +9,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
 
 from pipeline.codec import decode
+from pipeline.engines.memory import Memory
 from pipeline.engines.pixels import render
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
-
-SPARE = 4  # finished batches whose memory is kept for the next
 
 
 class CPUEngine:
@@ -39,7 +36,7 @@ class CPUEngine:
         self.decoded = 0
         self.seconds = {"read": 0.0, "decode": 0.0, "render": 0.0}
         self._lock = threading.Lock()
-        self._spare: deque[np.ndarray] = deque(maxlen=SPARE)
+        self._memory = Memory()
         self._pool = ThreadPoolExecutor(self.threads, "views")
 
     def __call__(self, ids: np.ndarray, parameters: Parameters) -> list[torch.Tensor]:
@@ -62,21 +59,9 @@ class CPUEngine:
         return Pending(work, outputs, self.device)
 
     def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Memory for a batch: what an earlier batch, now forgotten, was in, because fresh pages cost a fifth of the work."""
         if self.device.type == "cuda":
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps and reuses pinned memory itself
-        memory = None
-        for _ in range(len(self._spare)):
-            spare = self._spare.popleft()
-            if spare.shape == shape:
-                memory = spare
-                break
-            self._spare.append(spare)
-        if memory is None:
-            memory = np.empty(shape, np.uint8)
-        lent = memory.view()  # the tensor keeps this alive; when the last tensor over it goes, the memory comes back
-        weakref.finalize(lent, self._spare.append, memory).atexit = False
-        return torch.from_numpy(lent)
+        return self._memory.empty(shape)
 
     def _images(self, ids: np.ndarray, rows: range, p: Parameters, outputs: list[np.ndarray]) -> None:
         spent = np.zeros(3)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.engines.cpu import cores, decoded
+from pipeline.engines.memory import Memory
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
 
@@ -42,6 +43,7 @@ class ResidentEngine:
         self.images = images.to(self.device)
         self.seconds = {"load": time.perf_counter() - begun, "render": 0.0}
         self._render = torch.compile(render) if self.device.type == "cuda" else render
+        self._memory = Memory()
         self._pool = _pool(threads or cores()) if self.device.type == "cpu" else None
 
     def _load(self, i: int, shape: tuple[int, int]) -> np.ndarray:
@@ -81,7 +83,7 @@ class ResidentEngine:
         if self._pool is None:
             output, work = self._render(self.images[which], numbers, size, *flags), []
         else:
-            output = torch.empty((len(which), size, size, 3), dtype=torch.uint8)
+            output = self._memory.empty((len(which), size, size, 3))
             chunk = max(1, CHUNK // max(size**2, self.images[0, 0].numel()))
             parts = zip(*(array.split(chunk) for array in (output, which, *numbers)))
             work = [self._pool.submit(self._fill, part, size, *flags) for part in parts]
