@@ -18,7 +18,7 @@ from pipeline.engines.memory import Memory
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
 
-CHUNK = 32 * 32 * 32  # pixels a call on the CPU: what is between two steps stays in cache and in memory that is reused
+CHUNK = 64 * 32 * 32  # pixels a call on the CPU: what is between two steps stays in cache, and calling costs little beside it
 
 
 class ResidentEngine:
