@@ -6,7 +6,6 @@ One process, or the same program under torchrun. Read from top to bottom: set up
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import math
@@ -30,6 +29,7 @@ from model import backbone, objective, projector
 from pipeline import engines, sheet, views
 from pipeline.errors import UserError, run
 from pipeline.loader import Loader, normalize
+from pipeline.machine import keep_memory
 from pipeline.plan import plan
 from pipeline.store import Corrupt, Store
 from training import checkpoint, config, estimate, monitor, optim, plots
@@ -263,14 +263,6 @@ def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
 def default_size(store: Store) -> int:
     """View side in pixels: the median short side of the images, at most 224."""
     return min(224, int(np.median(np.minimum(store.heights, store.widths))))
-
-
-def keep_memory() -> None:
-    """Let glibc keep the pages that a CPU step frees: mapping and zeroing them anew took a third of the step's CPU time."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: its largest value
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:

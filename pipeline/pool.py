@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 
 from pipeline.errors import UserError
+from pipeline.machine import cores, keep_memory
 
 shared: list = []  # one array of images, bytes, rejected, stop; the same memory in all processes
 
@@ -32,10 +33,6 @@ class Stopped(Exception):
 def check_stop() -> None:
     if shared[-1].get_obj()[3]:
         raise Stopped
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None, quiet: bool = False) -> dict:
@@ -80,11 +77,8 @@ def _as_completed(pending: set[Future], tick: Callable[[], None]) -> Iterator[Fu
 def _start_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the parent is killed
-        if hasattr(libc, "mallopt"):  # keep an image's memory for the next: giving it back costs a tenth of all time
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the parent is killed
+    keep_memory()
     if os.getppid() != parent:
         os._exit(1)
     import cv2

@@ -21,7 +21,7 @@ from pipeline import plan as plans
 from pipeline import remote
 from pipeline.errors import UserError
 from pipeline.loader import CATCH_UP
-from pipeline.pool import cores
+from pipeline.machine import cores
 from pipeline.store import Store
 
 

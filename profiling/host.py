@@ -12,6 +12,8 @@ import numpy as np
 import psutil
 import torch
 
+from pipeline.machine import cores
+
 LOAD_LIMIT = 0.05  # share of the cores that other processes may use in a run that is certified
 SPREAD_LIMIT = 0.05  # half the interval of the composed run's core-ms, over its median, in a run that is certified
 
@@ -43,11 +45,6 @@ def spent(call: Callable[[], object], device: torch.device) -> Spent:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Neighbours:

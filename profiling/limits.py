@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import remote
 from pipeline.errors import UserError
+from pipeline.machine import cores
 from pipeline.store import Store
-from profiling.host import cores, interval, spent
+from profiling.host import interval, spent
 from profiling.workload import Setup, Workload
 
 ALL_REDUCE_BYTES = 64 << 20

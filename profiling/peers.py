@@ -32,11 +32,11 @@ from pipeline import engines
 from pipeline.codec import decode
 from pipeline.engines import reference
 from pipeline.errors import UserError
+from pipeline.machine import cores
 from pipeline.store import Store
 from pipeline.views import Policy, parameters, policy
 from profiling import contenders
 from profiling.contenders import Setting
-from profiling.host import cores
 from training.monitor import environment
 
 PLAIN = {"jitter": 0, "grey": 0, "blur": 0}  # crop, flip and normalize: what the stock ffcv loader can do

@@ -18,10 +18,11 @@ import psutil
 import tyro
 
 from pipeline.errors import UserError
+from pipeline.machine import cores
 from profiling import expected, limits, page, runs, terminal, waterfall
 from profiling.ceilings import Ceilings, Cost
 from profiling.composed import Composed, trace
-from profiling.host import LOAD_LIMIT, SPREAD_LIMIT, Neighbours, cores
+from profiling.host import LOAD_LIMIT, SPREAD_LIMIT, Neighbours
 from profiling.sweep import Sweep
 from profiling.verdict import compare, sentence
 from profiling.workload import Setup, Workload, build

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from pipeline import engines, views
+from pipeline.machine import cores
 from profiling.composed import ENDLESS
-from profiling.host import cores, now, synchronize
+from profiling.host import now, synchronize
 from profiling.workload import Workload
 
 KNEE = 0.03  # a setting that is this close to the best one is as good, and the smallest such is recommended

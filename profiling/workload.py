@@ -17,6 +17,7 @@ from torch import Tensor
 from model import backbone, objective, projector
 from pipeline import engines, views
 from pipeline.loader import Loader, normalize
+from pipeline.machine import keep_memory
 from pipeline.plan import Plan, plan
 from pipeline.store import Store
 from pipeline.views import Parameters, Policy, parameters
@@ -155,7 +156,7 @@ class Workload:
 def build(setup: Setup, step_seconds: float) -> Workload:
     """Open the data, the engine and, unless the backbone is `none`, the model. On the CPU a step that would take longer
     than `step_seconds` is measured with fewer images."""
-    from train import default_size, keep_memory
+    from train import default_size
 
     torch.manual_seed(setup.seed)
     device = engines.device_of(setup.device)

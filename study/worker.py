@@ -19,7 +19,7 @@ from evaluation.metrics import score
 from model import backbone
 from pipeline import engines, files, plan
 from pipeline.engines.cpu import CPUEngine
-from pipeline.pool import cores
+from pipeline.machine import cores
 from pipeline.store import Store
 from training import config, monitor
 

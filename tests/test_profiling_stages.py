@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline import views
 from pipeline.engines import device_of
 from pipeline.errors import UserError
+from pipeline.machine import cores
 from pipeline.store import Store
 from profiling import ceilings, host, stages, terminal, verdict
 
@@ -117,7 +118,7 @@ def test_own_work_is_not_taken_for_others():
     before = host.busy_seconds()
     burn(time.time() + 1.0)
     elsewhere = (host.busy_seconds() - before) - (time.process_time() - begun)
-    assert neighbours.share() * host.cores() == pytest.approx(max(0.0, elsewhere), abs=0.15)
+    assert neighbours.share() * cores() == pytest.approx(max(0.0, elsewhere), abs=0.15)
 
 
 def test_repeats_that_disagree_are_not_certified():

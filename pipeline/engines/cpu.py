@@ -6,7 +6,6 @@ JPEGs are decoded at full size. Decoding at half the size needs every crop of a 
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 
 from pipeline.codec import decode
-from pipeline.engines.memory import Memory
 from pipeline.engines.pixels import render
+from pipeline.machine import Memory, cores
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
 
@@ -61,7 +60,7 @@ class CPUEngine:
     def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
         if self.device.type == "cuda":
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps and reuses pinned memory itself
-        return self._memory.empty(shape)
+        return torch.from_numpy(self._memory.empty(shape))
 
     def _images(self, ids: np.ndarray, rows: range, p: Parameters, outputs: list[np.ndarray]) -> None:
         spent = np.zeros(3)
@@ -108,9 +107,3 @@ def decoded(store: Store, i: int, payload: np.ndarray) -> np.ndarray:
         return decode(payload)
     except ValueError as error:
         raise Corrupt(i, store.key(i), str(error)) from None
-
-
-def cores() -> int:
-    """Cores that this process may use: its share of them where a launcher started several on this machine."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

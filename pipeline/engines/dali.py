@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
 
-from pipeline.engines.cpu import cores, decoded
+from pipeline.engines.cpu import decoded
 from pipeline.engines.pixels import finish
+from pipeline.machine import cores
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
 

@@ -13,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
-from pipeline.engines.cpu import cores, decoded
-from pipeline.engines.memory import Memory
+from pipeline.engines.cpu import decoded
+from pipeline.machine import Memory, cores, keep_memory
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
 
-CHUNK = 64 * 32 * 32  # pixels a call on the CPU: what is between two steps stays in cache, and calling costs little beside it
+CHUNK = 64 * 32 * 32  # pixels a call on the CPU: small enough for the cache, large enough that calling costs little
 
 
 class ResidentEngine:
@@ -43,8 +43,10 @@ class ResidentEngine:
         self.images = images.to(self.device)
         self.seconds = {"load": time.perf_counter() - begun, "render": 0.0}
         self._render = torch.compile(render) if self.device.type == "cuda" else render
-        self._memory = Memory()
-        self._pool = _pool(threads or cores()) if self.device.type == "cpu" else None
+        self._memory, self._pool = Memory(), None
+        if self.device.type == "cpu":
+            keep_memory()
+            self._pool = _pool(threads or cores())
 
     def _load(self, i: int, shape: tuple[int, int]) -> np.ndarray:
         try:
@@ -81,9 +83,9 @@ class ResidentEngine:
         arrays += [np.concatenate(array[group]) for array in (p.box, p.flip, p.color, p.sigma, p.solarize)]
         which, *numbers = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in arrays)
         if self._pool is None:
-            output, work = self._render(self.images[which], numbers, size, *flags), []
+            output, work = self._render(self.images.index_select(0, which), numbers, size, *flags), []
         else:
-            output = self._memory.empty((len(which), size, size, 3))
+            output = torch.from_numpy(self._memory.empty((len(which), size, size, 3)))
             chunk = max(1, CHUNK // max(size**2, self.images[0, 0].numel()))
             parts = zip(*(array.split(chunk) for array in (output, which, *numbers)))
             work = [self._pool.submit(self._fill, part, size, *flags) for part in parts]
@@ -92,7 +94,7 @@ class ResidentEngine:
     @torch.inference_mode()
     def _fill(self, part: tuple[torch.Tensor, ...], *options) -> None:
         output, which, *numbers = part
-        output.copy_(render(self.images[which], numbers, *options))
+        output.copy_(render(self.images.index_select(0, which), numbers, *options))
 
     def close(self) -> None:
         self.images = self.images[:0]
@@ -165,7 +167,7 @@ def triangle(start: torch.Tensor, length: torch.Tensor, mirror: torch.Tensor, n:
     pixel = torch.arange(n, device=start.device) - start
     pixel = torch.where((pixel >= 0) & (pixel < length), pixel.float(), torch.inf)  # no weight for what is outside
     support = scale.clamp_min(1)
-    weight = ((pixel / support)[..., None, :] - (center / support)[..., None]).abs_().neg_().add_(1).relu_()
+    weight = ((pixel / support)[..., None, :] - (center / support)[..., None]).abs_().sub_(1).clamp_max_(0)  # negated
     return weight.div_(weight.sum(-1, keepdim=True))
 
 
