@@ -26,6 +26,7 @@ import tyro
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from model import backbone, objective
 from model.projector import Projector
@@ -255,11 +256,13 @@ def free_bytes(device: torch.device) -> int:
 def run(tasks: list[Task], rounds: int, device: torch.device) -> None:
     """Peak memory and time in products of every task, then rounds over all of them; slow ones take part once."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of its every start otherwise
-    slow = [task for task in tasks if inspect(task, device) > SLOW_SECONDS]
-    for _ in range(rounds):
-        for task in tasks:
-            if task not in slow:
-                task.timed(device)
+    bar = partial(tqdm, leave=False, disable=None)  # no bar in a file
+    slow = [
+        task for task in bar(tasks, f"D = {tasks[0].dim}, memory and products") if inspect(task, device) > SLOW_SECONDS
+    ]
+    for n in range(rounds):
+        for task in bar([task for task in tasks if task not in slow], f"D = {tasks[0].dim}, round {n + 1} of {rounds}"):
+            task.timed(device)
 
 
 def inspect(task: Task, device: torch.device) -> float:

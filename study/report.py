@@ -232,9 +232,13 @@ def convergence(study: Study, rows: list[Row], table: Path, picture: Path) -> li
 def data(rows: list[Row], picture: Path) -> list[str]:
     """Views against images at an equal budget of views; the halves and quarters of the claim; error against time."""
     fractions, vs = values(rows, "fraction"), values(rows, "views")
+
+    def at(v: int, fraction: float) -> dict[int, float]:
+        return by_seed(rows, "linear", views=v, fraction=fraction)
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     for marker, v in zip(MARKERS, vs):
-        bars(left, fractions, [by_seed(rows, "linear", views=v, fraction=f) for f in fractions], f"V = {v}", marker)
+        bars(left, fractions, [at(v, f) for f in fractions], f"V = {v}", marker)
         mine = [r for r in rows if r["views"] == v]
         sizes = [12 + 40 * np.sqrt(r["fraction"] / fractions[-1]) for r in mine]
         errors = [100 - 100 * r["linear"] for r in mine]
@@ -246,7 +250,8 @@ def data(rows: list[Row], picture: Path) -> list[str]:
     right.set(xlabel="core-seconds of training", ylabel="error, %", title="Error against time (larger: more images)")
     right.legend()
     save(figure, picture)
-    table = [[f"{f:.2%}", *(cell(by_seed(rows, "linear", views=v, fraction=f)) for v in vs)] for f in fractions]
+
+    few, most = fractions[0], fractions[-1]
     text = [
         "### 4. More views replace data",
         "",
@@ -255,18 +260,29 @@ def data(rows: list[Row], picture: Path) -> list[str]:
         "Linear top-1 on the test split, %, at an equal budget of views (so equal time within the cost of claim 5: both controls "
         "in one), against the share of the images (down) and V (across):",
         "",
-        *markdown(["images", *(f"V = {v}" for v in vs)], table),
+        *markdown(
+            ["images", *(f"V = {v}" for v in vs)], [[f"{f:.2%}", *(cell(at(v, f)) for v in vs)] for f in fractions]
+        ),
     ]
     for v in vs[1:]:
         for f in fractions:
-            whole = by_seed(rows, "linear", views=vs[0], fraction=float(f * v / vs[0]))
-            part = by_seed(rows, "linear", views=v, fraction=float(f))
+            whole, part = at(vs[0], float(f * v / vs[0])), at(v, float(f))
             if whole and part:
                 text.append(
                     f"- V = {v} on {f:.2%} against V = {vs[0]} on {f * v / vs[0]:.2%}, within {POINT:g} point: "
                     + verdict(difference(part, whole), -POINT)
                 )
-    return [*text, ""]
+    gains = [[f"{f:.2%}", *(difference(at(v, f), at(vs[0], f)) or "-" for v in vs[1:])] for f in fractions]
+    return [
+        *text,
+        f"- What views have to replace: on {few:.2%} of the images instead of {most:.0%}, V = {vs[0]} changes by "
+        f"{difference(at(vs[0], few), at(vs[0], most)) or '-'} points. Where that is little, the lines above hold for want of "
+        "a loss.",
+        "",
+        f"Where the curves cross: points gained over V = {vs[0]} on the same images, at the same budget of views:",
+        "",
+        *markdown(["images", *(f"V = {v}" for v in vs[1:])], gains),
+    ]
 
 
 def equal_steps(fewer: list[Row], rows: list[Row]) -> list[str]:
