@@ -138,7 +138,8 @@ class Ceilings:
     def _planning(self, ids: np.ndarray) -> None:
         store, plan, step = self.work.store, self.work.plan, int(self.rng.integers(1000))
         self._repeat("index", lambda: (store.heights[ids], store.widths[ids], store.labels[ids]), len(ids))
-        self._repeat("plan", lambda: plan.batch(step), plan.global_batch)
+        # As the loader does: the batch to make, and the same number of ids for storage to fetch.
+        self._repeat("plan", lambda: (plan.batch(step), next(plan.reading(step, step + 1))), plan.global_batch)
         sizes, epochs = (np.asarray(store.heights[ids]), np.asarray(store.widths[ids])), np.zeros(len(ids), np.int64)
         seed, policy = self.work.setup.seed, self.work.policy
         drawing = lambda: workload.parameters(policy, seed, epochs, ids, *sizes)  # noqa: E731

@@ -88,7 +88,7 @@ def measure(args: Args, progress: Any = lambda text: None, extras: bool = True) 
     neighbours, begun = Neighbours(), time.perf_counter()
     cold = limits.disk(args) if extras else None
     opened = time.perf_counter()
-    work = build(args, max(0.03, args.seconds / 150))
+    work = build(args, max(0.06, args.seconds / 150))
     startup = {"imports_s": imported, "build_s": time.perf_counter() - opened}
     network = limits.all_reduce() if extras and work.training else None
     ceilings = Ceilings(work, args.seconds / 300)
