@@ -432,7 +432,10 @@ class Bucket:
         data = self.cache.read(self._name(piece), start % PIECE, length)
         self._count(data is not None, was_there)
         if data is None and piece not in self._announced and (not self._fits or self._alone[piece] < ALONE):
-            data = self.storage.read(self.shards[shard]["file"], start, start + length)
+            for _ in range(ALTERED):
+                data = self.storage.read(self.shards[shard]["file"], start, start + length)
+                if crc32(data) == self._rows["crc"][i]:
+                    break
             self._add(requests=1, bytes=length)
             self._alone[piece] += 1
         while data is None:
