@@ -67,7 +67,8 @@ def compare(baseline: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """Stage by stage against an earlier profile of the same workload.
 
     `rows`: the ratio of costs, whether it is more than chance (intervals apart, and more than `CHANGE`), and the images
-    a second that the earlier cost would bring. `culprit`: the slower stage whose undoing would bring most, or None.
+    a second that the earlier cost would bring, at the earlier profile's efficiency. `culprit`: the slower stage whose
+    undoing would bring most, or None.
     """
     costs, shape, observed = costs_of(report), shape_of(report), report["composed"]["images_per_s"]
     earlier = {row["name"]: row for row in baseline["stages"]}
@@ -84,9 +85,11 @@ def compare(baseline: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
         saved = expected.core_ms(costs, shape) - expected.core_ms(
             expected.scaled(costs, cost.name, back["factor"]), shape
         )
+        # Together stages lose more where one of them is slow; what the earlier profile lost is what there is to go back to.
+        rate = observed * back["gain"] * baseline["composed"]["efficiency"] / report["composed"]["efficiency"]
         rows.append({
             "stage": cost.name, "before_ms": before["core_ms"], "after_ms": cost.core_ms, "ratio": ratio,
-            "changed": bool(apart and abs(ratio - 1) > CHANGE), "images_per_s": back["images_per_s"], "gain": back["gain"],
+            "changed": bool(apart and abs(ratio - 1) > CHANGE), "images_per_s": rate, "gain": rate / observed,
             "core_gain": expected.core_ms(costs, shape) / max(1e-12, expected.core_ms(costs, shape) - saved),
             "core_ms_saved": saved,
         })  # fmt: skip
