@@ -127,7 +127,8 @@ STORY = """\
 - **Forward and backward took several times their CPU time** whenever the engine's threads, or any other process, were at
   work: idle OpenMP threads spin by default. train.py now sets `OMP_WAIT_POLICY=passive` before torch is loaded.
 - **Its own test found the profiler wrong**: slowing the plan cost twice what its ceiling said, because reading ahead plans
-  every batch once more. The ceiling now measures both. And steps of two images, cut down to save time, hid what the
+  every batch once more (the ceiling now measures both); the gain in images/s from undoing a slowdown ignored that stages
+  lose more together where one of them is slow; and steps of two images, cut down to save time, hid what the
   stages cost together: the test now runs whole batches."""
 
 
