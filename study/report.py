@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from study import claims, sweep
 from study.claims import Estimate, Row, by_seed, difference, estimate, values
@@ -55,10 +56,12 @@ def page(study: Study, path: Path, table: Path, pictures: Path) -> list[str]:
             text += convergence(study, rows["views"], table, pictures / f"{study.name}-convergence.png")
             text += data(rows["views"], pictures / f"{study.name}-data.png")
             text += equal_steps(rows.get("steps", []), rows["views"])
+            text += longer(rows.get("longer", []), rows["views"])
             text += costs(rows["views"])
         if rows.get("forms"):
             text += forms(rows["forms"])
-    return text
+    reading = path.with_suffix(".md")  # what a person makes of it
+    return [*text, "### What this says", "", reading.read_text().strip(), ""] if reading.exists() else text
 
 
 def check(study: Study, table: Path) -> list[str]:
@@ -131,6 +134,23 @@ def bars(axis: Any, x: list[float], found: list[dict[int, float]], label: str, m
     points = [(a, estimate(list(f.values()))) for a, f in zip(x, found) if f]
     half = [e.half if np.isfinite(e.half) else 0 for _, e in points]
     axis.errorbar([a for a, _ in points], [e.mean for _, e in points], half, marker=marker, capsize=3, label=label)
+
+
+def band(axis: Any, x: list[float], found: list[dict[int, float]], label: str, marker: str) -> None:
+    """As `bars`, for curves of many points: the interval is shaded."""
+    middle = [estimate(list(f.values())) for f in found]
+    (line,) = axis.plot(x, [e.mean for e in middle], marker=marker, label=label)
+    if all(np.isfinite(e.half) for e in middle):
+        axis.fill_between(
+            x, [e.low for e in middle], [e.high for e in middle], color=line.get_color(), alpha=0.12, lw=0
+        )
+
+
+def ticks(axis: Any) -> None:
+    """Plain numbers at 1, 2 and 5 on a logarithmic axis."""
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.minorticks_off()
 
 
 # --- claims 1 and 2
@@ -213,8 +233,9 @@ def convergence(study: Study, rows: list[Row], table: Path, picture: Path) -> li
             mine = [p for p in points if p["views"] == v]
             steps = values(mine, "step")
             x = [float(np.mean([p[key] for p in mine if p["step"] == s])) for s in steps]
-            bars(axis, x, [by_seed(mine, "linear", step=s) for s in steps], f"V = {v}", marker)
+            band(axis, x, [by_seed(mine, "linear", step=s) for s in steps], f"V = {v}", marker)
         axis.set(xlabel=label, xscale="log")
+        ticks(axis)
     axes[0].set(ylabel="online linear, % (held-out training)", title="3. More views, faster?")
     axes[0].legend()
     save(figure, picture)
@@ -246,6 +267,8 @@ def data(rows: list[Row], picture: Path) -> list[str]:
     left.set(
         xscale="log", xlabel="share of the training images", ylabel="linear, % (test)", title="4. Views against images"
     )
+    left.set_xticks(fractions, [f"{100 * f:g}%" for f in fractions])
+    left.minorticks_off()
     left.legend()
     right.set(xlabel="core-seconds of training", ylabel="error, %", title="Error against time (larger: more images)")
     right.legend()
@@ -300,6 +323,19 @@ def equal_steps(fewer: list[Row], rows: list[Row]) -> list[str]:
     ]
     text = "At equal epochs, the paper's comparison, a larger V sees more views and pays for them. Test split, %, all images:"
     return [text, "", *markdown(["equal", *(f"V = {v}" for v in vs)], body)]
+
+
+def longer(rows: list[Row], shorter: list[Row]) -> list[str]:
+    """What becomes of the difference between numbers of views on a few images when training goes on."""
+    if not rows:
+        return []
+    vs, few = values(rows, "views"), rows[0]["fraction"]
+    body = []
+    for budget in values([*shorter, *rows], "budget"):
+        found = [by_seed([*shorter, *rows], "linear", views=v, fraction=few, budget=budget) for v in vs]
+        body.append([f"{budget:,} views", *map(cell, found), difference(found[-1], found[0]) or "-"])
+    head = ["budget", *(f"V = {v}" for v in vs), f"V = {vs[-1]} over V = {vs[0]}"]
+    return [f"Training longer, on {few:.2%} of the images, test split, %:", "", *markdown(head, body)]
 
 
 def costs(rows: list[Row]) -> list[str]:

@@ -148,6 +148,17 @@ def test_the_page_says_what_a_planted_law_implies(tmp_path: Path):
     assert f"D = 64 loses: holds ({loss:.2f} ± 0.00)" in text
 
 
+def test_what_a_longer_training_does_to_the_difference():
+    def row(v: int, fraction: float, budget: int, seed: int, linear: float) -> claims.Row:
+        return {"views": v, "fraction": fraction, "budget": budget, "seed": seed, "linear": linear}
+
+    short = [row(v, f, 500, s, 0.3 + 0.01 * s - 0.01 * v) for v in (2, 8) for f in (0.1, 1.0) for s in (0, 1)]
+    long = [row(v, 0.1, 4000, s, 0.5 + 0.01 * s + 0.01 * v) for v in (2, 8) for s in (0, 1)]
+    text = "\n".join(report.longer(long, short))
+    assert "500 views | 28.50 ± 6.35 | 22.50 ± 6.35 | -6.00 ± 0.00" in text and "| 6.00 ± 0.00 |" in text
+    assert report.longer([], short) == []
+
+
 def test_a_verdict_needs_the_whole_interval():
     assert report.verdict(claims.Estimate(0.0, 0.5, 3), -1).startswith("holds")
     assert report.verdict(claims.Estimate(0.0, 2.0, 3), -1).startswith("undecided")
