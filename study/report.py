@@ -326,16 +326,17 @@ def equal_steps(fewer: list[Row], rows: list[Row]) -> list[str]:
 
 
 def longer(rows: list[Row], shorter: list[Row]) -> list[str]:
-    """What becomes of the difference between numbers of views on a few images when training goes on."""
+    """What becomes of the difference between numbers of views when training goes on."""
     if not rows:
         return []
-    vs, few = values(rows, "views"), rows[0]["fraction"]
-    body = []
-    for budget in values([*shorter, *rows], "budget"):
-        found = [by_seed([*shorter, *rows], "linear", views=v, fraction=few, budget=budget) for v in vs]
-        body.append([f"{budget:,} views", *map(cell, found), difference(found[-1], found[0]) or "-"])
-    head = ["budget", *(f"V = {v}" for v in vs), f"V = {vs[-1]} over V = {vs[0]}"]
-    return [f"Training longer, on {few:.2%} of the images, test split, %:", "", *markdown(head, body)]
+    vs, body = values(rows, "views"), []
+    for fraction in values(rows, "fraction"):
+        for budget in values([*shorter, *rows], "budget"):
+            found = [by_seed([*shorter, *rows], "linear", views=v, fraction=fraction, budget=budget) for v in vs]
+            gap = difference(found[-1], found[0]) or "-"
+            body.append([f"{100 * fraction:g}% of the images, {budget:,} views", *map(cell, found), gap])
+    head = ["training longer", *(f"V = {v}" for v in vs), f"V = {vs[-1]} over V = {vs[0]}"]
+    return ["Training longer, test split, %:", "", *markdown(head, body)]
 
 
 def costs(rows: list[Row]) -> list[str]:
