@@ -329,14 +329,20 @@ def longer(rows: list[Row], shorter: list[Row]) -> list[str]:
     """What becomes of the difference between numbers of views when training goes on."""
     if not rows:
         return []
-    vs, body = values(rows, "views"), []
-    for fraction in values(rows, "fraction"):
-        for budget in values([*shorter, *rows], "budget"):
-            found = [by_seed([*shorter, *rows], "linear", views=v, fraction=fraction, budget=budget) for v in vs]
-            gap = difference(found[-1], found[0]) or "-"
-            body.append([f"{100 * fraction:g}% of the images, {budget:,} views", *map(cell, found), gap])
+    every, vs, fractions = [*shorter, *rows], values(rows, "views"), values(rows, "fraction")
+    body, worth = [], []
+    for budget in values(every, "budget"):
+        found = {(f, v): by_seed(every, "linear", views=v, fraction=f, budget=budget) for f in fractions for v in vs}
+        for f in fractions:
+            gap = difference(found[f, vs[-1]], found[f, vs[0]]) or "-"
+            body.append([f"{budget:,} views, {100 * f:g}% of the images", *(cell(found[f, v]) for v in vs), gap])
+        for v in vs:
+            lost = difference(found[fractions[0], v], found[fractions[-1], v])
+            worth.append(
+                f"- {budget:,} views, V = {v}, {100 * fractions[0]:g}% of the images instead of all: {lost or '-'} points"
+            )
     head = ["training longer", *(f"V = {v}" for v in vs), f"V = {vs[-1]} over V = {vs[0]}"]
-    return ["Training longer, test split, %:", "", *markdown(head, body)]
+    return ["Training longer, test split, %:", "", *markdown(head, body), *(worth if len(fractions) > 1 else []), ""]
 
 
 def costs(rows: list[Row]) -> list[str]:
