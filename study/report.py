@@ -287,14 +287,7 @@ def data(rows: list[Row], picture: Path) -> list[str]:
             ["images", *(f"V = {v}" for v in vs)], [[f"{f:.2%}", *(cell(at(v, f)) for v in vs)] for f in fractions]
         ),
     ]
-    for v in vs[1:]:
-        for f in fractions:
-            whole, part = at(vs[0], float(f * v / vs[0])), at(v, float(f))
-            if whole and part:
-                text.append(
-                    f"- V = {v} on {f:.2%} against V = {vs[0]} on {f * v / vs[0]:.2%}, within {POINT:g} point: "
-                    + verdict(difference(part, whole), -POINT)
-                )
+    text += instead(rows)
     gains = [[f"{f:.2%}", *(difference(at(v, f), at(vs[0], f)) or "-" for v in vs[1:])] for f in fractions]
     return [
         *text,
@@ -306,6 +299,21 @@ def data(rows: list[Row], picture: Path) -> list[str]:
         "",
         *markdown(["images", *(f"V = {v}" for v in vs[1:])], gains),
     ]
+
+
+def instead(rows: list[Row]) -> list[str]:
+    """More views of fewer images, in proportion: at an equal budget of views, so at equal epochs too."""
+    vs, fractions, text = values(rows, "views"), values(rows, "fraction"), []
+    for v in vs[1:]:
+        for f in fractions:
+            whole = by_seed(rows, "linear", views=vs[0], fraction=float(f * v / vs[0]))
+            part = by_seed(rows, "linear", views=v, fraction=float(f))
+            if whole and part:
+                text.append(
+                    f"- V = {v} on {f:.2%} against V = {vs[0]} on {f * v / vs[0]:.2%}, within {POINT:g} point: "
+                    + verdict(difference(part, whole), -POINT)
+                )
+    return text
 
 
 def equal_steps(fewer: list[Row], rows: list[Row]) -> list[str]:
@@ -330,19 +338,21 @@ def longer(rows: list[Row], shorter: list[Row]) -> list[str]:
     if not rows:
         return []
     every, vs, fractions = [*shorter, *rows], values(rows, "views"), values(rows, "fraction")
-    body, worth = [], []
+    body, lines = [], []
     for budget in values(every, "budget"):
         found = {(f, v): by_seed(every, "linear", views=v, fraction=f, budget=budget) for f in fractions for v in vs}
-        for f in fractions:
+        for f in (f for f in fractions if any(found[f, v] for v in vs)):
             gap = difference(found[f, vs[-1]], found[f, vs[0]]) or "-"
             body.append([f"{budget:,} views, {100 * f:g}% of the images", *(cell(found[f, v]) for v in vs), gap])
         for v in vs:
             lost = difference(found[fractions[0], v], found[fractions[-1], v])
-            worth.append(
-                f"- {budget:,} views, V = {v}, {100 * fractions[0]:g}% of the images instead of all: {lost or '-'} points"
-            )
+            if lost:
+                lines.append(
+                    f"- {budget:,} views, V = {v}, {100 * fractions[0]:g}% of the images instead of all: {lost} points"
+                )
     head = ["training longer", *(f"V = {v}" for v in vs), f"V = {vs[-1]} over V = {vs[0]}"]
-    return ["Training longer, test split, %:", "", *markdown(head, body), *(worth if len(fractions) > 1 else []), ""]
+    lines = [*(lines if len(fractions) > 1 else []), *instead(rows)]
+    return ["Training longer, test split, %:", "", *markdown(head, body), *lines, ""]
 
 
 def costs(rows: list[Row]) -> list[str]:

@@ -155,11 +155,15 @@ def test_what_a_longer_training_does_to_the_difference():
     short = [row(v, f, 500, s, 0.3 + 0.01 * s - 0.01 * v) for v in (2, 8) for f in (0.1, 1.0) for s in (0, 1)]
     long = [row(v, 0.1, 4000, s, 0.5 + 0.01 * s + 0.01 * v) for v in (2, 8) for s in (0, 1)]
     text = "\n".join(report.longer(long, short))
-    assert (
-        "500 views, 10% of the images | 28.50 ± 6.35 | 22.50 ± 6.35 | -6.00 ± 0.00" in text
-        and "| 6.00 ± 0.00 |" in text
-    )
+    assert "500 views, 10% of the images | 28.50 ± 6.35 | 22.50 ± 6.35 | -6.00 ± 0.00" in text
+    assert "| 6.00 ± 0.00 |" in text and "instead" not in text
     assert report.longer([], short) == []
+
+    more = [row(2, 0.4, 4000, s, 0.6 + 0.01 * s) for s in (0, 1)]
+    text = "\n".join(report.longer([*long, *more], short))
+    assert "4,000 views, 40% of the images | 60.50 ± 6.35 | - | - |" in text and "500 views, 40%" not in text
+    assert "4,000 views, V = 2, 10% of the images instead of all: -8.00 ± 0.00 points" in text
+    assert "V = 8 on 10.00% against V = 2 on 40.00%, within 1 point: does not hold (-2.00 ± 0.00)" in text
 
 
 def test_a_verdict_needs_the_whole_interval():
