@@ -36,9 +36,16 @@ from training import checkpoint, config, estimate, monitor, optim, plots
 from training.config import Config
 from training.preemption import PREEMPTED, Stop
 from training.run import Run
-from training.step import Encoder, backward, backward_chunked, synchronize_batchnorm
+from training.step import (
+    Encoder,
+    RunningStatistics,
+    backward,
+    backward_chunked,
+    not_finite,
+    synchronize_batchnorm,
+)
 
-MAX_STREAK = 10  # non-finite losses in a row
+MAX_STREAK = 10  # skipped steps in a row
 
 
 def main() -> int:
@@ -46,7 +53,9 @@ def main() -> int:
     world, rank, device = start_processes(cfg)
     try:
         return train(cfg, world, rank, device)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not estimate.is_out_of_memory(error):
+            raise
         raise UserError(out_of_memory(cfg, world, device)) from error
     finally:
         gc.unfreeze()
@@ -55,13 +64,15 @@ def main() -> int:
 
 
 def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
+    stop = Stop(device)  # from here on, who asks to stop is answered after a step, with a checkpoint
     torch.manual_seed(cfg.seed)
     dtype, precision_reason = choose_precision(cfg.precision, device)
 
     # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
     store = Store(cfg.data)
     size = cfg.size or default_size(store)
-    policy = views.policy(cfg.policy, cfg.views, size, views.overrides(cfg.augment))
+    augment = views.overrides(cfg.augment)
+    policy = views.policy(cfg.policy, cfg.views, size, augment)
     order = plan(
         store.labels,
         seed=cfg.seed,
@@ -71,6 +82,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         batch=cfg.batch_size,
         order=cfg.order,
     )
+    if order.n < cfg.batch_size:
+        raise UserError(f"--batch-size {cfg.batch_size} is more than the {order.n} images there are to train on")
     engine, engine_reason = engines.create(cfg.engine, store, device, threads=cfg.threads)
     loader = Loader(store, order, policy, engine, seed=cfg.seed, prefetch=cfg.prefetch, max_bad=cfg.max_bad)
     steps = cfg.steps or order.steps(cfg.epochs)
@@ -79,15 +92,16 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     # model
     trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
     if cfg.init_from:
-        trunk.load_state_dict(backbone.load(cfg.init_from)[0].state_dict())
+        backbone.fill(trunk, cfg.backbone, cfg.init_from)
     head = projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
     encoder = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     synchronize_batchnorm(encoder, device)
     loss_of = objective.create(cfg.objective, **config.objective_options(cfg))
+    loss_text, loss_options = objective.describe(loss_of, cfg.projector_dim)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
 
-    # optimizer: the scaler does fp16's scaling and, with its scale held at 1, skips non-finite steps in any precision
-    # without a host sync
+    # optimizer: the scaler does fp16's scaling and, with its scale held at 1, skips non-finite steps in any precision;
+    # without a host sync, but for LARS, which is asked on the host
     peak, lr_reason = optim.learning_rate(cfg.optimizer, cfg.lr, cfg.batch_size)
     lr_at = optim.schedule(peak, steps, round(cfg.warmup * steps), cfg.final_lr)
     optimizer = optim.create(cfg.optimizer, encoder, peak, cfg.weight_decay)
@@ -107,7 +121,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         f"model      {cfg.backbone} on {device}, {precision_reason}; batch-norm statistics "
         + ("per view" if cfg.bn == "view" else "pooled over views"),
         f"projector  {projector.describe(trunk, head, size).removeprefix('projector ')}",
-        f"objective  {cfg.objective}, form {cfg.form}, beta {cfg.beta}",
+        f"objective  {cfg.objective}, {loss_text}",
         f"optimizer  {lr_reason}; {cfg.warmup:.0%} warm-up, cosine to {cfg.final_lr:g} of it",
         f"steps      {steps:,} of {cfg.batch_size} images x {policy.views} views = {seen / order.n:.4g} epochs, "
         f"{seen * policy.views / 1e6:.3g} M views, {world} process(es)",
@@ -121,7 +135,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
 
     # run directory and resume
     folder = cfg.out or Path("runs") / f"{cfg.data.name}-{cfg.objective}-v{cfg.views}-s{cfg.seed}"
-    identity = {**cfg.learned(), "data": store.fingerprint, "size": size, "steps": steps}
+    identity = {**cfg.learned(), "augment": augment, "data": store.fingerprint, "size": size, "steps": steps}
     state = open_run(cfg, folder, identity, rank)
     start, skipped = 0, torch.zeros((), dtype=torch.int64, device=device)
     if state:
@@ -139,7 +153,12 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         start=start, seconds=state["seconds"] if state else 0.0, core_seconds=state["core_seconds"] if state else 0.0,
     )  # fmt: skip
     if rank == 0:
-        config.save(cfg, folder / "config.json", size=size, out=str(folder), steps=steps, lr=peak, dataset=store.name)
+        config.save(
+            cfg, folder / "config.json",
+            size=size, out=str(folder), steps=steps, lr=peak, dataset=store.name, engine=engine.name, device=str(device),
+            precision=str(dtype).removeprefix("torch."), stem=backbone.resolve(cfg.backbone, cfg.stem, size),
+            augment=[f"{k}={json.dumps(v)}" for k, v in augment.items()], **loss_options,
+        )  # fmt: skip
         with contextlib.suppress(Corrupt):  # a damaged image is the loop's business, not the picture's
             path = folder / "plots" / "views.png"
             sheet.contact_sheet(
@@ -162,9 +181,9 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     gradients = partial(step_of, wrapped, objective=loss_of, scale=scaler.scale, autocast=autocast)
     final: Any = average.module.backbone if average else trunk  # what is probed and exported
     probe = online.Probe(store, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
-    stop = Stop(device)
+    statistics = RunningStatistics(encoder)
 
-    def save(step: int) -> None:
+    def save(step: int) -> bool:
         states: dict[str, Any] = {
             "encoder": encoder.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -177,11 +196,13 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
             checkpoint.save(folder / "checkpoints", states, keep_last=2, keep_every=cfg.keep_every)
         except OSError as error:
             log.say(f"warning: checkpoint of step {step} not written ({error.strerror}); the one before stays valid")
+            return False
+        return True
 
     # the loop
     encoder.train()
     streak = torch.zeros((), dtype=torch.int64, device=device)
-    step = start
+    step, saved = start, False
     gc.collect()
     gc.freeze()  # nothing made so far is garbage: the collector need not look at it again
     log.start_clock()
@@ -190,12 +211,13 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(batch.step)
         loss, z = gradients([normalize(v, store.mean, store.std, torch.float32) for v in batch.views])
+        bad = not_finite(loss.total, encoder)
+        statistics.settle(bad)
         scaler.step(optimizer)
         scaler.update(None if dtype is torch.float16 else 1.0)
         optimizer.zero_grad(set_to_none=True)
         if average:
             average.update_parameters(encoder)
-        bad = ~torch.isfinite(loss.total)
         skipped += bad
         streak = (streak + bad) * bad
 
@@ -204,14 +226,15 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
             log.log(step, loss, z, lr_at(batch.step), loader.timings, skipped)
             if int(streak) >= MAX_STREAK:
                 raise UserError(
-                    f"{int(streak)} non-finite losses in a row at step {step}: try a lower --lr, --precision fp32 or a longer"
-                    f" --warmup; the last good checkpoint is in {folder / 'checkpoints'}"
+                    f"{int(streak)} non-finite losses or gradients in a row at step {step}: try a lower --lr, --precision"
+                    f" fp32 or a longer --warmup; the last good checkpoint is in {folder / 'checkpoints'}"
                 )
         if probe and (step % eval_every == 0 or last):
             log.evaluate(step, probe, final, autocast)
         stopping = stop()
-        if rank == 0 and (step % cfg.save_every == 0 or last or stopping):
-            save(step)
+        due = step % cfg.save_every == 0 and not int(streak)  # in a streak the weights may be what is wrong
+        if rank == 0 and (due or last or stopping):
+            saved = save(step)
         if stopping:
             break
 
@@ -228,7 +251,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         log.say(f"{len(loader.bad)} unreadable image(s) were replaced; the first: {next(iter(loader.bad.values()))}")
     preempted = step < steps
     if preempted:
-        log.say(f"stopped by a signal; saved at step {step} of {steps}. Go on with --resume")
+        place = "saved at" if saved or rank else "not saved at"
+        log.say(f"stopped by a signal; {place} step {step} of {steps}. Go on with --resume")
         if dist.is_initialized():
             dist.barrier()  # launchers kill the others once one has left: not before rank 0 has saved
     engine.close()
@@ -299,20 +323,33 @@ def step_seconds(cost: estimate.Estimate, cfg: Config, policy: views.Policy, siz
 
 def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
     """What was asked for, what would fit by the estimate, and which flag to turn."""
-    size = cfg.size or 224
-    with contextlib.suppress(UserError):
-        store = Store(cfg.data)
-        size = cfg.size or default_size(store)
+    store = Store(cfg.data)
+    size = cfg.size or default_size(store)
+    policy = views.policy(cfg.policy, cfg.views, size, views.overrides(cfg.augment))
+    asked = f"out of memory with {policy.views} views x {cfg.batch_size // world} images x {size} px a process"
     trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
     head = projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
     gc.collect()
-    cost = estimate.trial(Encoder(trunk, head), size, torch.device("cpu"), contextlib.nullcontext)
+    try:
+        cost = estimate.trial(Encoder(trunk, head), size, torch.device("cpu"), contextlib.nullcontext)
+    except (MemoryError, RuntimeError):
+        return f"{asked}, and there is none even for a trial: a smaller --size or --backbone"
     rows = cost.rows_that_fit(int(0.9 * estimate.available_memory(device)))
-    return (
-        f"out of memory with {cfg.views} views x {cfg.batch_size // world} images x {size} px a process; by the fp32"
-        f" estimate {rows} rows fit: --batch-size {max(2, rows // cfg.views * world)}, or --bn view --view-chunk"
-        f" {max(1, rows * world // cfg.batch_size)}"
-    )
+    return f"{asked}; {what_fits(cfg, policy, size, world, rows)}"
+
+
+def what_fits(cfg: Config, policy: views.Policy, size: int, world: int, rows: int) -> str:
+    """Flags with which at most `rows` rows are in the graph on a rank: less than what was asked for, whatever the estimate."""
+    wanted = rows_in_graph(cfg, policy, size, world)
+    rows = min(rows, int(wanted / 2))  # it did not fit, so an estimate of more than that is wrong
+    batch = int(cfg.batch_size * rows / wanted) // world * world
+    ways = [f"--batch-size {batch}"] if batch >= max(2, world) else []
+    chunk = rows * world // cfg.batch_size
+    if 1 <= chunk < (cfg.view_chunk or policy.views):
+        ways.append(f"--bn view --view-chunk {chunk}")
+    if not ways:
+        return f"not even two images fit by the fp32 estimate ({rows} rows): a smaller --size, --views or --backbone"
+    return f"by the fp32 estimate {rows} rows fit: {', or '.join(ways)}"
 
 
 def open_run(cfg: Config, folder: Path, identity: dict[str, Any], rank: int) -> dict[str, Any] | None:

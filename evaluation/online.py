@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from evaluation import knn, label_free, linear
-from pipeline import views
 from pipeline.engines.cpu import CPUEngine
-from pipeline.loader import normalize
+from pipeline.loader import clean_views, normalize
 from pipeline.store import Store
 
 BANK, QUERIES = 4000, 1000
@@ -33,22 +32,26 @@ class Probe:
         affordable = PIXEL_BUDGET // (3 * size * size)
         n = min(BANK + QUERIES, len(store), affordable)
         ids = np.random.Generator(np.random.Philox(key=seed)).permutation(len(store))[:n]
+        engine = CPUEngine(store)
+        found = [clean_views(store, engine, size, ids[i : i + 256]) for i in range(0, n, 256)]
+        engine.close()
+        self.pixels = [pixels for _, pixels in found]
+        ids = np.concatenate([readable for readable, _ in found])
         self.labels = torch.from_numpy(store.labels[ids])
+        n = len(ids)
         self.bank = n * BANK // (BANK + QUERIES)
         self.classes = len(store.classes)
         self.labelled = bool((self.labels >= 0).all()) and self.classes > 1 and self.bank >= 20
         self.mean, self.std = store.mean, store.std
         self.text = f"{self.bank} training images as bank, {n - self.bank} as queries"
         self.eigenvalues: np.ndarray | None = None
-        engine = CPUEngine(store)
-        parts = [ids[i : i + 256] for i in range(0, n, 256)]
-        sizes = [(store.heights[p], store.widths[p]) for p in parts]
-        self.pixels = [engine(p, views.clean(size, *hw))[0][0] for p, hw in zip(parts, sizes)]
-        engine.close()
 
     @torch.no_grad()
     def __call__(self, backbone: nn.Module, autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
-        """{"knn": …, "linear": …} as shares of 1; empty without labels. Also leaves the features' `eigenvalues`."""
+        """{"knn": …, "linear": …} as shares of 1; empty without labels. Also leaves the features' `eigenvalues`.
+
+        Where features are not finite there are neither scores nor eigenvalues.
+        """
         device = next(backbone.parameters()).device
         training = backbone.training
         backbone.eval()
@@ -57,6 +60,9 @@ class Probe:
                 [backbone(normalize(p.to(device), self.mean, self.std, torch.float32)).float() for p in self.pixels]
             )
         backbone.train(training)
+        if not torch.isfinite(z).all():
+            self.eigenvalues = None
+            return {}
         self.eigenvalues = label_free.eigenspectrum(z).cpu().numpy()
         if not self.labelled:
             return {}

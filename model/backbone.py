@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -36,8 +36,11 @@ def names() -> list[str]:
 
 
 def check(name: str) -> None:
-    """UserError, with the nearest names, where there is no such backbone."""
+    """UserError where there is no such backbone to train, with the nearest names."""
     _family(name)
+    network, tag, _ = name.partition(".")
+    if tag:
+        raise UserError(f"{name} names trained weights; training starts from fresh ones, or --init-from: {network}")
 
 
 def create(name: str, *, image_size: int, stem: str = "auto") -> nn.Module:
@@ -46,7 +49,7 @@ def create(name: str, *, image_size: int, stem: str = "auto") -> nn.Module:
     stem: "small", "standard", or "auto", which is "small" up to 64 pixels where the backbone has one.
     UserError for an unknown name, and for a network that does not fit the image size.
     """
-    model = _build(name, image_size, _resolve(name, stem, image_size))
+    model = _build(name, image_size, resolve(name, stem, image_size))
     model.num_features = _features(model, name, image_size)
     return model
 
@@ -64,8 +67,8 @@ def _family(name: str) -> str:
     return {"resnet": "resnet", "vision_transformer": "vit", "deit": "vit"}.get(module, "other")
 
 
-def _resolve(name: str, stem: str, image_size: int) -> str:
-    """`stem` without "auto"."""
+def resolve(name: str, stem: str, image_size: int) -> str:
+    """`stem` without "auto". UserError where the backbone has no such stem."""
     if stem not in STEMS:
         raise UserError(nearest("stem", stem, STEMS))
     family = _family(name)
@@ -141,6 +144,8 @@ def _line(error: Exception) -> str:
 def save(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
     """Write weights as safetensors, atomically. `metadata` names at least `backbone`, `stem` and `image_size`.
 
+    UserError where they cannot be written.
+
     It goes into the file's header, with `num_features`; wrappers (DDP, torch.compile) leave no trace in the names.
     """
     if missing := {"backbone", "stem", "image_size"} - metadata.keys():
@@ -156,6 +161,10 @@ def save(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
         save_file(tensors, temporary, metadata={key: str(value) for key, value in header.items()})
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except SafetensorError as error:  # what a full disk is here
+        raise UserError(
+            f"{path} not written: {_line(error)}; with room there, the same command with --resume"
+        ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -190,10 +199,24 @@ def load(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
     return model.eval(), header
 
 
+def fill(model: nn.Module, name: str, path: str | Path) -> None:
+    """Load the weights at `path` into `model`, a backbone `name`. UserError where they are another network's."""
+    header = metadata(path)
+    if header["backbone"] != name:
+        raise UserError(f"{path} holds a {header['backbone']}, not a {name}: give --backbone {header['backbone']}")
+    try:
+        model.load_state_dict(load_file(locate(path)), strict=True)
+    except RuntimeError as error:
+        size = int(header["image_size"])
+        stem = resolve(name, header["stem"], size)
+        what = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} does not fit: it was trained at {size} px with stem {stem} ({what})") from error
+
+
 def timm_snippet(header: dict[str, str], path: str = "backbone.safetensors") -> str:
     """Lines of Python that load the weights at `path` into timm, strictly, with nothing of this project."""
     name, image_size = header["backbone"], int(header["image_size"])
-    kwargs = _kwargs(name, _resolve(name, header["stem"], image_size), image_size)
+    kwargs = _kwargs(name, resolve(name, header["stem"], image_size), image_size)
     arguments = "".join(f", {key}={value!r}" for key, value in kwargs.items())
     lines = ["import timm, torch", "from safetensors.torch import load_file"]
     lines.append(f"model = timm.create_model({_timm(name)[0]!r}, num_classes=0{arguments})")
@@ -205,7 +228,7 @@ def timm_snippet(header: dict[str, str], path: str = "backbone.safetensors") -> 
 def stem_lines(header: dict[str, str]) -> list[str]:
     """The lines that give a timm or torchvision ResNet `model` the small stem; none where it has the standard one."""
     name, image_size = header["backbone"], int(header["image_size"])
-    if _family(name) != "resnet" or _resolve(name, header["stem"], image_size) != "small":
+    if _family(name) != "resnet" or resolve(name, header["stem"], image_size) != "small":
         return []
     conv = _build(name, image_size, "small").conv1
     if isinstance(conv, nn.Sequential):

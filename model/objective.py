@@ -23,6 +23,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from inspect import signature
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -162,14 +164,20 @@ def _strength(beta: float | str, auto: float) -> float:
     return float(beta)
 
 
+def _collapses(beta: float, dim: int) -> str:
+    """What to tell about a `beta` on correlations that is past the known edge; empty where it is not."""
+    if beta * dim <= COLLAPSE_EDGE:
+        return ""
+    return (
+        f"beta * D = {beta * dim:.0f} is past {COLLAPSE_EDGE:.0f}, where embeddings are known to collapse; "
+        f"beta = {C / dim:.3g} is the default for D = {dim}"
+    )
+
+
 def _correlation_strength(beta: float | str, dim: int) -> float:
     value = _strength(beta, C / dim)
-    if value * dim > COLLAPSE_EDGE:
-        warnings.warn(
-            f"beta * D = {value * dim:.0f} is past {COLLAPSE_EDGE:.0f}, where embeddings are known to collapse; "
-            f"beta = {C / dim:.3g} is the default for D = {dim}",
-            stacklevel=3,
-        )
+    if text := _collapses(value, dim):
+        warnings.warn(text, stacklevel=3)
     return value
 
 
@@ -295,7 +303,7 @@ OBJECTIVES: dict[str, Callable[..., Loss]] = {f.__name__: f for f in (barlow, vi
 
 
 def create(name: str, **options: Any) -> Callable[..., Loss]:
-    """The objective `name` with its options bound: a function of `z` (V, B, D) and, optionally, `local` (V,).
+    """The objective `name` with its options bound: a function of `z` (V, B, D) and, by its name, `local` (V,).
 
     An option that is None keeps its default. UserError for an unknown objective, option or value, all at once.
     """
@@ -306,7 +314,23 @@ def create(name: str, **options: Any) -> Callable[..., Loss]:
     errors = [error for key, value in options.items() if (error := _invalid(function, key, value))]
     if errors:
         raise UserError("\n".join(errors))
-    return lambda z, local=None: function(z, local=local, **options)
+    return partial(function, **options)
+
+
+def describe(objective: Callable[..., Loss], dim: int) -> tuple[str, dict[str, Any]]:
+    """What `create` returned, with nothing left "auto" at `dim` dimensions: a text, and the options by name.
+
+    The text says where beta is past the known edge of collapse.
+    """
+    assert isinstance(objective, partial)
+    options = {k: p.default for k, p in signature(objective.func).parameters.items() if k not in ("z", "local")}
+    options |= objective.keywords
+    scaled = objective.func in (barlow, paper)
+    options["beta"] = _strength(options["beta"], C / dim if scaled else 1.0)
+    text = ", ".join(f"{key} {value:.4g}" if key == "beta" else f"{key} {value}" for key, value in options.items())
+    if scaled and (warning := _collapses(options["beta"], dim)):
+        text += f"; warning: {warning}"
+    return text, options
 
 
 def _invalid(function: Callable[..., Loss], key: str, value: Any) -> str | None:

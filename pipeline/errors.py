@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
+
+REFUSED = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)
 
 
 class UserError(Exception):
@@ -23,12 +36,19 @@ def nearest(kind: str, given: str, valid: Iterable[str]) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: 0 or its own code; 2 with one line an error for `UserError`; 130 for Ctrl-C."""
+    """Run a command's `main` and exit: 0 or its own code; 2 with one line an error for `UserError` and for what the system
+    refuses by the name of a file (no room, no permission, no such folder); 130 for Ctrl-C."""
     try:
         code = main() or 0
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

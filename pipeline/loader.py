@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
-from pipeline.plan import Plan, evaluation_batches
+from pipeline.plan import Plan
 from pipeline.store import Corrupt, Store
 from pipeline.views import Policy, clean, parameters
 
@@ -133,41 +133,17 @@ def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], 
     return rows.unflatten(-1, (width, 3)).movedim(-1, -3).to(dtype)
 
 
-def embed_batches(
-    store: Store, engine: Any, size: int, batch: int, world: int = 1, rank: int = 0, crop_ratio: float = 1.0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(ids (B,), labels (B,), views (B, 3, S, S) uint8) of the whole split in order, one centre view an image.
+def clean_views(store: Store, engine: Any, size: int, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+    """One centre view of each of these images: (ids (B,), views (B, 3, size, size) uint8).
 
-    The ranks' parts are contiguous. A sample that cannot be read is named on stderr and left out.
+    A sample that cannot be read is named on stderr and left out.
     """
-    waiting: deque = deque()
-
-    def submit(ids: np.ndarray) -> tuple:
-        return ids, engine.submit(ids, clean(size, store.heights[ids], store.widths[ids], crop_ratio))
-
-    try:
-        for ids in evaluation_batches(len(store), batch, world, rank):
-            store.prefetch(ids)
-            waiting.append(submit(ids))
-            if len(waiting) > 2:
-                yield from _embedded(store, submit, *waiting.popleft())
-        while waiting:
-            yield from _embedded(store, submit, *waiting.popleft())
-    finally:
-        for _, pending in waiting:
-            pending.cancel()
-
-
-def _embedded(store: Store, submit: Any, ids: np.ndarray, pending: Any) -> Iterator[tuple]:
-    while len(ids):
+    while True:
         try:
-            (views,) = pending.result()
+            (group,) = engine(ids, clean(size, store.heights[ids], store.widths[ids]))
+            return ids, group[0]
         except Corrupt as error:
-            pending.cancel()
             print(f"bad sample {error.key} ({error.reason}): left out", file=sys.stderr)
             ids = ids[ids != error.id]
-            if len(ids):
-                ids, pending = submit(ids)
-            continue
-        yield torch.from_numpy(ids), torch.from_numpy(np.asarray(store.labels[ids], np.int64)), views[0]
-        return
+            if not len(ids):
+                return ids, torch.empty(0, 3, size, size, dtype=torch.uint8)

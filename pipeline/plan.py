@@ -193,13 +193,6 @@ def shuffle_quality(order: np.ndarray) -> float:
     return float(np.abs(np.diff(place)).mean() / (len(order) / 3)) if len(order) > 1 else 1.0
 
 
-def evaluation_batches(n: int, batch: int, world: int = 1, rank: int = 0) -> Iterator[np.ndarray]:
-    """Ids in order, every id once over all ranks; a rank's part is contiguous and its last batch may be short."""
-    end = n * (rank + 1) // world
-    for first in range(n * rank // world, end, batch):
-        yield np.arange(first, min(first + batch, end), dtype=np.int64)
-
-
 @njit(cache=True, nogil=True)
 def _shuffled(n, seed, epoch, stream, part=0):
     """Fisher-Yates on 0..n-1 with Philox: uniform, and the same in every version of every library."""

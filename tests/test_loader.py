@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -20,7 +21,7 @@ from pictures import class_folders
 from pipeline import engines, shards
 from pipeline.engines.cpu import CPUEngine
 from pipeline.errors import UserError
-from pipeline.loader import Loader, embed_batches, normalize
+from pipeline.loader import Loader, clean_views, normalize
 from pipeline.plan import plan
 from pipeline.store import Store
 from pipeline.views import policy
@@ -142,23 +143,18 @@ def test_too_many_bad_samples_stop_with_a_message(photos, tmp_path):
     made.engine.close()
 
 
-def test_embedding_takes_every_image_once_in_order(photos, tmp_path, capfd):
-    store = Store(photos)
-    engine = CPUEngine(store, threads=2)
-    whole = list(embed_batches(store, engine, 24, 7))
-    assert [len(ids) for ids, _, _ in whole] == [7, 7, 6]
-    assert torch.cat([ids for ids, _, _ in whole]).tolist() == list(range(20))
-    assert whole[0][2].shape == (7, 3, 24, 24)
-    parts = [torch.cat([v for _, _, v in embed_batches(store, engine, 24, 7, 3, r)]) for r in range(3)]
-    assert torch.equal(torch.cat(parts), torch.cat([v for _, _, v in whole]))
-    engine.close()
-    bad = damaged(photos, tmp_path / "x", [3])
-    engine = CPUEngine(bad, threads=2)
-    assert torch.cat([ids for ids, _, _ in embed_batches(bad, engine, 24, 7)]).tolist() == [
-        i for i in range(20) if i != 3
-    ]
+def test_clean_views_leave_out_what_cannot_be_read(photos, tmp_path, capfd):
+    store, bad = Store(photos), damaged(photos, tmp_path / "x", [3])
+    engine, other = CPUEngine(store, threads=2), CPUEngine(bad, threads=2)
+    ids, views = clean_views(store, engine, 24, np.arange(2, 9))
+    assert ids.tolist() == list(range(2, 9)) and views.shape == (7, 3, 24, 24) and views.dtype == torch.uint8
+    left, rest = clean_views(bad, other, 24, ids)
+    assert left.tolist() == [2, 4, 5, 6, 7, 8] and torch.equal(rest, views[ids != 3])
     assert "left out" in capfd.readouterr().err
+    none, empty = clean_views(bad, other, 24, np.array([3]))
+    assert len(none) == 0 and empty.shape == (0, 3, 24, 24)
     engine.close()
+    other.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

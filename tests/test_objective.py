@@ -498,7 +498,7 @@ def test_create_binds_options_and_none_keeps_the_default():
         z, form="cross", beta=0.1
     )
     local = torch.tensor([False, False, True, True])
-    assert objective.create("vicreg", form="pooled")(z, local) == objective.vicreg(z, form="pooled", local=local)
+    assert objective.create("vicreg", form="pooled")(z, local=local) == objective.vicreg(z, form="pooled", local=local)
 
 
 def test_create_names_every_mistake_at_once():
@@ -508,3 +508,15 @@ def test_create_names_every_mistake_at_once():
         objective.create("vicreg", form="mean", standardize="view", beta=float("nan"))
     lines = str(caught.value).splitlines()
     assert len(lines) == 3 and all(word in str(caught.value) for word in ("'mean'", "'standardize'", "beta"))
+
+
+def test_described_is_what_runs():
+    z = views(4, 16, 8, 0)
+    for name, options in (("barlow", {"form": "cross"}), ("vicreg", {}), ("spectral", {"beta": 0.5}), ("paper", {})):
+        made = objective.create(name, **options)
+        text, resolved = objective.describe(made, 8)
+        assert "auto" not in text and "auto" not in resolved.values() and "warning" not in text
+        assert objective.OBJECTIVES[name](z, **resolved) == made(z)
+    assert objective.describe(objective.create("barlow"), 8)[0] == "beta 0.375, form mean, standardize view"
+    assert "beta * D = 80 is past 50" in objective.describe(objective.create("paper", beta=10), 8)[0]
+    assert "warning" not in objective.describe(objective.create("vicreg", beta=10), 8)[0]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -48,5 +49,13 @@ def test_collapse_measures():
     line, _ = online.collapse(torch.randn(100, 1) * torch.ones(1, 16))
     assert line == pytest.approx(1, abs=1e-3)
     point, spread = online.collapse(torch.ones(10, 4))
-    assert spread == 0 and point == pytest.approx(1, abs=4)
-    assert online.collapse(torch.full((4, 2), float("nan")))[0] != online.collapse(torch.full((4, 2), float("nan")))[0]
+    assert spread == 0 and point == pytest.approx(1, abs=1e-3)
+    assert math.isnan(online.collapse(torch.full((4, 2), float("nan")))[0])
+
+
+def test_features_that_are_not_finite_are_not_scored(digits):
+    probe = online.Probe(Store(digits), 8, seed=0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(192))
+    assert probe(model, contextlib.nullcontext) and probe.eigenvalues is not None
+    torch.nn.init.constant_(model[1].weight, float("nan"))
+    assert probe(model, contextlib.nullcontext) == {} and probe.eigenvalues is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline import plan as module
 from pipeline.errors import UserError
-from pipeline.plan import evaluation_batches, permutation, plan, shuffle_quality
+from pipeline.plan import permutation, plan, shuffle_quality
 
 numbers = st.integers(1, 60)
 
@@ -136,14 +136,6 @@ def test_four_hundred_million_samples_in_blocks_cost_nothing():
     assert found[1][1].tolist().count(1) and found[2][1][0] == 8 and max(ids.max() for ids, _ in found) < 4e8
     assert peak < 50e6, f"{peak / 1e6:.0f} MB"
     assert seconds < 2, f"{seconds:.2f} s"
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("n", [1, 7, 100])
-def test_evaluation_takes_every_id_once_in_order(n, world):
-    parts = [np.concatenate([*evaluation_batches(n, 8, world, r), np.empty(0, int)]) for r in range(world)]
-    assert np.array_equal(np.concatenate(parts), np.arange(n))
-    assert max(len(b) for r in range(world) for b in evaluation_batches(n, 8, world, r)) <= 8
 
 
 def test_the_order_says_how_well_it_mixes():

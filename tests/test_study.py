@@ -105,7 +105,7 @@ def test_a_failing_run_is_named_and_the_others_are_done(study: Path, tmp_path: P
     )
     done = subprocess.run(command(study, tmp_path, "--jobs", "2"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.count("FAILED") == 2, done.stdout + done.stderr
-    assert "--fraction must be in (0, 1], not 2.0" in done.stdout
+    assert "--fraction must be from 0 to 1, not 2.0" in done.stdout
     assert len(list(csv.DictReader((tmp_path / "tiny.csv").open()))) == 5
 
 

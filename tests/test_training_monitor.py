@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import resource
+import signal
 
 import pytest
 import torch
@@ -17,6 +19,26 @@ def test_metrics_are_cut_at_the_step_resumed_from(tmp_path):
     metrics.write({"step": 3, "loss": 30})
     metrics.close()
     assert [(r["step"], r["loss"]) for r in monitor.read_metrics(path)] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_lines_wait_for_a_full_disk_and_lose_nothing(tmp_path, capsys):
+    """A limit on the file's size cuts a write in the middle and fails the next, as a full disk does."""
+    file = monitor.Appended(tmp_path / "log.txt")
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lines = [f"line {i}" for i in range(10)]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+        for line in lines[:9]:
+            file.write(line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert (tmp_path / "log.txt").stat().st_size == 20  # two lines and a part
+    file.write(lines[9])
+    file.close()
+    assert (tmp_path / "log.txt").read_text().splitlines() == lines
+    assert capsys.readouterr().err.count("wait for room") == 1
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):

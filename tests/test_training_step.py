@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import socket
 from pathlib import Path
 
@@ -16,20 +17,23 @@ from torch import nn
 
 from model import backbone, objective
 from model.projector import Projector
+from pipeline.errors import UserError
 from training.step import (
     Encoder,
     GlobalBatchNorm,
+    RunningStatistics,
     backward,
     backward_chunked,
     embed,
     frozen_statistics,
+    not_finite,
     synchronize_batchnorm,
 )
 
 
-def encoder(dropout: float = 0.0) -> Encoder:
+def encoder(dropout: float = 0.0, network: str = "resnet10-narrow") -> Encoder:
     torch.manual_seed(0)
-    trunk = backbone.create("resnet10-narrow", image_size=16)
+    trunk = backbone.create(network, image_size=16)
     head = Projector(trunk.num_features, 8, 8)
     head.insert(3, nn.Dropout(dropout))
     return Encoder(trunk, head).double()
@@ -85,11 +89,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def one_rank(rank: int, world: int, port: int, rows: np.ndarray, per_view: bool, chunk: int, out: Path) -> None:
+def one_rank(
+    rank: int, world: int, port: int, rows: np.ndarray, per_view: bool, chunk: int, network: str, out: Path
+) -> None:
     torch.set_num_threads(1)
     x = torch.from_numpy(rows)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    model = encoder()
+    model = encoder(network=network)
     synchronize_batchnorm(model, torch.device("cpu"))
     assert any(isinstance(m, GlobalBatchNorm) for m in model.modules())
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -107,14 +113,23 @@ def one_rank(rank: int, world: int, port: int, rows: np.ndarray, per_view: bool,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "per_view", "chunk"), [(2, False, 0), (3, True, 0), (2, True, 1)])
-def test_ranks_equal_one_process_on_the_whole_batch(world, per_view, chunk, tmp_path):
+@pytest.mark.parametrize(
+    ("world", "per_view", "chunk", "network"),
+    [
+        (2, False, 0, "resnet10-narrow"),
+        (3, True, 0, "resnet10-narrow"),
+        (2, True, 1, "resnet10-narrow"),
+        (2, False, 0, "mobilenetv3_small_050"),  # batch-norms with the activation inside
+        (2, True, 1, "mobilenetv3_small_050"),
+    ],
+)
+def test_ranks_equal_one_process_on_the_whole_batch(world, per_view, chunk, network, tmp_path):
     torch.manual_seed(2)
     x = torch.randn(2, 12, 3, 16, 16, dtype=torch.float64)
-    single = encoder()
+    single = encoder(network=network)
     loss, _ = backward(single, [x], objective.create("barlow"), identity, per_view, contextlib.nullcontext)
     # Arrays and a file: nothing is shared with a process that ends.
-    mp.spawn(one_rank, (world, free_port(), x.numpy(), per_view, chunk, tmp_path / "made.npz"), nprocs=world)
+    mp.spawn(one_rank, (world, free_port(), x.numpy(), per_view, chunk, network, tmp_path / "made.npz"), nprocs=world)
     made = np.load(tmp_path / "made.npz")
     total, grad, stats = float(made["total"]), made["grad"], made["stats"]
     assert abs(total - float(loss.total.detach())) < 1e-10 * abs(total)
@@ -126,3 +141,63 @@ def test_global_batch_norm_without_ranks_is_left_alone():
     model = copy.deepcopy(encoder())
     assert synchronize_batchnorm(model, torch.device("cpu")) is model
     assert not any(isinstance(m, GlobalBatchNorm) for m in model.modules())
+
+
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("network", ["resnet10-narrow", "mobilenetv3_small_050"])
+def test_synchronized_networks_are_the_same_function(one_process_group, network, device):
+    """What several processes train is what one trains: torch's own conversion would drop timm's activations."""
+    model = encoder(network=network).eval()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    before, names = model(x), list(model.state_dict())
+    after = synchronize_batchnorm(model, torch.device(device))
+    torch.testing.assert_close(after(x), before, rtol=1e-12, atol=0)
+    assert list(after.state_dict()) == names
+    kind = GlobalBatchNorm if device == "cpu" else nn.SyncBatchNorm
+    norms = [m for m in after.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, kind) for m in norms)
+
+
+def test_an_unknown_batch_norm_is_refused_by_name(one_process_group):
+    class Own(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(UserError, match="0 is a Own"):
+        synchronize_batchnorm(nn.Sequential(Own(3)), torch.device("cpu"))
+
+
+def test_a_skipped_step_leaves_the_running_statistics():
+    model = encoder()
+    kept = RunningStatistics(model)
+    model(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    kept.settle(torch.tensor(False))
+    before = statistics(model)
+    model(torch.full((4, 3, 16, 16), math.inf, dtype=torch.float64))
+    assert statistics(model).isnan().any()
+    kept.settle(torch.tensor(True))
+    floats = [b for b in model.buffers() if b.is_floating_point()]
+    assert all(b.isfinite().all() for b in floats)
+    model(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    kept.settle(torch.tensor(False))
+    assert not torch.equal(statistics(model), before)
+    RunningStatistics(nn.Linear(2, 2)).settle(torch.tensor(True))
+
+
+def test_a_step_is_bad_by_its_loss_or_by_any_gradient():
+    layer = nn.Linear(2, 2)
+    for name, value, loss, bad in (
+        ("fine", 1.0, 1.0, False),
+        ("large", 1e30, 1.0, False),  # its square is not, in fp32
+        ("nan", math.nan, 1.0, True),
+        ("inf", -math.inf, 1.0, True),
+        ("loss", 1.0, math.inf, True),
+    ):
+        layer.weight.grad, layer.bias.grad = torch.ones(2, 2), torch.tensor([1.0, value])
+        assert bool(not_finite(torch.tensor(loss), layer)) is bad, name

@@ -46,7 +46,10 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here, none of which tells the user which file
-        raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({said}); remove it to go on from the one before"
+        ) from error
 
 
 def random_state() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,31 @@ CHOICES = {
     "engine": ("auto", "dali", "cpu", "resident"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "bf16", "fp16", "fp32"),
+}
+# Both ends are allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "views": (2, math.inf),
+    "batch_size": (2, math.inf),
+    "projector_dim": (2, math.inf),
+    "projector_hidden": (0, math.inf),
+    "size": (0, math.inf),
+    "epochs": (0, 1e9),
+    "steps": (0, math.inf),
+    "fraction": (0, 1),
+    "lr": (0, 1e30),
+    "final_lr": (0, 1e30),
+    "warmup": (0, 1),
+    "weight_decay": (0, 1e30),
+    "ema": (0, 1),
+    "max_bad": (0, 1),
+    "seed": (0, 2**63 - 1),
+    "threads": (0, math.inf),
+    "prefetch": (1, math.inf),
+    "view_chunk": (0, math.inf),
+    "log_every": (1, math.inf),
+    "save_every": (1, math.inf),
+    "keep_every": (0, math.inf),
+    "eval_every": (-1, math.inf),
 }
 SPEED = ["engine", "device", "precision", "compile", "threads", "prefetch", "view_chunk"]
 BOOKKEEPING = [
@@ -137,7 +163,7 @@ class Config:
     dry_run: bool = False
     """Print the plan with memory and time estimates, then stop."""
     log: tuple[str, ...] = ()
-    """Trackers: tensorboard, wandb, trackio."""
+    """Trackers, with commas or spaces between: tensorboard, wandb, trackio."""
     log_every: int = 50
     """Steps between metrics."""
     save_every: int = 1000
@@ -167,6 +193,7 @@ def parse(argv: list[str] | None = None) -> Config:
     for word in unknown:
         close = difflib.get_close_matches(word.split("=")[0], flags, n=3, cutoff=0.5)
         errors.append(f"unknown flag {word!r}" + (f"; nearest: {', '.join(close)}" if close else "; see --help"))
+    config.log = tuple(name for word in config.log for name in word.split(",") if name)
     errors += check(config)
     if errors:
         raise UserError("\n".join(errors))
@@ -184,19 +211,39 @@ def _with_preset(argv: list[str], errors: list[str]) -> Config:
             f"no preset file {path}; presets: {', '.join(sorted(str(p) for p in Path('presets').glob('*.yaml')))}"
         )
         return Config()
-    settings = yaml.safe_load(path.read_text()) or {}
-    types = {f.name: f.type for f in dataclasses.fields(Config)}
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = f"not YAML: {str(error).splitlines()[0]}"
+    if not isinstance(settings, dict):
+        errors.append(f"{path}: expected lines of `setting: value`, as in `views: 8`, not {str(settings)[:80]}")
+        return Config()
+    types = {f.name: str(f.type) for f in dataclasses.fields(Config)}
     known: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in types:
-            errors.append(f"{path}: {nearest('setting', key, types)}")
-        elif "Path" in str(types[key]):
-            known[key] = Path(value)
-        elif "tuple" in str(types[key]):
-            known[key] = tuple(str(v) for v in value)
-        else:
-            known[key] = {"str": str, "float": float, "int": int, "bool": bool}[str(types[key])](value)
+            errors.append(f"{path}: {nearest('setting', str(key), types)}")
+            continue
+        try:
+            known[key] = _typed(types[key], value)
+        except (TypeError, ValueError):
+            errors.append(f"{path}: {key}: {value!r} is not of type {types[key]}")
     return dataclasses.replace(Config(), **known)
+
+
+def _typed(kind: str, value: Any) -> Any:
+    """A value from YAML as the field's type; ValueError or TypeError where it is none (`"false"` is no bool, 4.7 no int)."""
+    if value is None or isinstance(value, dict):
+        raise TypeError(value)
+    if "tuple" in kind:
+        return tuple(str(v) for v in value) if isinstance(value, list) else tuple(str(value).split())
+    if isinstance(value, list) or isinstance(value, bool) != (kind == "bool"):
+        raise TypeError(value)
+    if "Path" in kind:
+        return Path(value)
+    if kind == "int" and int(value) != float(value):
+        raise ValueError(value)
+    return {"str": str, "float": float, "int": int, "bool": bool}[kind](value)
 
 
 def check(config: Config) -> list[str]:
@@ -206,21 +253,17 @@ def check(config: Config) -> list[str]:
         if getattr(config, name) not in valid:
             errors.append(f"--{name}: {nearest(name, getattr(config, name), valid)}")
     errors += [f"--log: {nearest('tracker', name, TRACKERS)}" for name in config.log if name not in TRACKERS]
-    for name, low in {
-        "views": 2,
-        "batch_size": 2,
-        "projector_dim": 2,
-        "log_every": 1,
-        "save_every": 1,
-        "prefetch": 1,
-    }.items():
-        if getattr(config, name) < low:
-            errors.append(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(config, name)}")
-    if not 0 < config.fraction <= 1:
-        errors.append(f"--fraction must be in (0, 1], not {config.fraction}")
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(config, name) <= high:  # nan is in no range
+            text = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            errors.append(f"--{name.replace('_', '-')} must be {text}, not {getattr(config, name)}")
+    if config.fraction == 0:
+        errors.append("--fraction must be above 0")
+    if config.ema == 1:
+        errors.append("--ema must be below 1: an average that never moves")
     if config.beta != "auto" and beta(config) is None:
         errors.append(f"--beta must be a number, a number like 5/D, or auto, not {config.beta!r}")
-    if config.epochs <= 0 and config.steps <= 0:
+    if config.epochs == 0 and config.steps == 0:
         errors.append("--epochs must be above 0 (or give --steps)")
     if config.view_chunk and config.bn != "view":
         errors.append("--view-chunk needs --bn view: statistics pooled over views cannot be cut into chunks exactly")

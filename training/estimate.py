@@ -65,6 +65,13 @@ def trial(
     return Estimate(rows, seconds / len(x), max(1, sum(saved.values()) // len(x)), 4 * weights)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this says that memory is lacking; on the CPU torch raises a plain RuntimeError with a text of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -10,17 +10,39 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
+from pipeline import files
 from pipeline.errors import UserError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
+class Appended:
+    """A text file that grows by whole lines, each on the disk at once; on a full disk they wait in memory, said once."""
+
+    def __init__(self, path: Path):
+        self.path, self.left, self.warned = path, b"", False
+        self.file = open(path, "ab", buffering=0)
+
+    def write(self, line: str) -> None:
+        self.left += line.encode() + b"\n"
+        try:
+            while self.left:
+                self.left = self.left[self.file.write(self.left) or 0 :]
+        except OSError as error:
+            if not self.warned:
+                print(f"warning: {self.path}: {error.strerror}; its lines wait for room", file=sys.stderr)
+            self.warned = True
+
+    def close(self) -> None:
+        self.file.close()
+
+
 class Metrics:
-    """metrics.jsonl: one JSON object a line, appended and flushed at once.
+    """metrics.jsonl: one JSON object a line.
 
     On resume the lines after `step` are cut off (the steps are taken again), so the file has no gap and no double.
     """
@@ -28,12 +50,11 @@ class Metrics:
     def __init__(self, path: Path, step: int):
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            path.write_text("".join(line + "\n" for line in kept))
-        self.file: TextIO = open(path, "a")
+            files.write(path, "".join(line + "\n" for line in kept))
+        self.file = Appended(path)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.file.write(json.dumps(row))
 
     def close(self) -> None:
         self.file.close()
@@ -55,15 +76,14 @@ class Console:
     """Messages to the terminal and log.txt; `live` rewrites one line on a terminal and prints plain lines elsewhere."""
 
     def __init__(self, path: Path | None, quiet: bool):
-        self.file = open(path, "a") if path else None
+        self.file = Appended(path) if path else None
         self.quiet = quiet
         self.tty = sys.stdout.isatty()
         self.open_line = False
 
     def say(self, text: str) -> None:
         if self.file:
-            self.file.write(text + "\n")
-            self.file.flush()
+            self.file.write(text)
         if not self.quiet:
             if self.open_line:
                 print()
@@ -74,8 +94,7 @@ class Console:
         if not self.tty:
             return self.say(text)
         if self.file:
-            self.file.write(text + "\n")
-            self.file.flush()
+            self.file.write(text)
         if not self.quiet:
             print("\r\x1b[2K" + text, end="", flush=True)
             self.open_line = True
@@ -90,7 +109,8 @@ class Console:
 class Tracker:
     """Thin adapters to experiment trackers, offline unless the user's own environment says otherwise."""
 
-    def __init__(self, names: tuple[str, ...], folder: Path, config: dict[str, Any]):
+    def __init__(self, names: tuple[str, ...], folder: Path, config: dict[str, Any], start: int = 0):
+        self.start = start  # the step gone on from
         self.sinks: list[Any] = []
         for name in names:
             try:
@@ -101,7 +121,7 @@ class Tracker:
     def _tensorboard(self, folder: Path, config: dict[str, Any]) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder / "tensorboard"))
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=self.start + 1 if self.start else None)
 
         def write(row: dict[str, Any]) -> None:
             for key, value in row.items():

@@ -47,7 +47,7 @@ class Run:
             (folder / "plots").mkdir(exist_ok=True)
             (folder / "env.json").write_text(json.dumps(monitor.environment(device), indent=2) + "\n")
             self.metrics = monitor.Metrics(folder / "metrics.jsonl", start)
-            self.tracker = monitor.Tracker(cfg.log, folder, to_json(cfg))
+            self.tracker = monitor.Tracker(cfg.log, folder, to_json(cfg), start)
         self.say = self.console.say
         self.alarmed = False
         self.before, self.began, self.paused = seconds, time.perf_counter(), 0.0
@@ -109,12 +109,14 @@ class Run:
             f"  {taken * self.views / elapsed:6.0f} views/s  data wait {wait:4.0%}  rank {rank:5.1f}  {peak / 2**30:.1f} GiB"
             f"  ETA {monitor.duration((self.steps - step) * elapsed / taken)}"
         )
-        self.watch_collapse(step, rank, spread)
+        self.watch_collapse(step, rank, spread, z.shape[1])
         self.last_time, self.last_step, self.last_wait = time.perf_counter(), step, timings["wait"]
 
-    def watch_collapse(self, step: int, rank: float, spread: float) -> None:
+    def watch_collapse(self, step: int, rank: float, spread: float, rows: int) -> None:
         """Say once, after the first tenth of the run, that the embeddings live on hardly any dimensions."""
-        if not self.alarmed and step > self.steps // 10 and (rank < min(4.0, 0.1 * self.dim) or spread < 1e-4):
+        # rows of one view on one rank bound the rank too; below 1.5 there is one direction, whatever the sizes
+        few = max(1.5, min(4.0, 0.1 * min(self.dim, rows)))
+        if not self.alarmed and step > self.steps // 10 and (rank < few or spread < 1e-4):
             self.alarmed = True
             self.say(
                 f"warning: collapse? effective rank {rank:.1f} of {self.dim} dimensions, median spread {spread:.1e}; "
@@ -131,10 +133,14 @@ class Run:
                 self.row(step, **scores)
                 text = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())
                 self.say(f"step {step}: {text} (online: {probe.text})")
-            plots.draw(self.folder)
-            if probe.eigenvalues is not None:
+            if probe.eigenvalues is None:
+                return self.say(f"step {step}: features are not finite: nothing to probe")
+            try:
+                plots.draw(self.folder)
                 path = self.folder / "plots" / "spectrum.png"
                 plots.spectrum(probe.eigenvalues, path, f"Eigenspectrum of the features at step {step}")
+            except OSError as error:
+                self.say(f"warning: plots not written ({error.strerror})")
 
     def close(self) -> None:
         if self.writes:

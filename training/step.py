@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
+import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from model.objective import Loss
+from pipeline.errors import UserError
 
 Objective = Callable[..., Loss]
 
@@ -156,13 +159,59 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
 
 
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """The same for timm's batch-norm with an activation inside (MobileNets, EfficientNets, RegNets, DenseNets)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))  # type: ignore[operator]
+
+
 def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Make every batch-norm compute its statistics over all ranks; parameter names stay. One process: unchanged."""
+    """`module` with every batch-norm computing its statistics over all ranks; parameter names stay. One process: unchanged.
+
+    UserError for a kind of batch-norm that would silently stay a rank's own.
+    """
     if not dist.is_initialized():
         return module
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for m in module.modules():
-        if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            m.__class__ = GlobalBatchNorm
+        return timm.layers.convert_sync_batchnorm(module)  # torch's own drops the activation that timm's norms hold
+    known = {
+        nn.BatchNorm1d: GlobalBatchNorm,
+        nn.BatchNorm2d: GlobalBatchNorm,
+        timm.layers.BatchNormAct2d: GlobalBatchNormAct,
+    }
+    for name, m in module.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            if type(m) not in known:
+                raise UserError(f"several processes: {name} is a {type(m).__name__}, whose statistics cannot be shared")
+            m.__class__ = known[type(m)]
     return module
+
+
+class RunningStatistics:
+    """The running statistics of a network's batch-norms, which a step that is skipped must not move.
+
+    The forward pass has moved them by the time that a loss or a gradient shows to be non-finite, and one NaN in a
+    running mean stays there for ever. Takes back without waiting for the device.
+    """
+
+    def __init__(self, module: nn.Module):
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.buffers = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+        self.kept = self._now() if self.buffers else None
+
+    def _now(self) -> Tensor:
+        return torch.cat(self.buffers)
+
+    @torch.no_grad()
+    def settle(self, skipped: Tensor) -> None:
+        """After a step: as they are, or where `skipped` (a bool scalar on the device) as they were after the last one."""
+        if self.kept is not None:
+            self.kept = torch.where(skipped, self.kept, self._now())
+            torch._foreach_copy_(self.buffers, list(self.kept.split([len(b) for b in self.buffers])))
+
+
+def not_finite(loss: Tensor, module: nn.Module) -> Tensor:
+    """Whether the loss or any gradient is infinite or NaN: a bool scalar on the device, nobody waits for it."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return ~(torch.isfinite(loss.detach()) & torch.isfinite(nn.utils.get_total_norm(gradients, math.inf)))
