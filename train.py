@@ -36,14 +36,7 @@ from training import checkpoint, config, estimate, monitor, optim, plots
 from training.config import Config
 from training.preemption import PREEMPTED, Stop
 from training.run import Run
-from training.step import (
-    Encoder,
-    RunningStatistics,
-    backward,
-    backward_chunked,
-    not_finite,
-    synchronize_batchnorm,
-)
+from training.step import Encoder, Update, backward, backward_chunked, synchronize_batchnorm
 
 MAX_STREAK = 10  # skipped steps in a row
 
@@ -100,12 +93,11 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     loss_text, loss_options = objective.describe(loss_of, cfg.projector_dim)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
 
-    # optimizer: the scaler does fp16's scaling and, with its scale held at 1, skips non-finite steps in any precision;
-    # without a host sync, but for LARS, which is asked on the host
+    # optimizer
     peak, lr_reason = optim.learning_rate(cfg.optimizer, cfg.lr, cfg.batch_size)
     lr_at = optim.schedule(peak, steps, round(cfg.warmup * steps), cfg.final_lr)
     optimizer = optim.create(cfg.optimizer, encoder, peak, cfg.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype is torch.float16 else 1.0)
+    update = Update(encoder, optimizer, dtype)
     average = torch.optim.swa_utils.AveragedModel(
         encoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema), use_buffers=True
     ) if cfg.ema else None  # fmt: skip
@@ -143,7 +135,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         skipped += state["skipped"]
         encoder.load_state_dict(state["encoder"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        update.load_state_dict(state["scaler"])
         if average:
             average.load_state_dict(state["average"])
         checkpoint.restore_random_state(state["random"])
@@ -178,16 +170,15 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         if cfg.view_chunk
         else partial(backward, per_view=cfg.bn == "view")
     )
-    gradients = partial(step_of, wrapped, objective=loss_of, scale=scaler.scale, autocast=autocast)
+    gradients = partial(step_of, wrapped, objective=loss_of, scale=update.scale, autocast=autocast)
     final: Any = average.module.backbone if average else trunk  # what is probed and exported
     probe = online.Probe(store, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
-    statistics = RunningStatistics(encoder)
 
     def save(step: int) -> bool:
         states: dict[str, Any] = {
             "encoder": encoder.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
+            "scaler": update.state_dict(),
         }
         states |= {"step": step, "skipped": int(skipped), "identity": identity}
         states |= {"seconds": log.seconds, "core_seconds": log.core_seconds}
@@ -211,11 +202,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(batch.step)
         loss, z = gradients([normalize(v, store.mean, store.std, torch.float32) for v in batch.views])
-        bad = not_finite(loss.total, encoder)
-        statistics.settle(bad)
-        scaler.step(optimizer)
-        scaler.update(None if dtype is torch.float16 else 1.0)
-        optimizer.zero_grad(set_to_none=True)
+        bad = update(loss.total)
         if average:
             average.update_parameters(encoder)
         skipped += bad

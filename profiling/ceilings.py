@@ -22,7 +22,7 @@ from pipeline.views import Parameters
 from profiling import workload
 from profiling.host import Spent, interval, now, spent, synchronize
 from profiling.workload import Training, Workload, draw
-from training.step import embed
+from training.step import embed, local_views
 
 SMALL_SECONDS = 0.002  # of a stage that is so short that it is repeated
 OPERATIONS = ("solarize", "blur", "color", "flip")  # taken away in this order
@@ -223,16 +223,18 @@ class Ceilings:
             with training.autocast():
                 return [embed(training.encoder, group, False) for group in groups]
 
-        def objective() -> None:
+        def objective() -> torch.Tensor:
             z = [one.detach().requires_grad_() for one in self.z]
-            training.scaler.scale(training.loss_of(z[0], z[1] if len(z) > 1 else None).total).backward()
+            loss = training.loss_of(torch.cat(z), local=local_views(self.made)).total
+            training.update.scale(loss).backward()
+            return loss
 
         groups = part("normalize", lambda: training.normalized(self.made))
         z = part("forward", forward)
         gradient = [torch.randn_like(one) for one in z]
         part("backward", lambda: torch.autograd.backward(z, gradient))
-        part("objective", objective)
-        part("optimizer", training.update)
+        loss = part("objective", objective)
+        part("optimizer", lambda: training.update(loss))
         return taken
 
 

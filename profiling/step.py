@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,11 @@ import tyro
 from model import backbone, objective, projector
 from pipeline import engines, views
 from pipeline.loader import Loader, normalize
+from pipeline.machine import keep_memory
 from pipeline.plan import plan
 from pipeline.store import Store
 from training import monitor, optim
-from training.step import Encoder, backward
+from training.step import Encoder, Update, backward
 
 
 @dataclass
@@ -69,13 +70,15 @@ def measure(args: Args) -> dict[str, Any]:
     device = engines.device_of(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
+    if device.type == "cpu":
+        keep_memory()  # as train.py
     torch.manual_seed(0)
     store = Store(args.data)
     trunk: Any = backbone.create(args.backbone, image_size=args.size)
     head = projector.Projector(trunk.num_features, args.projector_dim, args.projector_dim)
     encoder: Any = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optim.create("adamw", encoder, 1e-4, 1e-4)
-    scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
+    update = Update(encoder, optimizer, dtype)
     compiled: Any = torch.compile(encoder) if args.compile else None
     loss_of = objective.create("barlow")
     pixels = torch.randint(
@@ -97,10 +100,8 @@ def measure(args: Args) -> dict[str, Any]:
 
     def step(made: list[torch.Tensor], run: Any = encoder) -> None:
         groups = [normalize(v, store.mean, store.std, torch.float32) for v in made]
-        backward(run, groups, loss_of, scaler.scale, False, autocast)
-        scaler.step(optimizer)
-        scaler.update(1.0)
-        optimizer.zero_grad(set_to_none=True)
+        loss, _ = backward(run, groups, loss_of, update.scale, False, autocast)
+        update(loss.total)
 
     ways = {"bare": bare, "step": lambda: step([pixels]), "data": lambda: step(next(batches).views)}
     if compiled is not None:
@@ -129,8 +130,8 @@ def summary(times: list[tuple[float, float]], bare: list[tuple[float, float]]) -
     wall, core = (np.array([t[i] / b[i] for t, b in zip(times, bare)]) for i in (0, 1))
     again = np.median(np.random.default_rng(0).choice(wall, (2000, len(wall))), axis=1)
     return {
-        "ms": 1e3 * statistics.median(t[0] for t in times),
-        "core_ms": 1e3 * statistics.median(t[1] for t in times),
+        "ms": 1e3 * median(t[0] for t in times),
+        "core_ms": 1e3 * median(t[1] for t in times),
         "ratio": float(np.median(wall)),
         "interval": [float(x) for x in np.percentile(again, (2.5, 97.5))],
         "core_ratio": float(np.median(core)),

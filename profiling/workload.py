@@ -22,7 +22,7 @@ from pipeline.plan import Plan, plan
 from pipeline.store import Store
 from pipeline.views import Parameters, Policy, parameters
 from training import estimate, optim
-from training.step import Encoder, backward
+from training.step import Encoder, Update, backward
 
 
 @dataclass(kw_only=True)
@@ -83,8 +83,8 @@ class Training:
         self.dim = setup.projector_dim
         self.loss_of = objective.create(setup.objective)
         self.optimizer = optim.create(setup.optimizer, self.plain, 1e-4, 1e-4)
-        self.dtype, self.half = dtype, dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self.half else 1.0)
+        self.dtype = dtype
+        self.update = Update(self.plain, self.optimizer, dtype)
         self.autocast: Callable[[], AbstractContextManager] = partial(
             torch.autocast, device.type, dtype, enabled=dtype is not torch.float32
         )
@@ -94,17 +94,12 @@ class Training:
     def normalized(self, made: list[Tensor]) -> list[Tensor]:
         return [normalize(view, self.mean, self.std, torch.float32) for view in made]
 
-    def gradients(self, groups: list[Tensor]) -> None:
-        backward(self.encoder, groups, self.loss_of, self.scaler.scale, False, self.autocast)
-
-    def update(self) -> None:
-        self.scaler.step(self.optimizer)
-        self.scaler.update(None if self.half else 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
+    def gradients(self, groups: list[Tensor]) -> Tensor:
+        """Leaves gradients; the loss."""
+        return backward(self.encoder, groups, self.loss_of, self.update.scale, False, self.autocast)[0].total
 
     def step(self, made: list[Tensor]) -> None:
-        self.gradients(self.normalized(made))
-        self.update()
+        self.update(self.gradients(self.normalized(made)))
 
 
 @dataclass

@@ -194,6 +194,13 @@ def test_without_a_backbone_the_data_path_is_profiled(photos):
     assert terminal.composed(report)
 
 
+def test_local_crops_are_profiled_too(photos):
+    args = slowdowns.settings(photos, 1.0)
+    args.policy, args.views = "multicrop", 4
+    report = stages.measure(args, extras=False)
+    assert {"forward", "backward", "objective", "optimizer"} <= {row["name"] for row in report["stages"]}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what must be missing")
 @pytest.mark.parametrize("name", ["memory", "objective", "peers", "stages", "step", "trainer"])
 def test_a_gpu_that_is_not_there_is_one_line(photos, tmp_path, name):

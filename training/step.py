@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import timm
 import torch
@@ -209,6 +210,38 @@ class RunningStatistics:
         if self.kept is not None:
             self.kept = torch.where(skipped, self.kept, self._now())
             torch._foreach_copy_(self.buffers, list(self.kept.split([len(b) for b in self.buffers])))
+
+
+class Update:
+    """From gradients to weights, and not where the loss or a gradient is infinite or NaN: such a step leaves nothing behind.
+
+    torch's scaler does fp16's scaling and the skipping; in any other precision its scale is held at 1. Nobody waits for
+    the device, but for LARS, which the scaler asks on the host. `encoder` is the plain module, neither compiled nor DDP.
+    """
+
+    def __init__(self, encoder: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
+        self.encoder, self.optimizer, self.half = encoder, optimizer, dtype is torch.float16
+        device = next(encoder.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, init_scale=2.0**16 if self.half else 1.0)
+        self.scale = self.scaler.scale
+        self.statistics = RunningStatistics(encoder)
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """After the backward pass of `loss`. Whether the step was skipped: a bool scalar on the device."""
+        skipped = not_finite(loss, self.encoder)
+        self.statistics.settle(skipped)
+        self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.half else 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        return skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """To be called when the encoder's own state is there."""
+        self.scaler.load_state_dict(state)
+        self.statistics = RunningStatistics(self.encoder)
 
 
 def not_finite(loss: Tensor, module: nn.Module) -> Tensor:
