@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import EngFormatter, LogLocator
 
+from pipeline.errors import UserError
 from study import claims, sweep
 from study.claims import Estimate, Row, by_seed, difference, estimate, values
 from study.sweep import Study
@@ -26,6 +28,8 @@ MARKERS = "osD^v<>"
 
 
 def main(studies: list[Path], out: Path, must_hold: bool = False) -> int:
+    if missing := [path for path in studies if not path.is_file()]:
+        raise UserError(f"no study {missing[0]}")
     wrong: list[str] = []
     text = ["# The paper's claims, measured", "", (Path(__file__).parent / "paper.md").read_text().strip(), ""]
     for path in studies:
@@ -94,9 +98,11 @@ def setup(study: Study, path: Path, table: Path, done: int, total: int) -> list[
     commits, machines = (sorted({row[key] for row in rows}) for key in ("commit", "machine"))
     core = sum(float(row["core_seconds"] or 0) for row in rows) / 3600
     shared = ", ".join(f"{k} {v}" for k, v in study.train.items() if not k.endswith("every"))
+    before = baseline({"untrained": claims.rows_of(study, table, "untrained")})
     return [
         f"`python tools/sweep.py {path.as_posix()}`: {done} of {total} runs, {core:.1f} core-hours of training; commit "
-        f"{', '.join(commits)}; {', '.join(machines)}. All runs: {shared}.",
+        f"{', '.join(commits)}; {', '.join(machines)}. All runs: {shared}. The untrained network: "
+        f"{estimate(before) if before else 'not scored'} % linear.",
         "",
     ]
 
@@ -185,7 +191,7 @@ def projector(rows: list[Row], untrained: list[float], picture: Path) -> list[st
         xscale="log",
         xlabel="beta",
         ylabel="linear, % (held-out training)",
-        title=f"2. Best beta falls as D^{law.mean:.2f}",
+        title=f"2. Best beta ~ D^({law.mean:.2f} ± {law.half:.2f})",
     )
     right.legend()
     save(figure, picture)
@@ -193,7 +199,8 @@ def projector(rows: list[Row], untrained: list[float], picture: Path) -> list[st
     table = [[d, *(cell(by_seed(rows, "linear", projector_dim=d, c=float(x))) for x in cs)] for d in dims]
     small = [(d, difference(scaled[d], scaled[dims[-1]])) for d in dims if d <= 256 and d != dims[-1]]
     lost = difference(fixed[dims[-1]], fixed[dims[0]])
-    best = [[d, *(f"{claims.best_beta(rows, d, s):.4g}" for s in values(rows, "seed"))] for d in dims]
+    best = [[d, *(marked(rows, d, s, cs) for s in values(rows, "seed"))] for d in dims]
+    edges = sum(text.endswith("*") for line in best for text in line[1:])
     return [
         "### 1. Small projectors suffice",
         "",
@@ -209,9 +216,17 @@ def projector(rows: list[Row], untrained: list[float], picture: Path) -> list[st
         "### 2. The best beta falls as 1/D",
         "",
         *markdown(["D", *(f"best beta, seed {s}" for s in values(rows, "seed"))], best),
-        f"Slope of log beta* on log D: {law}. Claimed: within [-1.3, -0.7]; {within(law, -1.3, -0.7)}.",
+        f"Slope of log beta* on log D: {law}. Claimed: within [-1.3, -0.7]; {within(law, -1.3, -0.7)}."
+        + (f" {edges} best betas (*) lie at an edge of the grid: the optimum may be beyond it." if edges else ""),
         "",
     ]  # fmt: skip
+
+
+def marked(rows: list[Row], dim: int, seed: int, cs: list[float]) -> str:
+    """The best beta, with a star where it is the first or the last of the grid."""
+    beta = claims.best_beta(rows, dim, seed)
+    at_edge = any(math.isclose(beta * dim, c, rel_tol=1e-4) for c in (cs[0], cs[-1]))
+    return f"{beta:.4g}" + ("*" if at_edge else "")
 
 
 # --- claims 3, 4, 5
@@ -330,7 +345,10 @@ def equal_steps(fewer: list[Row], rows: list[Row]) -> list[str]:
         ["as many views", *(cell(by_seed(rows, "linear", views=v)) for v in vs)],
     ]
     text = "At equal epochs, the paper's comparison, a larger V sees more views and pays for them. Test split, %, all images:"
-    return [text, "", *markdown(["equal", *(f"V = {v}" for v in vs)], body)]
+    first = by_seed(same, "linear", views=vs[0])
+    gains = [f"- at equal steps V = {v} over V = {vs[0]}: {difference(by_seed(same, 'linear', views=v), first) or '-'} points"
+             for v in vs[1:]]  # fmt: skip
+    return [text, "", *markdown(["equal", *(f"V = {v}" for v in vs)], body), *gains, ""]
 
 
 def longer(rows: list[Row], shorter: list[Row]) -> list[str]:

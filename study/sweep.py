@@ -71,7 +71,14 @@ class Study:
 
 def read(path: Path) -> Study:
     """The study in a YAML file. `UserError` for unknown settings."""
-    content = yaml.safe_load(path.read_text())
+    if not path.is_file():
+        raise UserError(f"no study {path}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or not {"train", "grids"} <= content.keys():
+        raise UserError(f"{path}: a study has `train` and `grids`")
     unknown = set(content) - {"train", "probe", "grids"}
     if unknown:
         raise UserError(f"{path}: {nearest('part', unknown.pop(), ('train', 'probe', 'grids'))}")

@@ -83,7 +83,7 @@ def scores(
 
 def untrained(cfg: config.Config, store: Store) -> encoders.Encoder:
     """The architecture with random weights, as evaluation's baseline has it; calibrate it before use."""
-    size = cfg.size or train.default_size(store)
+    size = cfg.size or store.default_size()
     fresh = partial(backbone.create, cfg.backbone, image_size=size, stem=cfg.stem)
     (r, g, b), (dr, dg, db) = store.mean, store.std
     made = encoders.Encoder(fresh().eval(), fresh, "untrained", cfg.backbone, size, (r, g, b), (dr, dg, db))

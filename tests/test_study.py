@@ -148,6 +148,26 @@ def test_the_page_says_what_a_planted_law_implies(tmp_path: Path):
     assert f"D = 64 loses: holds ({loss:.2f} ± 0.00)" in text
 
 
+def test_a_best_beta_at_the_edge_of_the_grid_is_marked(tmp_path: Path):
+    text = "\n".join(report.projector(planted(c=7.0), [20.0], tmp_path / "x.png"))
+    assert "* |" not in text.split("### 2.")[1]
+    text = "\n".join(report.projector(planted(c=1000.0), [20.0], tmp_path / "x.png"))
+    assert "* |" in text.split("### 2.")[1] and "best betas (*) lie at an edge of the grid" in text
+
+
+@pytest.mark.parametrize("content", [None, "", "train: {}", "a: b: c"])
+def test_a_study_that_is_none_is_one_line(tmp_path: Path, content: str | None):
+    path = tmp_path / "study.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match="study"):
+        sweep.read(path)
+    if content is None:
+        with pytest.raises(UserError, match="no study"):
+            report.main([path], tmp_path / "page.md")
+        assert not (tmp_path / "page.md").exists()
+
+
 def test_what_a_longer_training_does_to_the_difference():
     def row(v: int, fraction: float, budget: int, seed: int, linear: float) -> claims.Row:
         return {"views": v, "fraction": fraction, "budget": budget, "seed": seed, "linear": linear}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark that runs on this machine, into results/. On 2 cores about an hour; nothing else should run meanwhile.
+# The comparisons and ceilings that any machine can measure, into results/ (studies and evaluations: results/README.md). On 2 cores about an hour; nothing else should run meanwhile.
 # PHOTOS: a folder of class folders of photos (default: what is in shards/photos). SMALL: shards of small images.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,4 +16,3 @@ $python tools/profile.py objective --views 2,4,8,16 --dim 256,2048,8192 --json r
 $python tools/theory.py
 $python tools/profile.py trainer --data "$small"
 $python tools/profile.py plan
-$python tools/profile.py stages --data shards/photos --views 8 --backbone resnet18 --out results/stages

@@ -36,7 +36,7 @@ fi
 
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv || { say "run: apt-get install python3-venv"; exit 1; }
 pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check) # errors and nothing else
-say "installing Python packages (about 6 GB with torch's CUDA libraries; minutes)"
+say "installing Python packages (about 7 GB with torch's CUDA libraries; minutes)"
 "${pip[@]}" --upgrade pip setuptools wheel
 "${pip[@]}" -e '.[dali,dev]'
 "${pip[@]}" -e '.[dev-bucket]' # afterwards: see pyproject.toml

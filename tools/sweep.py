@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
 
-from pipeline.errors import run
+from pipeline.errors import UserError, run
 from study import sweep
 
 
@@ -35,6 +35,8 @@ class Options:
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__)
+    if options.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {options.jobs}")
     return sweep.main(options.study, options.out, options.folder, options.jobs)
 
 
