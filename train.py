@@ -20,7 +20,6 @@ from typing import Any
 # neighbour's): with both at work a step took four times the CPU time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -63,7 +62,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
 
     # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
     store = Store(cfg.data)
-    size = cfg.size or default_size(store)
+    size = cfg.size or store.default_size()
     augment = views.overrides(cfg.augment)
     policy = views.policy(cfg.policy, cfg.views, size, augment)
     order = plan(
@@ -210,7 +209,9 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
 
         last = step == steps
         if step % cfg.log_every == 0 or last:
-            log.log(step, loss, z, lr_at(batch.step), loader.timings, skipped)
+            for found in gathered(loader.bad):
+                loader.learn(found)
+            log.log(step, loss, z, lr_at(batch.step), loader.timings, skipped, len(loader.bad))
             if int(streak) >= MAX_STREAK:
                 raise UserError(
                     f"{int(streak)} non-finite losses or gradients in a row at step {step}: try a lower --lr, --precision"
@@ -235,7 +236,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         log.say(f"trained in {monitor.duration(log.seconds)}: {weights}; load it in timm:")
         log.say(backbone.timm_snippet(about, str(weights)))
     if loader.bad:
-        log.say(f"{len(loader.bad)} unreadable image(s) were replaced; the first: {next(iter(loader.bad.values()))}")
+        log.say(f"{len(loader.bad)} unreadable image(s) were replaced: {', '.join(list(loader.bad.values())[:20])}")
     preempted = step < steps
     if preempted:
         place = "saved at" if saved or rank else "not saved at"
@@ -271,9 +272,13 @@ def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
     return world, rank, device
 
 
-def default_size(store: Store) -> int:
-    """View side in pixels: the median short side of the images, at most 224."""
-    return min(224, int(np.median(np.minimum(store.heights, store.widths))))
+def gathered(mine: Any) -> list[Any]:
+    """What each process has, by rank."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -311,7 +316,7 @@ def step_seconds(cost: estimate.Estimate, cfg: Config, policy: views.Policy, siz
 def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
     """What was asked for, what would fit by the estimate, and which flag to turn."""
     store = Store(cfg.data)
-    size = cfg.size or default_size(store)
+    size = cfg.size or store.default_size()
     policy = views.policy(cfg.policy, cfg.views, size, views.overrides(cfg.augment))
     asked = f"out of memory with {policy.views} views x {cfg.batch_size // world} images x {size} px a process"
     trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)

@@ -38,12 +38,13 @@ class Probe:
         self.pixels = [pixels for _, pixels in found]
         ids = np.concatenate([readable for readable, _ in found])
         self.labels = torch.from_numpy(store.labels[ids])
-        n = len(ids)
+        wanted, n = n, len(ids)
         self.bank = n * BANK // (BANK + QUERIES)
         self.classes = len(store.classes)
         self.labelled = bool((self.labels >= 0).all()) and self.classes > 1 and self.bank >= 20
         self.mean, self.std = store.mean, store.std
         self.text = f"{self.bank} training images as bank, {n - self.bank} as queries"
+        self.text += f", {wanted - n} unreadable left out" if wanted > n else ""
         self.eigenvalues: np.ndarray | None = None
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Multi-view objectives: functions of the projector's output `z`, shape (V, B, D), that never look at a pair of views.
+"""Multi-view objectives: functions of the projector's output `z`, shape (V, B, D). None needs to look at a pair of views.
 
 V views of B images, D dimensions. The theory is in "Harnessing small projectors and multiple views for efficient
 vision pretraining" (arXiv 2312.10725): its idealised loss pulls every view to the mean of its image's views, under
@@ -7,7 +7,7 @@ O(V B D), and the decorrelation is one D x D product.
 
 Every function computes in fp32 (fp64 where `z` is) whatever autocast is around it, and returns a `Loss` of scalars.
 
-    barlow    cross-correlation to the identity, equal to Barlow Twins (arXiv 2103.03230) at V = 2
+    barlow    cross-correlation to the identity: Barlow Twins (arXiv 2103.03230), whose form `pairs` it equals at V = 2
     vicreg    variance, invariance, covariance, equal to VICReg (arXiv 2105.04906) at V = 2
     spectral  the idealised loss itself, with the orthonormality constraint as a penalty
     paper     the paper's own biased estimator, for reproduction

@@ -34,8 +34,10 @@ class Loader:
     """The batches of a plan. The engine belongs to the caller, who closes it.
 
     A sample that cannot be read is replaced, for good, by the next one of the plan; it is named once on stderr and
-    kept in `bad` (id -> reason). More than `max_bad` (a share of the plan's samples) of them raise `UserError`.
-    `timings` are seconds so far: `wait` (the consumer waited for a batch), `parameters`, and the engine's own.
+    kept in `bad` (id -> its key and the reason). More than `max_bad` (a share of the plan's samples) of them raise
+    `UserError`; of several processes each counts what it has met, and what it was told of by `learn`.
+    `timings` are seconds so far: `wait` (the consumer waited for a batch), `parameters`, and the engine's own; and the
+    number of `batches`.
     """
 
     def __init__(
@@ -111,13 +113,19 @@ class Loader:
 
     def _quarantine(self, error: Corrupt) -> None:
         if error.id not in self.bad:
-            self.bad[error.id] = error.reason
             print(f"bad sample {error.key} ({error.reason}): replaced from now on", file=sys.stderr)
-        if len(self.bad) > min(self.max_bad * self.plan.n, self.plan.n - 1):  # at least one must be left
+        self.learn({error.id: f"{error.key} ({error.reason})"})
+
+    def learn(self, bad: dict[int, str]) -> None:
+        """Replace these samples too, which another process found; UserError above `max_bad`."""
+        self.bad |= bad
+        if len(self.bad) > self.max_bad * self.plan.n:
             raise UserError(
                 f"{self.store.name}: {len(self.bad)} bad samples are more than --max-bad {self.max_bad:g} of "
-                f"{self.plan.n}; the last one is {error.key} ({error.reason})"
+                f"{self.plan.n}; the last one is {list(self.bad.values())[-1]}"
             )
+        if len(self.bad) >= self.plan.n:
+            raise UserError(f"{self.store.name}: not one of {self.plan.n} samples can be read")
 
 
 def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
@@ -134,16 +142,12 @@ def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], 
 
 
 def clean_views(store: Store, engine: Any, size: int, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-    """One centre view of each of these images: (ids (B,), views (B, 3, size, size) uint8).
-
-    A sample that cannot be read is named on stderr and left out.
-    """
+    """One centre view of each of these images that can be read: (their ids (B,), views (B, 3, size, size) uint8)."""
     while True:
         try:
             (group,) = engine(ids, clean(size, store.heights[ids], store.widths[ids]))
             return ids, group[0]
         except Corrupt as error:
-            print(f"bad sample {error.key} ({error.reason}): left out", file=sys.stderr)
             ids = ids[ids != error.id]
             if not len(ids):
                 return ids, torch.empty(0, 3, size, size, dtype=torch.uint8)

@@ -19,7 +19,7 @@ GAP = 128 << 10  # bytes: reading over less than this is cheaper than another re
 REQUEST = 128 << 10  # bytes: the kernel cuts a longer read-ahead short without saying so
 
 
-class Corrupt(Exception):
+class Corrupt(UserError):
     """A record whose bytes are not those that were written."""
 
     def __init__(self, id: int, key: str, reason: str) -> None:
@@ -55,7 +55,7 @@ class Store:
         self._rows = self._read_index(part)
         self.labels, self.heights, self.widths = (self._rows[name] for name in ("label", "height", "width"))
         self.shard_of = self._rows["shard"]
-        self._maps: list[np.ndarray | None] = [None] * len(self.shards)
+        self._maps: list[tuple[mmap.mmap, np.ndarray] | None] = [None] * len(self.shards)
         self._lock = threading.Lock()
 
     def _check_shards(self, allow_damaged: bool) -> None:
@@ -130,27 +130,30 @@ class Store:
             raise Corrupt(i, self.key(i), self.damaged[shard])
         if self.bucket:
             return self.bucket.read(i)
-        data = self._maps[shard]
-        if data is None:
-            data = self._map(shard)
-        return data[start : start + int(self._rows["length"][i])]
+        mapped, data = self._maps[shard] or self._map(i, shard)
+        stop = start + int(self._rows["length"][i])
+        if mapped.size() < stop:  # of the file, not of the map; a map of what is no longer there would kill the process
+            raise Corrupt(i, self.key(i), f"{self.shards[shard]['file']} has been cut off since it was opened")
+        return data[start:stop]
 
-    def _map(self, shard: int) -> np.ndarray:
+    def _map(self, i: int, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         with self._lock:
-            found = self._maps[shard]
-            if found is None:
-                with open(self.path / self.shards[shard]["file"], "rb") as file:
-                    found = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-                self._maps[shard] = found
+            if (found := self._maps[shard]) is None:
+                try:
+                    with open(self.path / self.shards[shard]["file"], "rb") as file:
+                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except (OSError, ValueError) as error:  # removed, or emptied, after the shards were checked
+                    raise Corrupt(i, self.key(i), f"{self.shards[shard]['file']} cannot be read: {error}") from None
+                found = self._maps[shard] = mapped, np.frombuffer(mapped, np.uint8)
             return found
 
     def nbytes(self) -> int:
         """Bytes of all payloads."""
         return int(self._rows["length"].sum(dtype=np.int64))
 
-    def max_pixels(self) -> int:
-        """Pixels of the largest image."""
-        return int((self.heights.astype(np.int64) * self.widths).max())
+    def default_size(self) -> int:
+        """View side in pixels: the median short side of the images, at most 224."""
+        return min(224, int(np.median(np.minimum(self.heights, self.widths))))
 
     def close(self) -> None:
         """Forget the memory maps and stop fetching; payloads still held stay valid."""

@@ -119,11 +119,11 @@ def overrides(texts: Iterable[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         try:
             found = {key.strip(): yaml.safe_load(value)} if equals else yaml.safe_load(Path(text).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"view setting {text!r} is neither key=value nor a readable YAML file: {error}") from None
         if not isinstance(found, dict):
             raise UserError(f"{text}: expected lines of `key: value`, as in `hue: 0.1`")
-        result.update(found)
+        result.update({str(key): value for key, value in found.items()})
     return result
 
 
@@ -141,7 +141,7 @@ def _override(groups: list[Group], changes: dict[str, Any]) -> list[Group]:
             continue
         try:
             convert = _convert(field, value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             errors.append(f"view setting {key}={value!r} is not a number or a list of numbers as in {field}="
                           f"{getattr(groups[0], field)}")  # fmt: skip
             continue

@@ -59,8 +59,8 @@ Contender = Callable[[], int]
 
 
 @contextlib.contextmanager
-def ours(name: str, s: Setting, normalized: bool = False) -> Iterator[Contender]:
-    """This project's engine behind its loader."""
+def ours(name: str, s: Setting, normalized: bool = True) -> Iterator[Contender]:
+    """This project's engine behind its loader; as float32, or as the uint8 that the engine makes."""
     engine, _ = engines.create(name, s.store, s.device, threads=s.threads)
     order = plan(len(s.files), seed=0, batch=s.batch)  # of the first images
     loader = Loader(s.store, order, s.policy, engine, seed=0)

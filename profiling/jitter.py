@@ -282,7 +282,7 @@ def train(args: Args, store: Store, engine: ResidentEngine, val: Store, other: R
         views = torch.stack([_jittered(view, jitter, generator, args.strength) for view in views])
         z = head(network(normalize(views, store.mean, store.std, torch.float32))).unflatten(0, (2, -1))
         optimizer.zero_grad()
-        loss_of(z, None).total.backward()
+        loss_of(z).total.backward()
         optimizer.step()
     network.eval()
     bank = embed(network, store, engine, order.ids)

@@ -39,6 +39,8 @@ from profiling import contenders
 from profiling.contenders import Setting
 from training.monitor import environment
 
+# What a contender makes: float32 as a network takes it, the same of crop and flip alone, or uint8 as it goes to a GPU.
+FULL, SIMPLE, UINT8 = "", "crop+flip+normalize", ", uint8 out"
 PLAIN = {"jitter": 0, "grey": 0, "blur": 0}  # crop, flip and normalize: what the stock ffcv loader can do
 FIT_SECONDS, FIT_ROUNDS = 0.15, 5  # of core time at the least number of views; passes over the numbers of views
 PACKAGES = (
@@ -61,8 +63,8 @@ class Args:
     threads: int = cores()
     """Threads, or worker processes of the peers."""
     rounds: int = 3
-    work: int = 768
-    """Views a contender makes in a round; at least three batches of images, and 16 times as many of small ones."""
+    images: int = 384
+    """Photos a pass goes over, the same for every pipeline and number of views; five times as many of the small images."""
     only: str = ""
     """Contenders to take, by parts of their names; all if empty."""
     device: str = "cpu"
@@ -75,9 +77,14 @@ class Args:
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py peers")
     if args.table:
+        if not args.table.is_file():
+            raise UserError(f"--table {args.table}: no such file")
         print(markdown(json.loads(args.table.read_text())))
         return
     counts = _counts(args.views)
+    for name in ("rounds", "batch", "threads", "images", "size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     result: dict[str, Any] = {
         "command": "python tools/profile.py peers " + shlex.join(argv),
         "environment": environment(engines.device_of(args.device)),
@@ -88,6 +95,10 @@ def main(argv: list[str]) -> None:
         if path is not None:
             store = Store(path)
             side = size or int(store.heights[0])
+            if not size and side > engines.SMALL:
+                raise UserError(f"--small {path}: its images have {side} px, more than {engines.SMALL}")
+            if not chosen(args, side):
+                raise UserError(f"--only {args.only}: no pipeline here has that in its name")
             result["parity"] |= parity(args, store, name, side)
             for count in counts:
                 compare(args, store, name, side, count, result)
@@ -119,38 +130,37 @@ def _version(package: str) -> str | None:
         return None
 
 
-def chosen(args: Args, size: int) -> list[tuple[str, bool, Any]]:
-    """(name, on the plain policy, context manager to build it): ours first, as ratios are of those."""
-    ours, gpu = contenders.ours, args.device == "cuda"
-    small = size <= engines.SMALL
-    found: list[tuple[str, bool, Any]] = [("manyview cpu", False, partial(ours, "cpu"))]
-    if _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"):
-        found.append(("manyview dali", False, partial(ours, "dali")))
-    if small:
-        found.append(("manyview resident", False, partial(ours, "resident")))
+def chosen(args: Args, size: int) -> list[tuple[str, str, Any]]:
+    """(name, what it makes, context manager to build it): ours first, as ratios are of those, to peers that make the same."""
+    ours, gpu, small = contenders.ours, args.device == "cuda", size <= engines.SMALL
+    dali = bool(_version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"))
+    names = ["cpu", *(["dali"] if dali else []), *(["resident"] if small else [])]
+    found: list[tuple[str, str, Any]] = [(f"manyview {name}", FULL, partial(ours, name)) for name in names]
     if gpu and not small:
-        found.append(("decode ceiling (nvJPEG)", False, contenders.decode_ceiling))
+        found.append(("decode ceiling (nvJPEG)", FULL, contenders.decode_ceiling))
     if not gpu:
         found += [
-            ("torchvision v2 PIL + DataLoader", False, contenders.torchvision_pil),
-            ("torchvision v2 tensor + DataLoader", False, contenders.torchvision_tensor),
+            ("torchvision v2 PIL + DataLoader", FULL, contenders.torchvision_pil),
+            ("torchvision v2 tensor + DataLoader", FULL, contenders.torchvision_tensor),
         ]
-        found += [("lightly + DataLoader", False, contenders.lightly)] if _version("lightly") else []
+        found += [("lightly + DataLoader", FULL, contenders.lightly)] if _version("lightly") else []
     if not gpu and not small:
-        found.append(("floor: threads, torch resize, OpenCV", False, contenders.floor))
-        if any(name == "manyview dali" for name, *_ in found):
-            found.append(("stock DALI CPU graph", False, contenders.stock_dali))
-        found.append(("manyview cpu", True, partial(ours, "cpu", normalized=True)))
-        found += [("stock ffcv Loader", True, contenders.ffcv)] if _version("ffcv") else []
-    found += [("kornia (decode not counted)", False, contenders.kornia)] if _version("kornia") else []
+        found += [("stock DALI CPU graph", FULL, contenders.stock_dali)] if dali else []
+        found.append(("manyview cpu", SIMPLE, partial(ours, "cpu")))
+        found += [("stock ffcv Loader", SIMPLE, contenders.ffcv)] if _version("ffcv") else []
+    found += [("kornia (decode not counted)", FULL, contenders.kornia)] if _version("kornia") else []
+    found += [(f"manyview {name}", UINT8, partial(ours, name, normalized=False)) for name in names]
+    if not gpu and not small:
+        found.append(("floor: threads, torch resize, OpenCV", UINT8, contenders.floor))
     wanted = [part for part in args.only.split(",") if part]
     return [one for one in found if not wanted or any(part in one[0] for part in wanted)]
 
 
 def compare(args: Args, store: Store, name: str, size: int, count: int, result: dict[str, Any]) -> None:
     """Build every contender for `count` views, measure them in turn, and add their rows and ratios."""
-    work = args.work * (1 if size > engines.SMALL else 16)  # small images are made in no time
-    images = min(len(store) // args.batch, max(3, -(-work // (args.batch * count)))) * args.batch
+    images = min(len(store), args.images * (1 if size > engines.SMALL else 5))  # small images are made in no time
+    even = args.batch * args.threads  # every worker of a peer gets as many batches
+    images = images // even * even or images // args.batch * args.batch
     if images == 0:
         raise UserError(f"{store.name} has {len(store)} images, fewer than one --batch of {args.batch}")
     full, plain = policy(name, count, size), policy(name, count, size, PLAIN)
@@ -159,19 +169,20 @@ def compare(args: Args, store: Store, name: str, size: int, count: int, result: 
         files = extract(store, images, folder)
         setting = Setting(store, files, full, count, args.batch, args.threads, args.device)
         running = {}
-        for label, simple, build in chosen(args, size):
+        for label, kind, build in chosen(args, size):
             if label.startswith("stock ffcv"):
                 setting.beton = beton(store.path, folder)
-            running[label, simple] = stack.enter_context(build(replace(setting, policy=plain if simple else full)))
-            running[label, simple]()
-        taken: dict[tuple[str, bool], list[tuple[float, float]]] = {key: [] for key in running}
+            made = build(replace(setting, policy=plain if kind == SIMPLE else full))
+            running[label, kind] = stack.enter_context(made)
+            running[label, kind]()
+        taken: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in running}
         for _ in range(args.rounds):
             for key, run in running.items():
                 taken[key].append(spend(run, images * count))
-    for (label, simple), times in taken.items():
+    for (label, kind), times in taken.items():
         walls, core = zip(*times)
         row = {
-            "pipeline": label, "policy": "crop+flip+normalize" if simple else name, "size": size, "views": count,
+            "pipeline": label, "policy": titled(name, kind), "size": size, "views": count,
             "views_per_s": round(images * count / statistics.median(walls), 1),
             "core_ms_per_image": round(1e3 * statistics.median(core) / images, 4),
             "spread": round((max(walls) - min(walls)) / statistics.median(walls), 3), "images": images,
@@ -180,6 +191,11 @@ def compare(args: Args, store: Store, name: str, size: int, count: int, result: 
         print(f"{row['policy']:20s} {size:4d} px  V={count:<3d} {label:40s} {row['views_per_s']:10,.0f} views/s  "
               f"{row['core_ms_per_image']:8.3f} core-ms/image", file=sys.stderr)  # fmt: skip
     add_ratios(taken, name, size, count, result)
+
+
+def titled(name: str, kind: str) -> str:
+    """What a table is called: the policy, and what becomes of the views."""
+    return kind if kind == SIMPLE else name + kind
 
 
 def spend(run: contenders.Contender, expected: int) -> tuple[float, float]:
@@ -201,14 +217,14 @@ def core_seconds() -> float:
 
 
 def add_ratios(taken: dict, name: str, size: int, count: int, result: dict[str, Any]) -> None:
-    for (ours, simple), mine in taken.items():
+    for (ours, kind), mine in taken.items():
         for (peer, alike), theirs in taken.items():
-            if not ours.startswith("manyview") or peer.startswith("manyview") or simple != alike:
+            if not ours.startswith("manyview") or peer.startswith("manyview") or kind != alike:
                 continue
             tick = 0.01  # seconds, of the CPU clock: a shorter pass may read 0
             wall, core = (statistics.median(b[k] / max(a[k], tick) for a, b in zip(mine, theirs)) for k in (0, 1))
             result["ratios"].append({
-                "ours": ours, "peer": peer, "policy": "crop+flip+normalize" if simple else name, "size": size,
+                "ours": ours, "peer": peer, "policy": titled(name, kind), "size": size,
                 "views": count, "times_the_views_per_s": round(wall, 2), "times_less_core_time": round(core, 2),
             })  # fmt: skip
 
@@ -221,11 +237,10 @@ def costs(args: Args, store: Store, name: str, size: int, counts: list[int]) -> 
     the process's own, in nanoseconds: the one that sees children ticks every 10 ms.
     """
     rows = []
-    for label, simple, build in chosen(args, size):
+    for label, kind, build in chosen(args, size):
         if not label.startswith("manyview"):
             continue
-        kind = "crop+flip+normalize" if simple else name
-        policies = {v: policy(name, v, size, PLAIN if simple else None) for v in counts}
+        policies = {v: policy(name, v, size, PLAIN if kind == SIMPLE else None) for v in counts}
         with contextlib.ExitStack() as stack:
 
             def built(images: int, v: int) -> contenders.Contender:
@@ -244,7 +259,7 @@ def costs(args: Args, store: Store, name: str, size: int, counts: list[int]) -> 
                     taken[v].append(core_time(run))
         for v in counts:
             cost = round(1e3 * statistics.median(taken[v]) / images, 5)
-            rows.append({"pipeline": label, "policy": kind, "size": size, "views": v, "core_ms_per_image": cost,
+            rows.append({"pipeline": label, "policy": titled(name, kind), "size": size, "views": v, "core_ms_per_image": cost,
                          "images": images, "rounds": FIT_ROUNDS})  # fmt: skip
     return rows
 
@@ -335,7 +350,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"Commit {env['commit']}, {env['device']} ({env['cores']} cores); {result['rounds']} rounds in turn, batches of "
         f"{result['batch']}, {result['threads']} threads or workers; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
-        "Core-ms is the time of all cores, worker processes included; it moves less than wall time on a shared machine.",
+        "Core-ms is the time of all cores, worker processes included; it moves less than wall time on a shared machine. Every "
+        "pipeline makes normalized float32, as a network takes it, except in the tables `uint8 out`: what is sent to a GPU and "
+        "normalized there. Nothing is made ahead of a pass, so DALI's stock graph runs without prefetching.",
     ]  # fmt: skip
     for policy_, size in dict.fromkeys((r["policy"], r["size"]) for r in result["rows"]):
         rows = [r for r in result["rows"] if (r["policy"], r["size"]) == (policy_, size)]
@@ -349,7 +366,9 @@ def markdown(result: dict[str, Any]) -> str:
                 for v in counts
             )
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        lines += ["", "views/s (core-ms an image)"]
+        widest = max(rows, key=lambda r: r["spread"])
+        lines += ["", f"views/s (core-ms an image), passes over {rows[0]['images']:,} images; the widest spread over rounds is "
+                  f"{widest['spread']:.0%} of the median ({widest['pipeline']}, V={widest['views']})."]  # fmt: skip
     lines += [
         "",
         "## Ratios",

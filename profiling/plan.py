@@ -103,10 +103,12 @@ def main(argv: list[str]) -> None:
 def check(args: Args) -> None:
     """UserError, a line for each value that makes no sense."""
     single = {k: v for k, v in asdict(args).items() if isinstance(v, int | float)}
-    errors = [f"--{k.replace('_', '-')} must be positive, not {v:g}" for k, v in single.items() if v <= 0]
+    errors = [f"--{k.replace('_', '-')} must be positive, not {v:g}" for k, v in single.items() if not 0 < v < math.inf]
+    if args.scratch is not None and not args.scratch.is_dir():
+        errors.append(f"--scratch {args.scratch} is no folder")
     for name, least in (("images", args.gpus * args.batch_per_gpu), ("nodes", 1)):
         values = getattr(args, name)
-        if not values or min(values) < least:
+        if not values or not all(least <= v < math.inf for v in values):
             errors.append(f"--{name} takes numbers from {least} on, got {' '.join(f'{v:g}' for v in values)}")
     if not errors and min(args.images) < max(args.nodes) * args.gpus * args.batch_per_gpu:
         errors.append(
@@ -190,7 +192,6 @@ def start(folder: str, order: str, batch: int, world: int) -> dict[str, float]:
 
     `own_bytes`: memory that every rank has for itself; `peak_bytes`: at most, pages of the index included, which are shared.
     """
-    from train import default_size
 
     plan(10, seed=0, batch=2, order=order).batch(0)  # compiled
     before = memory()
@@ -198,7 +199,7 @@ def start(folder: str, order: str, batch: int, world: int) -> dict[str, float]:
     times = [time.perf_counter()]
     store = Store(folder)
     times.append(time.perf_counter())
-    default_size(store)
+    store.default_size()
     times.append(time.perf_counter())
     order_of = plan(store.labels, seed=0, batch=batch, world=world, rank=world - 1, order=order)
     order_of.batch(0)
@@ -226,7 +227,8 @@ def memory() -> dict[str, float]:
 
 
 def qualities(n: int) -> dict[str, float]:
-    """`shuffle_quality` of the first epoch by order; of a large set, of as many samples in the same windows."""
+    """`shuffle_quality` of the first epoch by order; of a large set extrapolated: `random` is that of `QUALITY` samples, and
+    `blocks`, whose windows are as large in any set, falls with the set's size."""
     some = min(n, QUALITY)
     return {
         order: shuffle_quality(permutation(some, 0, 0, order)) * (some / n if order == "blocks" else 1)
@@ -290,6 +292,11 @@ def name_of(n: int) -> str:
     return NAMES.get(n, f"{number(n)} images")
 
 
+def basis(n: int) -> str:
+    """What the figures of `qualities` rest on."""
+    return "all samples, measured" if n <= QUALITY else f"extrapolated from {number(QUALITY)} samples"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"
 
@@ -301,7 +308,9 @@ def page(result: dict[str, Any]) -> str:
     every = [(one, row) for one in result["sets"] for row in one["rows"]]
     pairs = [(one, order) for one in result["sets"] for order in ORDERS]
     limits = [[name_of(one["images"]), order, *bounds(one, order, s).values()] for one, order in pairs]
-    mixing = [[name_of(x["images"]), *(f"{x['quality'][o]:.2%}" for o in ORDERS)] for x in result["sets"]]
+    mixing = [
+        [name_of(x["images"]), *(f"{x['quality'][o]:.2%}" for o in ORDERS), basis(x["images"])] for x in result["sets"]
+    ]
     parts = [
         "# Many machines, without the machines",
         f"`python tools/profile.py plan --images {images} --nodes {nodes}`, commit {about['commit']}, {about['device']},"
@@ -313,10 +322,10 @@ def page(result: dict[str, Any]) -> str:
         f" {max(s['nodes']) * s['gpus']:,} ranks. Memory beyond imports: a rank's own, and the peak with the pages of the index"
         " that it touched, which ranks share. `next epoch`: the pause when a batch is the first of another epoch.",
         table(STARTED, [started(one, order) for one, order in pairs]),
-        "## Measured: how well an order mixes",
+        f"## Measured up to {QUALITY:,} samples, beyond extrapolated: how well an order mixes",
         "How far apart neighbours in storage come, as a share of what a uniform shuffle gives. `blocks` mixes"
         f" {MIXED:,} samples at a time, whatever the size of the set; storage is shuffled once, when it is written.",
-        table(["set", *ORDERS], mixing),
+        table(["set", *ORDERS, "basis"], mixing),
         "## Replayed: what a node fetches",
         f"Nothing is timed: the real plan's batches go through the cache's policy (pieces of {PIECE >> 20} MiB, announced"
         " ahead; what was announced longest ago goes). GB a node and epoch; `own` is its images' bytes, the least there is"

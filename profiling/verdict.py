@@ -11,7 +11,7 @@ from profiling.terminal import number
 
 CHANGE = 0.05  # two runs of the same thing agree to this in core-ms; less is no change
 FIX = {
-    "read": "a faster disk, `--order blocks`, or smaller shards (`make shards SIZE=…`)",
+    "read": "a faster disk, `--order blocks`, or smaller images (`make shards SIZE=…`)",
     "decode": "smaller images (`make shards SIZE=256`) or stored pixels (`ENCODING=raw`)",
     "dispatch": "a larger batch, or fewer engine threads",
     "resize": "smaller source images (`make shards SIZE=256`) or smaller views (`--size`)",

@@ -151,14 +151,13 @@ class Workload:
 def build(setup: Setup, step_seconds: float) -> Workload:
     """Open the data, the engine and, unless the backbone is `none`, the model. On the CPU a step that would take longer
     than `step_seconds` is measured with fewer images."""
-    from train import default_size
 
     torch.manual_seed(setup.seed)
     device = engines.device_of(setup.device)
     if device.type == "cpu":
         keep_memory()
     store = Store(setup.data, setup.split)
-    size = setup.size or default_size(store)
+    size = setup.size or store.default_size()
     policy = views.policy(setup.policy, setup.views, size, views.overrides(setup.augment))
     engine, reason = engines.create(setup.engine, store, device, threads=setup.threads or None)
     training = None if setup.backbone == "none" else Training(setup, size, device, store.mean, store.std)

@@ -7,7 +7,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters, clean, parameters, policy
 
-HAS_DALI = find_spec("nvidia") is not None
+HAS_DALI = engines.has_dali()
 
 
 def dali(test):
@@ -231,6 +230,24 @@ def test_an_image_that_only_dali_refuses_is_decoded_on_the_host(photos):
     refuse = 0
     assert psnr(found, reference.engine(store, ids, drawn(store, ids))[0]).min() > 40
     assert torch.equal(engine(ids, drawn(store, ids))[0], found)
+    engine.close()
+
+
+@dali
+def test_what_fails_twice_is_no_images_fault(photos, monkeypatch):
+    store = Store(photos)
+    engine = make("dali", store)
+    tried = []
+
+    def broken(self):
+        pending = self.waiting.popleft()
+        pending.error = RuntimeError("out of memory")
+        tried.append(pending)
+
+    monkeypatch.setattr("pipeline.engines.dali._Graph._collect_oldest", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine(np.arange(4), drawn(store, np.arange(4)))
+    assert len(tried) == 2
     engine.close()
 
 

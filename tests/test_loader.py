@@ -23,7 +23,7 @@ from pipeline.engines.cpu import CPUEngine
 from pipeline.errors import UserError
 from pipeline.loader import Loader, clean_views, normalize
 from pipeline.plan import plan
-from pipeline.store import Store
+from pipeline.store import Corrupt, Store
 from pipeline.views import policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,18 +143,50 @@ def test_too_many_bad_samples_stop_with_a_message(photos, tmp_path):
     made.engine.close()
 
 
-def test_clean_views_leave_out_what_cannot_be_read(photos, tmp_path, capfd):
+def test_clean_views_leave_out_what_cannot_be_read(photos, tmp_path):
     store, bad = Store(photos), damaged(photos, tmp_path / "x", [3])
     engine, other = CPUEngine(store, threads=2), CPUEngine(bad, threads=2)
     ids, views = clean_views(store, engine, 24, np.arange(2, 9))
     assert ids.tolist() == list(range(2, 9)) and views.shape == (7, 3, 24, 24) and views.dtype == torch.uint8
     left, rest = clean_views(bad, other, 24, ids)
     assert left.tolist() == [2, 4, 5, 6, 7, 8] and torch.equal(rest, views[ids != 3])
-    assert "left out" in capfd.readouterr().err
     none, empty = clean_views(bad, other, 24, np.array([3]))
     assert len(none) == 0 and empty.shape == (0, 3, 24, 24)
     engine.close()
     other.close()
+
+
+def test_a_shard_that_is_cut_off_or_removed_while_in_use_costs_its_samples(photos, tmp_path):
+    """Not the process: reading a map of what is no longer there is SIGBUS."""
+    shutil.copytree(photos, tmp_path / "x")
+    store, late = Store(tmp_path / "x"), Store(tmp_path / "x")
+    last = max(range(len(store)), key=lambda i: int(store._rows["offset"][i]))
+    assert len(store.read(last))
+    shard = tmp_path / "x" / store.shards[int(store.shard_of[last])]["file"]
+    os.truncate(shard, int(store._rows["offset"][last]) + 10)
+    with pytest.raises(Corrupt, match="has been cut off since it was opened"):
+        store.read(last)
+    first = min(range(len(store)), key=lambda i: int(store._rows["offset"][i]))
+    assert len(store.read(first))
+    shard.unlink()
+    assert len(store.read(first))  # the map holds the file
+    with pytest.raises(Corrupt, match=r"cannot be read: .*No such file"):
+        late.read(first)
+
+
+def test_samples_that_another_process_found_bad_are_replaced_and_counted(photos):
+    made = loader(photos, max_bad=0.1)
+    want = [b.ids.tolist() for b in made.batches(0, 3)]
+    made.learn({want[0][0]: "a (cut off)"})
+    (got,) = made.batches(0, 1)
+    assert want[0][0] not in got.ids.tolist() and got.ids.tolist()[1:] == want[0][1:]
+    with pytest.raises(UserError, match=r"3 bad samples are more than --max-bad 0\.1 of 20; the last one is c"):
+        made.learn({want[0][1]: "b (cut off)", want[0][2]: "c (cut off)"})
+    every = loader(photos, max_bad=1)
+    with pytest.raises(UserError, match="not one of 20 samples can be read"):
+        every.learn(dict.fromkeys(range(20), "x"))
+    made.engine.close()
+    every.engine.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import command
-from pictures import class_folders
+from pictures import class_folders, jpeg
 
 from pipeline import shards
 from pipeline.errors import UserError
@@ -23,7 +23,11 @@ def test_the_fit_finds_what_was_put_in():
 
 def test_ratios_are_of_the_same_round():
     result: dict = {"ratios": []}
-    taken = {("manyview cpu", False): [(1, 2), (10, 2), (1, 2)], ("peer", False): [(3, 8), (30, 8), (3, 8)]}
+    taken = {
+        ("manyview cpu", peers.FULL): [(1, 2), (10, 2), (1, 2)],
+        ("manyview cpu", peers.UINT8): [(1, 1), (1, 1), (1, 1)],  # another thing than the peer makes
+        ("peer", peers.FULL): [(3, 8), (30, 8), (3, 8)],
+    }
     peers.add_ratios(taken, "simclr", 224, 8, result)
     (ratio,) = result["ratios"]
     assert ratio["times_the_views_per_s"] == 3 and ratio["times_less_core_time"] == 4
@@ -38,8 +42,8 @@ def test_the_command_measures_and_writes_its_tables(tmp_path):
     line = [
         "--rounds",
         1,
-        "--work",
-        36,
+        "--images",
+        18,
         "--threads",
         2,
         "--json",
@@ -58,13 +62,32 @@ def test_the_command_measures_and_writes_its_tables(tmp_path):
     assert result["parity"]["manyview cpu 48 px"]["min_db"] > 40
     assert result["parity"]["manyview cpu 48 px"]["decodes_per_image"] == 1
     assert {row["images"] for row in result["costs"]} == {24}  # the same at every number of views
+    assert {row["images"] for row in result["rows"]} == {24}  # whole batches, as many for both workers
+    ratios = {(ratio["peer"], ratio["policy"]) for ratio in result["ratios"]}
+    assert ratios == {("torchvision v2 PIL + DataLoader", "simclr")}  # what makes the same, float32
+    assert {row["policy"] for row in result["rows"]} == {"simclr", "simclr, uint8 out"}
     fits = {(fit["pipeline"], fit["policy"]): fit for fit in result["fits"]}
-    assert len(fits) == 1  # of milliseconds beside other tests: what it says is for a quiet machine
+    assert len(fits) == 2  # of milliseconds beside other tests: what it says is for a quiet machine
     assert all(np.isfinite(fits["manyview cpu", "simclr"][key]) for key in ("a", "b"))
     table = command("tools/profile.py", "peers", "--table", out)
     assert table.stdout.strip() == out.with_suffix(".md").read_text().strip()
 
 
-def test_bad_flags_are_named():
-    with pytest.raises(UserError, match="--views 1,two"):
-        peers.main(["--views", "1,two"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--views", "1,two"], "--views 1,two"), (["--rounds", "0"], "--rounds must be"), (["--batch", "0"], "--batch must"),
+        (["--table", "none.json"], "none.json: no such file"), (["--only", "nosuch"], "--only nosuch: no pipeline"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_named(digits, words, said):
+    with pytest.raises(UserError, match=said):
+        peers.main(["--data", str(digits), *words])
+
+
+def test_large_images_are_not_small(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "photo.jpg").write_bytes(jpeg(0, 120, 130))
+    shards.write(shards.Options("folder"), tmp_path / "in", tmp_path / "photos", quiet=True)
+    with pytest.raises(UserError, match=r"--small .* 120 px, more than 96"):
+        peers.main(["--data", "None", "--small", str(tmp_path / "photos"), "--views", "1"])

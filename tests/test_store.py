@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import mmap
 import os
 import shutil
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from pictures import class_folders, encoded, jpeg, pixels
 from pipeline import adopt, codec, shards
 from pipeline.errors import UserError
 from pipeline.store import Corrupt, Store, splits
+from pipeline.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def test_types_are_those_of_the_contract(folder):
     payload = store.read(0)
     assert payload.dtype == np.uint8 and not payload.flags.writeable and payload.base is not None
     assert store.nbytes() == sum(store.read(i).nbytes for i in range(len(store)))
-    assert store.max_pixels() == max(int(h) * int(w) for h, w in zip(store.heights, store.widths))
+    assert store.default_size() == min(224, int(np.median([min(h, w) for h, w in zip(store.heights, store.widths)])))
     assert store.mean == Store(folder).mean and len(store.std) == 3  # one statistic for all splits: the training one
     kept = store.read(3)
     copy = kept.copy()
@@ -143,6 +146,40 @@ def test_adopted_tars_read_in_place(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.glob("*.tar")} == before
     with pytest.raises(UserError, match="has a manifest already"):
         adopt.adopt(tmp_path, quiet=True)
+
+
+def test_what_cannot_be_indexed_is_rejected_and_the_rest_is_whole(tmp_path):
+    """Keys and rows stay together, and a name that is not UTF-8 stops nothing."""
+    zero = io.BytesIO()
+    np.save(zero, np.zeros((0, 4, 3), np.uint8))
+    members = {
+        "a.npy": zero.getvalue(),
+        "a.cls": b"1",
+        "k\udcff.jpg": jpeg(1),
+        "b.npy": b"",
+        "c.jpg": jpeg(2),
+        "c.cls": b"3",
+    }
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    manifest = adopt.adopt(tmp_path, max_rejected=0.8, quiet=True)
+    store = Store(tmp_path)
+    assert [store.key(i) for i in range(len(store))] == ["c"] and store.labels.tolist() == [3]
+    assert store.read(0).tobytes() == jpeg(2) and manifest["rejected"] == 3 and verify(tmp_path) == []
+    lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["a", "k\udcff", "b"] and "is no 8-bit image" in lines[0]["reason"]
+    assert "is not UTF-8" in lines[1]["reason"] and lines[2]["reason"] == "empty"
+
+
+def test_only_folders_are_indexed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, out in ((Path("s3:/bucket/x"), None), (tmp_path, Path("s3:/bucket/x"))):
+        with pytest.raises(UserError, match=r"^s3://bucket/x: only shards on this machine are indexed"):
+            adopt.adopt(source, out, quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_our_shards_are_imported_into_the_other_format(folder, tmp_path):

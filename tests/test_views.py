@@ -171,7 +171,7 @@ def test_policies_and_their_groups():
     p = draw(policy("multicrop", 4, 64), 20)
     assert p.sizes == (64, 64, 27, 27) and p.groups == [slice(0, 2), slice(2, 4)]
     byol = draw(policy("byol", 4, 224))
-    assert (byol.sigma[[0, 2]] > 0).all() and ((byol.sigma[[1, 3]] > 0).mean() - 0.1) < 0.03
+    assert (byol.sigma[[0, 2]] > 0).all() and abs((byol.sigma[[1, 3]] > 0).mean() - 0.1) < 0.03
     assert not byol.solarize[[0, 2]].any() and abs(byol.solarize[[1, 3]].mean() - 0.2) < 0.03
     cifar = draw(policy("cifar", 2, 32))
     assert not cifar.sigma.any()
@@ -202,6 +202,7 @@ def test_any_number_can_be_changed(tmp_path):
         ("simclr", 2, {"count": 1.5}, "not a number"),
         ("simclr", 2, {"jitter": float("nan")}, "probability"),
         ("simclr", 2, {"hue": None}, "not a number"),
+        ("simclr", 2, {"size": float("inf")}, "not a number"),
     ],
 )
 def test_bad_settings_are_named(name, count, changes, words):
@@ -212,6 +213,12 @@ def test_bad_settings_are_named(name, count, changes, words):
 def test_bad_setting_files_are_named(tmp_path):
     with pytest.raises(UserError, match="neither"):
         overrides(["nowhere.yaml"])
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(UserError, match="neither"):
+        overrides([str(tmp_path / "bytes.yaml")])
+    (tmp_path / "number.yaml").write_text("1: 2\n")
+    with pytest.raises(UserError, match="unknown view setting '1'"):
+        policy("simclr", 2, 224, overrides([str(tmp_path / "number.yaml")]))
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="key: value"):
         overrides([str(tmp_path / "list.yaml")])

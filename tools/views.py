@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,8 +31,8 @@ class Args:
     """simclr, byol, barlow, cifar, stl, imagenet100, multicrop or none."""
     augment: list[str] = field(default_factory=list)
     """Changes to it: key=value each, as hue=0 or local.scale=[0.05,0.25], or a YAML file of such keys."""
-    size: int | None = None
-    """Pixels of a view; default 224, or the median short side of the images if that is less."""
+    size: int = 0
+    """Pixels of a view; 0 = the median short side of the images, at most 224."""
     images: int = 4
     seed: int = 0
     engines: str = "all"
@@ -45,17 +44,24 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    device = engines.device_of(args.device)
+    if args.images < 1 or args.size < 0:
+        raise errors.UserError(
+            f"--images {args.images} --size {args.size}: at least one image, of 0 (chosen) or more pixels"
+        )
+    if args.out.suffix not in (".png", ".jpg", ".webp"):
+        raise errors.UserError(f"--out {args.out}: a picture's name ends in .png, .jpg or .webp")
     store = Store(args.data, args.split)
-    size = args.size or min(224, int(np.median(np.minimum(store.heights, store.widths))))
+    size = args.size or store.default_size()
     chosen = policy(args.policy, args.views, size, overrides(args.augment))
-    ids = plan(len(store), seed=args.seed, batch=max(1, min(args.images, len(store)))).batch(0)[0]
+    ids = plan(len(store), seed=args.seed, batch=min(args.images, len(store))).batch(0)[0]
     renders: dict[str, sheet.Render] = {}
     running = []
     for name in names(args, store):
         if name == "reference":
             renders[name] = partial(reference.engine, store)
             continue
-        engine, _ = engines.create(name, store, args.device)
+        engine, _ = engines.create(name, store, device)
         renders[name] = engine
         running.append(engine)
     sheet.contact_sheet(store, chosen, np.asarray(ids), args.out, renders=renders, seed=args.seed)
@@ -73,7 +79,7 @@ def names(args: Args, store: Store) -> list[str]:
                 raise errors.UserError(errors.nearest("engine", name, valid))
         return wanted
     one_size = len(np.unique(store.heights)) == len(np.unique(store.widths)) == 1
-    found = ["reference", "cpu"] + (["dali"] if find_spec("nvidia") else [])
+    found = ["reference", "cpu"] + (["dali"] if engines.has_dali() else [])
     return found + (["resident"] if one_size and store.heights[0] <= engines.SMALL else [])
 
 

@@ -19,7 +19,6 @@ from pipeline.errors import UserError, nearest
 from training.monitor import TRACKERS
 
 CHOICES = {
-    "objective": ("barlow", "vicreg", "spectral", "paper"),
     "form": ("auto", "mean", "cross", "pairs", "view", "pooled"),
     "standardize": ("auto", "view", "pooled"),
     "stem": ("auto", "small", "standard"),
@@ -99,7 +98,7 @@ class Config:
     backbone: str = "resnet18"
     """Any timm model with features, or torchvision:NAME."""
     stem: str = "auto"
-    """ResNet stem: small = 3x3 stride 1, no max-pool; auto = small up to 64 px."""
+    """small = 3x3 stride 1, no max-pool (ResNets), small patches (ViTs); auto = small up to 64 px."""
     projector_dim: int = 256
     """Embedding dimensions (D). Small is enough when decorrelation is strong."""
     projector_hidden: int = 0
@@ -109,7 +108,7 @@ class Config:
     form: str = "auto"
     """Which correlation is decorrelated; barlow: mean, cross, pairs; vicreg: view, pooled. auto = the objective's own."""
     beta: str = "auto"
-    """Strength of decorrelation: a number, one divided by the dimensions such as `5/D`, or auto = c / D."""
+    """Strength of decorrelation: a number, one divided by the dimensions such as `5/D`, or auto = 3/D (vicreg, spectral: 1)."""
     standardize: str = "auto"
     """Barlow's embedding statistics per view (auto: the textbook's), or pooled over all views."""
     bn: str = "pooled"

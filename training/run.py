@@ -85,10 +85,13 @@ class Run:
         self.metrics.write(row)
         self.tracker.write(row)
 
-    def log(self, step: int, loss: Loss, z: Tensor, lr: float, timings: dict[str, float], skipped: Tensor) -> None:
+    def log(
+        self, step: int, loss: Loss, z: Tensor, lr: float, timings: dict[str, float], skipped: Tensor, bad: int
+    ) -> None:
         """Metrics of this very step (no running mean: nothing to restore) and speeds since the last call.
 
-        z: embeddings (V, B, D) of this rank. The one place of the loop that waits for the device.
+        z: embeddings (V, B, D) of this rank; skipped, bad: steps and images so far. The one place of the loop that
+        waits for the device.
         """
         if not self.writes:
             return
@@ -101,8 +104,9 @@ class Run:
         peak = monitor.peak_memory(self.device)
         self.row(
             step, loss=total, invariance=invariance, decorrelation=decorrelation, lr=lr, rank=rank, spread=spread,
-            skipped=int(skipped), images_per_s=round(images_per_s, 1), views_per_s=round(taken * self.views / elapsed, 1),
-            data_wait=round(wait, 4), peak_bytes=peak, timings={k: round(v, 3) for k, v in timings.items()},
+            skipped=int(skipped), bad=bad, images_per_s=round(images_per_s, 1),
+            views_per_s=round(taken * self.views / elapsed, 1), data_wait=round(wait, 4), peak_bytes=peak,
+            timings={k: round(v, 3) for k, v in timings.items()},
         )  # fmt: skip
         self.console.live(
             f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {total:8.3f}  lr {lr:.1e}  {images_per_s:5.0f} img/s"

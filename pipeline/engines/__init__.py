@@ -29,6 +29,11 @@ def device_of(name: str) -> torch.device:
     return torch.device(wanted, 0 if wanted == "cuda" else None)  # type: ignore[arg-type]
 
 
+def has_dali() -> bool:
+    """Whether DALI is installed: `nvidia` alone may be what torch's CUDA libraries lie in."""
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+
+
 def create(
     name: str, store: Store, device: str | torch.device = "cpu", *, threads: int | None = None
 ) -> tuple[Any, str]:
@@ -42,7 +47,7 @@ def create(
     if name == "auto":
         name, reason = choose(store, device)
     if name == "dali":
-        if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
+        if not has_dali():
             raise UserError(f"--engine dali: DALI is not installed; {INSTALL}")
         from pipeline.engines.dali import DALIEngine as Engine
     elif name == "resident":

@@ -52,6 +52,7 @@ class DALIEngine:
             pending.error = error
             return pending
         self.seconds["read"] += time.perf_counter() - begun
+        begun = time.perf_counter()
         if any(p.ndim != 1 for p in payloads):
             payloads = list(self._readers.map(partial(decoded, self.store), ids.tolist(), payloads))
         self._start(pending, payloads)
@@ -89,12 +90,13 @@ class Pending:
         self.graph: _Graph | None = None
         self.views: list[torch.Tensor] | None = None
         self.error: Exception | None = None
+        self.tried = False
 
     def result(self) -> list[torch.Tensor]:
         if self.graph is not None:
             self.graph.collect(self)
-        if isinstance(self.error, RuntimeError):
-            self.error, self.graph = None, None
+        if isinstance(self.error, RuntimeError) and not self.tried:  # a second time it is not an image's fault
+            self.error, self.graph, self.tried = None, None, True
             self.engine.again(self)
             return self.result()
         if self.error is not None:
