@@ -1,6 +1,6 @@
 """Evaluate an encoder: python tools/evaluate.py runs/NAME [--data shards/a shards/b] [--protocols all]
 
-python tools/evaluate.py runs/NAME                                    kNN, linear, few-shot, label-free; report.html
+python tools/evaluate.py runs/NAME                                    kNN, linear, ridge few-shot, label-free; report.html
 python tools/evaluate.py runs/NAME/checkpoints/*.pt                   checkpoints of a run, each into its own folder
 python tools/evaluate.py timm:resnet18.a1_in1k --data shards/x        any weights of timm or torchvision
 python tools/evaluate.py compare runs/*                               how well one evaluation predicts another
