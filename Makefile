@@ -4,8 +4,8 @@ DATASET ?= fashion-mnist
 OUT ?= shards/$(DATASET)
 # make variable -> flag of tools/shards.py, passed on only where it is set
 SHARD_FLAGS = $(if $(SOURCE),--source "$(SOURCE)") $(if $(FORMAT),--format $(FORMAT)) $(if $(SIZE),--size $(SIZE)) \
-              $(if $(ENCODING),--encoding $(ENCODING)) $(if $(JOBS),--jobs $(JOBS)) $(if $(DOWNLOAD),--download) \
-              $(if $(EXECUTOR),--executor $(EXECUTOR))
+              $(if $(ENCODING),--encoding $(ENCODING)) $(if $(JOBS),--jobs $(JOBS)) \
+              $(if $(filter-out 0,$(DOWNLOAD)),--download) $(if $(EXECUTOR),--executor $(EXECUTOR))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo shards test test-fast test-quiet paper-smoke check format bench clean
@@ -20,7 +20,7 @@ demo: setup ## shards -> training -> evaluation -> report on Fashion-MNIST, 4 mi
 	@bash tools/demo.sh "$(SOURCE)"
 
 shards: setup ## convert images: DATASET= [SOURCE= FORMAT=webdataset|ffcv SIZE= ENCODING= JOBS= OUT= EXECUTOR=local|ray DOWNLOAD=1]
-	@$(PY) tools/shards.py write --dataset $(DATASET) --out $(OUT) $(SHARD_FLAGS)
+	@$(PY) tools/shards.py write --dataset $(DATASET) --out "$(OUT)" $(SHARD_FLAGS)
 
 test: setup check ## lint, types and every test (under 10 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not quiet"

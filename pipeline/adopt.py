@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from isal.isal_zlib import crc32
 
-from pipeline import archives, beton, codec, files, index, moments, pool, shards, tar
+from pipeline import archives, beton, codec, files, index, moments, pool, remote, shards, tar
 from pipeline.errors import UserError
 
 
@@ -32,6 +32,10 @@ def adopt(source: Path, out: Path | None = None, *, jobs: int = 0, max_rejected:
 
     Returns the manifest. UserError: a damaged shard, images that cannot be used as they are (`import` converts those).
     """
+    shards.check(shards.Options("shards"), jobs)
+    for path in (source, out):
+        if path is not None and (url := remote.address(path)):
+            raise UserError(f"{url}: only shards on this machine are indexed, into a folder of it; copy them here")
     if not source.exists():
         raise UserError(f"source {source} does not exist")
     paths = archives.shard_files(source)
@@ -75,6 +79,8 @@ def _adopt_record(record: archives.Record, data: np.ndarray, result: Found) -> N
     offset, payload = record.offset, data[record.offset : record.offset + record.size]
     if record.size == 0 or len(payload) != record.size:
         raise ValueError("empty" if record.size == 0 else "the shard ends inside it")
+    if any("\ud800" <= letter <= "\udfff" for letter in record.key):  # how Python stands for bytes that are no text
+        raise ValueError("its name is not UTF-8, and an index holds no other")
     if record.extension == "npy":
         payload = archives.payload(record, payload)
         offset += record.size - payload.nbytes
@@ -90,9 +96,9 @@ def _adopt_record(record: archives.Record, data: np.ndarray, result: Found) -> N
     pixels = codec.decode(payload)
     height, width = pixels.shape[:2]
     crc = crc32(np.ascontiguousarray(payload))
-    result.keys.append(record.key)
-    result.rows.append((record.label, offset, payload.nbytes, 0, height, width, crc, codec.kind(payload)))
     result.moments += moments.of_pixels(pixels)
+    result.keys.append(record.key)  # nothing below may fail: key and row go together
+    result.rows.append((record.label, offset, payload.nbytes, 0, height, width, crc, codec.kind(payload)))
 
 
 def _dali_indexes(tars: list[Path], out: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 IMAGES = (*(suffix[1:] for suffix in sorted(SUFFIXES)), "npy")
 LABELS = ("cls", "label", "json", "txt")
+CLASSES = 10_000_000  # a number beyond is an id or damage, and to name as many classes would take gigabytes
 
 
 class Member(NamedTuple):
@@ -148,15 +150,17 @@ def _devkit(path: Path) -> list[str]:
         from scipy.io import loadmat
     except ImportError:
         raise UserError("reading ImageNet's development kit takes scipy: pip install scipy") from None
-    with tarfile.open(path, "r:gz") as archive:
-        files = {os.path.basename(info.name): info for info in archive if info.isreg()}
-        try:
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            files = {os.path.basename(info.name): info for info in archive if info.isreg()}
             meta, truth = (
                 archive.extractfile(files[name]).read()  # type: ignore[union-attr]
                 for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
             )
-        except KeyError as error:
-            raise UserError(f"{path} holds no {error.args[0]}") from None
+    except KeyError as error:
+        raise UserError(f"{path} holds no {error.args[0]}") from None
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} is no whole .tar.gz: {error}") from None
     synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     return [wnids[int(number)] for number in truth.split()]
@@ -205,10 +209,17 @@ def records(path: Path) -> tuple[list[Record], list[dict]]:
 def _beton_records(path: Path) -> tuple[list[Record], list[dict]]:
     found = beton.read(path)
     names = {codec.JPEG: "jpg", codec.RAW: "raw", codec.YUV420: "jpg"}  # a bytes field: the decoder will find out
+    samples: list[Record] = []
+    problems: list[dict] = []
     columns = zip(found.kind, found.offset, found.length, found.label, found.height, found.width)
-    return [
-        Record(f"{i:08d}", names[int(kind)], *(int(value) for value in rest)) for i, (kind, *rest) in enumerate(columns)
-    ], []
+    for i, (kind, *rest) in enumerate(columns):
+        record = Record(f"{i:08d}", names[int(kind)], *(int(value) for value in rest))
+        try:
+            _class_number(int(record.label))
+            samples.append(record)
+        except ValueError as error:
+            problems.append({"name": record.key, "reason": str(error)})
+    return samples, problems
 
 
 def _tar_records(path: Path) -> tuple[list[Record], list[dict]]:
@@ -226,7 +237,10 @@ def _tar_records(path: Path) -> tuple[list[Record], list[dict]]:
                 problems.append({"name": key, "reason": f"has no image, only {', '.join(sorted(parts)) or 'nothing'}"})
                 continue
             image = parts[extension]
-            found.append(Record(key, extension, image.offset_data, image.size, _label(archive, parts)))
+            try:
+                found.append(Record(key, extension, image.offset_data, image.size, _label(archive, parts)))
+            except ValueError as error:
+                problems.append({"name": key, "reason": str(error)})
     return found, problems
 
 
@@ -251,20 +265,30 @@ def _groups(archive: tarfile.TarFile, problems: list[dict]) -> Iterator[tuple[st
 
 
 def _label(archive: tarfile.TarFile, parts: dict[str, tarfile.TarInfo]) -> int | str:
+    """A class's number or name, -1 for none. ValueError for a number that is no class's."""
     for name in LABELS:
         if name in parts:
             text = archive.extractfile(parts[name]).read().decode("utf-8", "replace").strip()  # type: ignore[union-attr]
             if name == "json":
                 try:
                     values = json.loads(text)
-                except json.JSONDecodeError:
+                except ValueError:
                     continue
-                found = next((values[word] for word in ("label", "cls", "class") if word in values), None)
+                words = ("label", "cls", "class") if isinstance(values, dict) else ()
+                found = next((values[word] for word in words if word in values), None)
                 if found is None:
                     continue
                 text = str(found)
-            return int(text) if re.fullmatch(r"-?\d+", text) else text
+            return (
+                _class_number(int(text[:20])) if re.fullmatch(r"-?\d+", text) else text
+            )  # 20 digits: too many already
     return -1
+
+
+def _class_number(value: int) -> int:
+    if not -1 <= value <= CLASSES:
+        raise ValueError(f"label {value} is no class's number, which is -1 (none) to {CLASSES:,}")
+    return value
 
 
 def number_labels(labels: list[int | str]) -> tuple[list[str], np.ndarray]:
@@ -283,8 +307,11 @@ def payload(record: Record, data: np.ndarray) -> np.ndarray:
         return data.reshape(record.height, record.width, 3)
     if record.extension != "npy":
         return data
-    array = np.load(io.BytesIO(data.tobytes()), allow_pickle=False)
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+    try:
+        array = np.lib.format.read_array(io.BytesIO(data.tobytes()), allow_pickle=False)
+    except Exception as error:  # its header is parsed as Python: whatever Python's parser can say may come of it
+        raise ValueError(f"is no array: {' '.join(str(error).split())[:200]}") from None
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
         raise ValueError(f"an array of {array.dtype}, {array.shape}, is no 8-bit image")
     return array
 
@@ -327,15 +354,16 @@ def _existing_split(name: str, rows: list, labels: np.ndarray) -> Split:
 def _own(source: Path) -> Source:
     from pipeline import store
 
-    splits = store.shards.read_manifest(source)["splits"]  # type: ignore[index]
-    opened = {name: store.Store(source, name) for name in splits}
+    opened = {name: store.Store(source, name) for name in store.splits(source)}
     result = Source(next(iter(opened.values())).classes, [], watch=[str(source / "manifest.json")])
     for name, data in opened.items():
-        result.splits.append(_own_split(name, data, store.Corrupt))
+        paths = [str(source / shard["file"]) for shard in data.shards]
+        result.watch += paths
+        result.splits.append(_own_split(name, data, store.Corrupt, changed(paths)[data.shard_of]))
     return result
 
 
-def _own_split(name: str, data, corrupt: type[Exception]) -> Split:
+def _own_split(name: str, data, corrupt: type[Exception], times: np.ndarray) -> Split:
     ranked = sorted(range(len(data)), key=data.key)
     sizes = np.array([int(data.heights[i]) * int(data.widths[i]) for i in ranked], np.int64)
 
@@ -346,4 +374,4 @@ def _own_split(name: str, data, corrupt: type[Exception]) -> Split:
             raise ValueError(str(error)) from None
         return found if found.ndim == 1 else codec.decode(found)
 
-    return Split(name, [f"{data.key(i)}.img" for i in ranked], data.labels[ranked], sizes, read)
+    return Split(name, [f"{data.key(i)}.img" for i in ranked], data.labels[ranked], sizes, read, times[ranked])

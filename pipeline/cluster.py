@@ -55,7 +55,7 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
             ray.cancel(unfinished, force=True)
         if ours:
             ray.shutdown()
-    for left in job.out.glob(".*.tmp"):  # by workers that were killed
+    for left in job.out.glob(shards.LEFT):  # by workers that were killed
         left.unlink()
     return results
 

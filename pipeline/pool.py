@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 from pipeline.errors import UserError
 from pipeline.machine import cores, keep_memory
@@ -49,7 +50,8 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
         min(jobs or cores(), len(items)), mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
     )
     try:
-        futures = {executor.submit(work, item): name for name, item in items.items()}
+        with _uninterrupted():
+            futures = {executor.submit(work, item): name for name, item in items.items()}
         with _Progress(total, quiet) as progress:
             for future in _as_completed(set(futures), progress.update):
                 results[futures[future]] = future.result()
@@ -64,6 +66,16 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
         shared[-1][3] = 1
         executor.shutdown(wait=True, cancel_futures=True)
     return results
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits: an executor that is stopped while it starts its workers cannot be shut down, and they stay."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_completed(pending: set[Future], tick: Callable[[], None]) -> Iterator[Future]:

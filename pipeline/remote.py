@@ -17,6 +17,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import posixpath
 import queue
@@ -55,10 +56,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "file": {"auto_mkdir": True},
 }
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
+CHAINED = re.compile(r".*::[a-z][a-z0-9+.-]+:/.*")
 
 
 def address(path: str | Path) -> str | None:
-    """The address, if this is one and not a folder. A Path has lost one of its slashes: it is put back."""
+    """The address, if this is one and not a folder. A Path has lost one of its slashes: it is put back.
+
+    UserError: one of fsspec's chained addresses.
+    """
+    if CHAINED.fullmatch(str(path)):
+        raise UserError(
+            f"{path}: addresses chained by :: are not read here; give the bucket's own, such as s3://bucket/name"
+        )
     found = ADDRESS.fullmatch(str(path))
     if found is None:
         return None
@@ -120,11 +129,17 @@ class Storage:
         """Upload a file."""
         self._persist(name, lambda: self.fs.put_file(str(local), self._path(name)))
 
-    def fetch(self, names: list[str], folder: Path) -> None:
-        """Download whole objects into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            files.write(folder / name, self.read(name))
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """A whole object, a piece at a time."""
+        size = self._persist(name, lambda: self.fs.info(self._path(name))["size"])
+        for start in range(0, size, PIECE):
+            yield self.read(name, start, min(start + PIECE, size))
+
+    def fetch(self, name: str, local: Path) -> None:
+        """Download a whole object."""
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with files.whole(local) as file:
+            file.writelines(self.pieces(name))
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(Missing):
@@ -279,18 +294,13 @@ class Cache:
         """Count `size` more bytes. The count is only ever too high (after a kill), and made right when it matters."""
         with _locked(self.folder / "size") as descriptor:
             assert descriptor is not None
-            total = int(os.pread(descriptor, 20, 0) or 0) + size
-            if total > self.limit:
-                total = self._evict()
+            counted = _counted(self.folder)
+            total = self._evict() if counted is None or counted + size > self.limit else counted + size
             os.pwrite(descriptor, f"{total:<20}".encode(), 0)
 
     def _evict(self) -> int:
         """Remove the files that were not asked for longest; returns the bytes that are left."""
-        files = []
-        for path in self.folder.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):
-                about = path.stat()
-                files.append((about.st_mtime_ns, about.st_size, path))
+        files = _files(self.folder)
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit * (1 - SLACK):
@@ -303,6 +313,24 @@ class Cache:
             path.unlink(missing_ok=True)
             total -= size
         return total
+
+
+def _files(folder: Path) -> list[tuple[int, int, Path]]:
+    """(time in ns, bytes, path) of what is in the cache."""
+    found = []
+    for path in folder.glob("*/*"):
+        with contextlib.suppress(FileNotFoundError):
+            about = path.stat()
+            found.append((about.st_mtime_ns, about.st_size, path))
+    return found
+
+
+def _counted(folder: Path) -> int | None:
+    """Bytes in the cache by the last count; None if there was none, or a machine that lost power left zeros in its place."""
+    try:
+        return int((folder / "size").read_bytes()[:20])
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _home() -> Path:
@@ -319,13 +347,12 @@ def cache() -> Cache:
     except OSError as error:
         raise UserError(f"MANYVIEW_CACHE {folder}: {error.strerror}") from None
     given = os.environ.get("MANYVIEW_CACHE_GB")
+    held = _counted(folder) or sum(size for _, size, _ in _files(folder))
     try:
-        limit = float(given) * 1e9 if given else (free + int((folder / "size").read_text() or 0)) / 2
+        limit = float(given) * 1e9 if given else (free + held) / 2
     except ValueError:
         limit = 0
-    except FileNotFoundError:
-        limit = free / 2
-    if limit <= 0:
+    if not 0 < limit < math.inf:  # nor nan
         raise UserError(f"MANYVIEW_CACHE_GB is the size of the cache in gigabytes, above 0, not {given!r}")
     return Cache(folder, int(limit))
 
@@ -373,16 +400,15 @@ class Bucket:
         return self._rows
 
     def _fetch_whole(self, about: dict, file: BinaryIO) -> None:
-        size = self.storage.size(about["file"])
-        if size is None:
-            raise UserError(f"index {self.storage.url}/{about['file']} is missing")
         for _ in range(ALTERED):
             digest = hashlib.sha256()
             file.seek(0)
-            for start in range(0, size, PIECE):
-                data = self.storage.read(about["file"], start, min(start + PIECE, size))
-                digest.update(data)
-                file.write(data)
+            try:
+                for data in self.storage.pieces(about["file"]):
+                    digest.update(data)
+                    file.write(data)
+            except Missing:
+                raise UserError(f"index {self.storage.url}/{about['file']} is missing") from None
             if digest.hexdigest() == about["sha256"]:
                 return
         raise UserError(f"index {self.storage.url}/{about['file']} was altered since it was written (SHA-256)")

@@ -215,7 +215,7 @@ def _moments(found: codec.Converted, contents: Contents) -> np.ndarray:
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
-def check(options: Options) -> None:
+def check(options: Options, jobs: int = 0) -> None:
     """UserError with one line for every option that cannot be."""
     errors = []
     if options.format not in FORMATS:
@@ -228,6 +228,10 @@ def check(options: Options) -> None:
         errors.append(f"size is the short side in pixels, 0 or at least 8, not {options.size}")
     if not 1 <= options.quality <= 100:
         errors.append(f"quality is 1 to 100, not {options.quality}")
+    if not 0 <= options.seed < 1 << 64:
+        errors.append(f"seed is 0 or a positive number of 64 bits, not {options.seed}")
+    if jobs < 0:
+        errors.append(f"jobs is a number of processes, 0 for one a core, not {jobs}")
     if options.shard_mb < 0 or options.shard_mb > 1 << 20:
         errors.append(f"shard-mb is 0 (chosen) or a size in megabytes, not {options.shard_mb}")
     if errors:
@@ -250,15 +254,22 @@ def write(
     `out` may be the address of a bucket (see `remote`): each shard is made here and moves there, the manifest comes last.
     UserError: bad options or source, other shards in `out`, too many rejected images, disk full, a worker that died.
     """
-    check(options)
+    check(options, jobs)
     bucket = remote.storage(out)
     if bucket and executor != "local":
         raise UserError(f"executor {executor} writes to a folder that its nodes share, not to {bucket.url}")
-    if done := _already_done(options, source, out):
-        return done
+    if options.dataset == "shards" and source is not None and bucket is None:
+        _refuse_itself(source, out)
+    before = read_manifest(out)
+    if before is None:
+        _refuse_foreign(out)
+    elif _already_done(options, source, out, before):
+        return before
     out = remote.workshop(out)
     listed = stamp.now()
     found = sources.load(options.dataset, source, download, options.unlabelled)
+    if before is not None:
+        _check_same(found, source, before)
     out.mkdir(parents=True, exist_ok=True)
     (out / WORK).mkdir(exist_ok=True)
     with open(out / WORK / "lock", "w") as lock:
@@ -268,6 +279,8 @@ def write(
             raise UserError(f"another process is writing shards to {out}") from None
         keys = [safe_keys(split.names) for split in found.splits]
         job = Job(options, out, found, keys, plan(options, found, keys), listed, bucket.url if bucket else None)
+        # What could not even be listed is known now: if it is too much, this need not be said after hours of work.
+        write_rejected(out, found.problems, _count(found), max_rejected)
         results = _finished(job)
         (out / MANIFEST).unlink(missing_ok=True)  # of shards of which some are lost; from here on it would be wrong
         if bucket:
@@ -293,11 +306,28 @@ def _executor(name: str):
     return importlib.import_module(EXECUTORS[name])
 
 
-def _already_done(options: Options, source: Path | None, out: Path) -> dict | None:
-    """The manifest if these very shards are there; a stamp (times of the source's folders) saves listing the source."""
-    manifest, size_of = read_manifest(out), _sizes(out)
-    if manifest is None:
-        return None
+def _refuse_itself(source: Path, out: Path) -> None:
+    """UserError if shards would be converted into the folder that they lie in: what is written may have their names."""
+    here, there = out.resolve(), source.resolve()
+    if here == there or there in here.parents or (there.parent == here and SHARD.fullmatch(there.name)):
+        raise UserError(f"{source} would be converted into its own folder, {out}: choose another OUT")
+
+
+def _refuse_foreign(out: Path) -> None:
+    """UserError if `out` holds shards of which nothing says that we made them: they would be removed or overwritten."""
+    if (remote.workshop(out) / WORK / "lock").exists():
+        return  # of an interrupted run, which goes on
+    bucket = remote.storage(out)
+    names = bucket.sizes() if bucket else os.listdir(out) if out.is_dir() else []
+    if foreign := sorted(filter(SHARD.fullmatch, names)):
+        raise UserError(
+            f"{remote.where(out)} holds {foreign[0]} and no {MANIFEST}, so it is not ours to overwrite: choose another OUT"
+        )
+
+
+def _already_done(options: Options, source: Path | None, out: Path, manifest: dict) -> bool:
+    """Whether these very shards are there; a stamp (times of the source's folders) saves listing the source."""
+    size_of = _sizes(out)
     if manifest["options"] != asdict(options):
         changed = [
             f"{name} {manifest['options'].get(name)!r}, now {value!r}"
@@ -309,7 +339,7 @@ def _already_done(options: Options, source: Path | None, out: Path) -> dict | No
         )
     rows = [row for split in manifest["splits"].values() for row in split["shards"]]
     if any(size_of(row["file"]) != row["bytes"] for row in rows):
-        return None
+        return False
     bucket, out = remote.storage(out), remote.workshop(out)
     for row in rows:
         if "idx" in row and not bucket and not (out / row["idx"]).exists():
@@ -318,11 +348,12 @@ def _already_done(options: Options, source: Path | None, out: Path) -> dict | No
     if not stamp.untouched(before):
         found = sources.load(options.dataset, source, False, options.unlabelled)
         if bucket:
-            bucket.fetch([part["index"]["file"] for part in manifest["splits"].values()], out)
+            for part in manifest["splits"].values():
+                bucket.fetch(part["index"]["file"], out / part["index"]["file"])
         _check_source(found, source, out, manifest, before["at"])
         stamp.write(out, source, found, listed)
     shutil.rmtree(out / WORK, ignore_errors=True)
-    return manifest
+    return True
 
 
 def _sizes(out: Path) -> Callable[[str], int | None]:
@@ -333,17 +364,21 @@ def _sizes(out: Path) -> Callable[[str], int | None]:
 
 
 def _check_source(found: sources.Source, source: Path | None, out: Path, manifest: dict, since: int) -> None:
-    """UserError if a source is no longer what the shards were made from."""
-    if found.fingerprint() != manifest["source"]["fingerprint"]:
-        raise UserError(f"{source} has changed since {out} was made from it: choose another OUT or remove it")
+    """UserError if a source is no longer what the shards were made from, by its list and, of what is younger, by content."""
+    _check_same(found, source, manifest)
     settings = Options(**manifest["options"]).codec()
     for split in found.splits:
         rows = index.read(out / manifest["splits"][split.name]["index"]["file"])
         if names := stamp.rewritten(split, safe_keys(split.names), rows, settings, since):
             raise UserError(
-                f"{len(names)} files of {source} were rewritten since {out} was made, the first is {names[0]!r}: "
-                "choose another OUT or remove it"
+                f"{len(names)} images of {source} were rewritten since the shards were made from it, the first is "
+                f"{names[0]!r}: choose another OUT or remove them"
             )
+
+
+def _check_same(found: sources.Source, source: Path | None, manifest: dict) -> None:
+    if found.fingerprint() != manifest["source"].get("fingerprint"):
+        raise UserError(f"{source} has changed since the shards were made from it: choose another OUT or remove them")
 
 
 def _finished(job: Job) -> dict[str, dict]:
@@ -354,7 +389,7 @@ def _finished(job: Job) -> dict[str, dict]:
         if record.exists():
             result = json.loads(record.read_text())
             times = job.source.splits[row.split].times
-            altered = times is not None and bool((times[row.samples] > result["listed"]).any())
+            altered = bool((times[row.samples] > result["listed"]).any())
             whole = size_of(row.name) == result["shard"]["bytes"]
             if result["digest"] == row.digest and whole and not altered:
                 results[row.name] = result
@@ -363,9 +398,8 @@ def _finished(job: Job) -> dict[str, dict]:
 
 def _clean(out: Path, bucket: remote.Storage | None, planned: set[str]) -> None:
     """Remove what an interrupted run left: temporary files, and shards of another plan."""
-    for path in out.iterdir():
-        if (path.name.startswith(".") and path.name.endswith(".tmp")) or _stray(path.name, planned):
-            path.unlink()
+    for path in (*out.glob(LEFT), *(path for path in out.iterdir() if _stray(path.name, planned))):
+        path.unlink()
     if bucket:
         for name in bucket.sizes():
             if _stray(name, planned):
@@ -377,7 +411,8 @@ def _stray(name: str, planned: set[str]) -> bool:
     return SHARD.fullmatch(name) is not None and not {name, name.removesuffix(".idx") + tar.SUFFIX} & planned
 
 
-SHARD = re.compile(r"(train|val|unlabelled)-\d{5}\.(tar|idx|beton)")
+SHARD = re.compile(r"(train|val|unlabelled)-\d{5,}\.(tar|idx|beton)")
+LEFT = ".*.[0-9]*.tmp"  # what `files.whole` leaves where it is killed
 
 
 # --- the manifest ---------------------------------------------------------------------------------------------------
@@ -393,23 +428,36 @@ def read_manifest(out: Path) -> dict | None:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{remote.where(out / MANIFEST)} is damaged: {error}") from None
-    if manifest.get("version") != VERSION:
+    if isinstance(manifest, dict) and manifest.get("version", VERSION) != VERSION:
         raise UserError(
-            f"{remote.where(out)} holds shards of version {manifest.get('version')}, this program {VERSION}: make them again"
+            f"{remote.where(out)} holds shards of version {manifest['version']}, this program {VERSION}: make them again"
         )
+    if not _has(manifest, KEYS) or not all(_has(part, PART_KEYS) for part in manifest["splits"].values() or [None]):
+        raise UserError(f"{remote.where(out / MANIFEST)} is no manifest of shards: another program's?")
     return manifest
+
+
+KEYS = {"name": str, "format": str, "options": dict, "classes": list, "source": dict, "rejected": int, "splits": dict}
+PART_KEYS = {"count": int, "mean": list, "std": list, "fingerprint": str, "index": dict, "shards": list}
+
+
+def _has(found: object, keys: dict[str, type]) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in keys.items())
 
 
 def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
     rejected = list(job.source.problems)
     for row in job.rows:
         rejected += results[row.name]["rejected"]
-    total = sum(len(split.names) for split in job.source.splits) + len(job.source.problems)
-    write_rejected(job.out, rejected, total, max_rejected)
+    write_rejected(job.out, rejected, _count(job.source), max_rejected)
     splits = {split.name: _finish_split(job, number, results) for number, split in enumerate(job.source.splits)}
     return write_manifest(
         job.out, job.options, job.source.classes, splits, len(rejected), job.source.fingerprint(), job.source.ignored
     )
+
+
+def _count(source: sources.Source) -> int:
+    return sum(len(split.names) for split in source.splits) + len(source.problems)
 
 
 def write_rejected(out: Path, rejected: list[dict], total: int, allowed: float) -> None:
@@ -417,8 +465,8 @@ def write_rejected(out: Path, rejected: list[dict], total: int, allowed: float) 
     files.write(out / "rejected.jsonl", "".join(json.dumps(item) + "\n" for item in rejected))
     if len(rejected) > allowed * total:
         raise UserError(
-            f"{len(rejected)} of {total} images were rejected, more than {allowed:.2%}: "
-            f"see {out / 'rejected.jsonl'}, then repair them or raise --max-rejected"
+            f"{len(rejected)} of {total} images were rejected, more than {allowed:.2%}, the first is {rejected[0]['name']!r}: "
+            f"{rejected[0]['reason']}. See {out / 'rejected.jsonl'}, then repair them or raise --max-rejected"
         )
 
 

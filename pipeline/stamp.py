@@ -35,9 +35,9 @@ def read(out: Path, source: Path | None) -> dict:
     """Without a stamp, or one of another folder, everything is younger than it."""
     try:
         stamp = json.loads((out / NAME).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         stamp = {}
-    return stamp if stamp.get("source") == _place(source) and "at" in stamp else {"at": -1, "watch": None}
+    return stamp if stamp.get("source") == _place(source) and "at" in stamp else {"at": -1, "watch": []}
 
 
 def _place(source: Path | None) -> str:
@@ -45,8 +45,9 @@ def _place(source: Path | None) -> str:
 
 
 def untouched(stamp: dict) -> bool:
-    """Nothing that the stamp watches is younger: folders with all that lies in them, and archives."""
-    return stamp["watch"] is not None and all(_older(path, stamp["at"]) for path in stamp["watch"])
+    """Nothing that the stamp watches is younger: folders with all that lies in them, and files. One that watches nothing
+    says nothing."""
+    return bool(stamp["watch"]) and all(_older(path, stamp["at"]) for path in stamp["watch"])
 
 
 def _older(path: str, at: int) -> bool:
@@ -61,8 +62,6 @@ def _older(path: str, at: int) -> bool:
 
 def rewritten(split: sources.Split, keys: list[str], rows: index.Index, settings: codec.Settings, at: int) -> list[str]:
     """Names of images younger than the stamp that no longer give the payload in `rows`."""
-    if split.times is None:
-        return []
     number = {rows.key(i): i for i in range(len(rows))}
     return [
         split.names[i]

@@ -74,8 +74,8 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def dali_index(path: Path) -> str:
-    """What `wds2idx` writes for any tar."""
+def dali_index(path: Path) -> bytes:
+    """What `wds2idx` writes for any tar; names that are not text as they are."""
     samples: list[list[str]] = []
     last = None
     with tarfile.open(path, "r:") as archive:
@@ -88,4 +88,5 @@ def dali_index(path: Path) -> str:
                 samples.append([])
                 last = key
             samples[-1].append(f"{extension} {info.offset_data} {info.size} {info.name}")
-    return f"v1.2 {len(samples)}\n" + "".join(" ".join(parts) + "\n" for parts in samples)
+    lines = [f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples), ""]
+    return "\n".join(lines).encode("utf-8", "surrogateescape")

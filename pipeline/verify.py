@@ -2,70 +2,97 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from isal.isal_zlib import crc32
 
-from pipeline import beton, codec, index, shards, tar
+from pipeline import beton, codec, index, remote, shards, tar
 from pipeline.errors import UserError
 
 
 def verify(path: Path) -> list[str]:
     """Everything that is wrong with a folder of shards, one line each, naming shard and key; empty if all is well.
 
+    `path` may be the address of a bucket: its shards are brought here one by one and removed again.
     UserError if there is no manifest to check against.
     """
     manifest = shards.read_manifest(path)
     if manifest is None:
-        raise UserError(f"{path} has no {shards.MANIFEST}: nothing to verify (a conversion that has not finished?)")
+        raise UserError(
+            f"{remote.where(path)} has no {shards.MANIFEST}: nothing to verify (a conversion that has not finished?)"
+        )
     problems = []
     for split, part in manifest["splits"].items():
         problems += [f"{split}: {line}" for line in _split(path, part, manifest["format"])]
     return problems
 
 
-def _split(path: Path, part: dict, format: str) -> Iterator[str]:
-    file = path / part["index"]["file"]
-    try:
-        with open(file, "rb") as opened:
-            altered = index.sha256(opened) != part["index"]["sha256"]
-        rows = index.read(file)
-    except (OSError, ValueError) as error:
-        yield f"{file.name}: {error}"
+@contextlib.contextmanager
+def _here(path: Path, names: list[str]) -> Iterator[list[Path]]:
+    """Files of a folder; objects of a bucket as files of a folder that is gone afterwards, but for those that are missing."""
+    bucket = remote.storage(path)
+    if bucket is None:
+        yield [path / name for name in names]
         return
+    with tempfile.TemporaryDirectory() as folder:
+        local = [Path(folder) / Path(name).name for name in names]
+        for name, file in zip(names, local):
+            with contextlib.suppress(remote.Missing):
+                bucket.fetch(name, file)
+        yield local
+
+
+def _split(path: Path, part: dict, format: str) -> Iterator[str]:
+    with _here(path, [part["index"]["file"]]) as (file,):
+        try:
+            with open(file, "rb") as opened:
+                altered = index.sha256(opened) != part["index"]["sha256"]
+            rows = index.read(file)
+        except FileNotFoundError:
+            yield f"{file.name}: is missing"
+            return
+        except (OSError, ValueError) as error:
+            yield f"{file.name}: {error}"
+            return
     if altered:
         yield f"{file.name}: altered since it was written (SHA-256)"
     if len(rows) != part["count"] or len(rows) != sum(shard["count"] for shard in part["shards"]):
         yield f"{file.name}: has {len(rows)} rows, the manifest {part['count']}"
     if not altered and rows.fingerprint() != part["fingerprint"]:
         yield f"{file.name}: is not the index of these samples (fingerprint)"
-    yield from _doubled(rows, file.name)
+    yield from _doubled(rows, part, file.name)
     for number, shard in enumerate(part["shards"]):
         mine = np.flatnonzero(rows["shard"] == number)
         if len(mine) != shard["count"]:
             yield f"{shard['file']}: {len(mine)} of its {shard['count']} samples are in the index"
-        yield from (f"{shard['file']}: {line}" for line in _shard(path, shard, rows, mine, format))
+        idx = shard.get("idx", str(Path(shard["file"]).with_suffix(".idx")))  # older manifests do not say
+        with _here(path, [shard["file"], idx] if format == "webdataset" else [shard["file"]]) as (file, *beside):
+            yield from (f"{shard['file']}: {line}" for line in _shard(file, beside, shard, rows, mine))
 
 
-def _doubled(rows: index.Index, name: str) -> Iterator[str]:
-    seen: set[str] = set()
+def _doubled(rows: index.Index, part: dict, name: str) -> Iterator[str]:
+    def shard(i: int) -> str:
+        number = int(rows["shard"][i])
+        return part["shards"][number]["file"] if number < len(part["shards"]) else f"shard {number}, which is none"
+
+    first: dict[str, int] = {}
     for i in range(len(rows)):
         try:
             key = rows.key(i)
         except (UnicodeDecodeError, ValueError):
             yield f"{name}: the key of row {i} is not text"
             continue
-        if key in seen:
-            yield f"{name}: key {key} occurs twice"
-        seen.add(key)
+        if first.setdefault(key, i) != i:
+            yield f"{name}: key {key} occurs twice, in {shard(first[key])} and in {shard(i)}"
 
 
-def _shard(path: Path, shard: dict, rows: index.Index, mine: np.ndarray, format: str) -> Iterator[str]:
-    file = path / shard["file"]
+def _shard(file: Path, beside: list[Path], shard: dict, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
     if not file.is_file():
         yield "is missing"
         return
@@ -80,14 +107,11 @@ def _shard(path: Path, shard: dict, rows: index.Index, mine: np.ndarray, format:
         data = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     yield from _payloads(data, rows, mine)
     yield from _overlaps(rows, mine)
+    lacking = len(mine) != shard["count"]
     try:
-        if format == "webdataset":
-            beside = path / shard.get("idx", Path(shard["file"]).with_suffix(".idx"))  # older manifests do not say
-            yield from _tar(file, beside, rows, mine)
-        else:
-            yield from _beton(file, rows, mine)
+        yield from _tar(file, beside[0], rows, mine, lacking) if beside else _beton(file, rows, mine, lacking)
     except (tarfile.TarError, ValueError, UserError) as error:
-        yield f"does not read as {format}: {error}"
+        yield f"does not read as {'a tar' if beside else 'a .beton'}: {error}"
 
 
 def _payloads(data: np.ndarray, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
@@ -122,8 +146,9 @@ def _overlaps(rows: index.Index, mine: np.ndarray) -> Iterator[str]:
         yield f"key {second}: overlaps key {first}"
 
 
-def _tar(file: Path, beside: Path, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
-    """The archive as `tarfile` reads it, and DALI's index beside it."""
+def _tar(file: Path, beside: Path, rows: index.Index, mine: np.ndarray, lacking: bool) -> Iterator[str]:
+    """The archive as `tarfile` reads it, and DALI's index beside it. `lacking`: the index has too few of its samples (what
+    was rejected when a foreign shard was indexed is rightly not there)."""
     from pipeline import archives
 
     records, problems = archives.records(file)
@@ -132,6 +157,8 @@ def _tar(file: Path, beside: Path, rows: index.Index, mine: np.ndarray) -> Itera
     wanted = {rows.key(i): i for i in mine}
     bare = {key: key if key in found else key.removeprefix(f"{file.stem}/") for key in wanted}  # see adopt
     yield from (f"key {key}: missing from the archive" for key in wanted if bare[key] not in found)
+    if lacking:
+        yield from (f"key {key}: missing from the index" for key in found if key not in bare.values())
     wanted = {key: i for key, i in wanted.items() if bare[key] in found}
     for key, i in wanted.items():
         record = found[bare[key]]
@@ -142,13 +169,16 @@ def _tar(file: Path, beside: Path, rows: index.Index, mine: np.ndarray) -> Itera
             yield f"key {key}: label {record.label} in the archive, {rows['label'][i]} in the index"
     if not beside.exists():
         yield f"{beside.name}: is missing"
-    elif beside.read_bytes() != tar.dali_index(file).encode():
+    elif beside.read_bytes() != tar.dali_index(file):
         yield f"{beside.name}: does not fit the archive"
 
 
-def _beton(file: Path, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
-    """Header, metadata and allocation table of an FFCV file."""
+def _beton(file: Path, rows: index.Index, mine: np.ndarray, lacking: bool) -> Iterator[str]:
+    """Header, metadata and allocation table of an FFCV file, which has no keys: what the index lacks is named by place."""
     found = beton.read(file)
+    if lacking:
+        left = np.flatnonzero(~np.isin(found.offset, rows["offset"][mine]))
+        yield from (f"sample {j} at {found.offset[j]}, label {found.label[j]}: missing from the index" for j in left)
     yield from (f"allocation table: {line}" for line in _allocation(found))
     number = {int(offset): j for j, offset in enumerate(found.offset)}
     for i in mine:

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from pipeline.errors import UserError
 from profiling.writers import CONTENDERS, photos
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -460,11 +461,28 @@ def write_results(out: Path, result: dict) -> None:
         writer.writerows(result["conversion"])
 
 
+def check(args: Args) -> None:
+    """UserError, a line for each value that makes no sense."""
+    least = {"rounds": 1, "jobs": 1, "rows": 1}
+    errors = [
+        f"--{k} is a number from {v} on, not {getattr(args, k)}" for k, v in least.items() if getattr(args, k) < v
+    ]
+    if not args.source.is_dir():
+        errors.append(f"--source {args.source} is no folder")
+    elif not photos(args.source):
+        errors.append(f"--source {args.source} holds no photos")
+    if args.scratch is not None and not args.scratch.is_dir():
+        errors.append(f"--scratch {args.scratch} is no folder")
+    if errors:
+        raise UserError("\n".join(errors))
+
+
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py shards")
     if args.contender:
         run_one(args)
         return
+    check(args)
     import cv2
 
     cv2.setNumThreads(0)  # this process forks: it must have no threads then

@@ -60,6 +60,38 @@ def test_stock_loader_gives_equal_pixels(tmp_path, encoding, os_cache):
     assert seen == len(store) == 40
 
 
+@pytest.mark.slow
+def test_stock_loader_hands_over_yuv420_as_bytes(tmp_path):
+    """FFCV has no such field: it gives the bytes undecoded, in rows of the longest."""
+    from ffcv.fields import BytesField
+    from ffcv.fields.bytes import BytesDecoder
+    from ffcv.fields.decoders import IntDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    folder = tmp_path / "in" / "train" / "one"
+    folder.mkdir(parents=True)
+    for i in range(12):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i, 90 + i, 120))
+    shards.write(shards.Options("folder", "ffcv", "yuv420"), tmp_path / "in", tmp_path / "out", quiet=True)
+    store, seen = Store(tmp_path / "out"), 0
+    loader = Loader(
+        str(tmp_path / "out" / store.shards[0]["file"]),
+        batch_size=4,
+        num_workers=1,
+        os_cache=True,
+        order=OrderOption.SEQUENTIAL,
+        pipelines={"image": [BytesDecoder()], "label": [IntDecoder()]},
+    )
+    assert isinstance(loader.reader.handlers["image"], BytesField)
+    for images, labels in loader:
+        for image, label in zip(np.asarray(images), labels):
+            payload = store.read(seen).reshape(-1)
+            assert len(image) == store._rows["length"].max() and np.array_equal(image[: len(payload)], payload)
+            assert int(label[0]) == store.labels[seen]
+            seen += 1
+    assert seen == len(store) == 12
+
+
 class Photos:
     """What `ffcv.writer.DatasetWriter` takes."""
 

@@ -51,7 +51,7 @@ def variants():
 
 def step(model: nn.Module, loss, x: Tensor, local) -> dict[str, Tensor]:
     model.zero_grad()
-    result = loss(model(x.flatten(0, 1)).unflatten(0, x.shape[:2]), local)
+    result = loss(model(x.flatten(0, 1)).unflatten(0, x.shape[:2]), local=local)
     result.total.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return {"loss": torch.stack(result).detach(), "gradient": gradient.clone()}

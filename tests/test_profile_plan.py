@@ -7,13 +7,14 @@ from typing import BinaryIO
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import ROOT, command
 
 from pipeline import remote
 from pipeline.errors import UserError
 from pipeline.plan import ORDERS, Plan
 from pipeline.store import Store
 from profiling import plan, replay
+from profiling import shards as measure_shards
 from profiling.replay import LRU, Cluster
 
 
@@ -189,8 +190,41 @@ def test_bandwidth_and_where_it_stops():
         (("--nodes", "0"), "--nodes takes numbers from 1 on"),
         (("--images", "1e6", "--nodes", "4096"), "4096 nodes take more images a step than the 1e.06 there are"),
         (("--images", "1e12", "--nodes", "1"), "name a larger disk with --scratch"),
+        (("--images", "nan"), "--images takes numbers from 512 on, got nan"),
+        (("--images", "1e6", "inf"), "--images takes numbers from 512 on, got 1e.06 inf"),
+        (("--cache-gb", "nan"), "--cache-gb must be positive, not nan"),
+        (("--storage-gb-s", "inf"), "--storage-gb-s must be positive, not inf"),
+        (("--scratch", "nowhere"), "--scratch nowhere is no folder"),
     ],
 )
 def test_bad_input_is_said(tmp_path, flags, said):
     with pytest.raises(UserError, match=said):
         plan.main([*flags, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--source", "nowhere"), "--source nowhere is no folder"),
+        (("--source", "."), "--source . holds no photos"),
+        (
+            ("--source", ".", "--rounds", "0", "--jobs", "-1"),
+            "--rounds is a number from 1 on, not 0\n--jobs is .* not -1",
+        ),
+    ],
+)
+def test_bad_input_to_the_measurement_of_shards_is_said(tmp_path, monkeypatch, flags, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        measure_shards.main([*flags, "--out", str(tmp_path)])
+
+
+def test_what_is_extrapolated_is_marked():
+    """The shuffle of more than twenty million samples is not measured, and the page must not say so."""
+    result = json.loads((ROOT / "results" / "scale.json").read_text())
+    text = plan.page(result)
+    assert text == (ROOT / "results" / "scale.md").read_text()
+    rows = {
+        line.split(" | ")[0]: line for line in text.split("how well an order mixes")[1].split("## ")[0].splitlines()
+    }
+    assert "measured" in rows["| ImageNet-22k"] and "extrapolated from 20 M samples" in rows["| LAION-400M"]

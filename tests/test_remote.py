@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.loader import Loader
 from pipeline.plan import plan
 from pipeline.store import Corrupt, Store, splits
+from pipeline.verify import verify
 from pipeline.views import policy
 
 PIECE = 128 << 10
@@ -405,10 +406,43 @@ def test_a_storage_that_stays_away_is_given_up_in_one_line(proxy, url, monkeypat
     assert len(proxy.log) - before == 5 and capfd.readouterr().err.count("trying again") == 1
 
 
-@pytest.mark.parametrize("value", ["much", "0", "-3"])
+@pytest.mark.parametrize("where", ["s3", "file"])
+def test_an_object_that_was_cut_off_for_good_is_one_line(where, proxy, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "TRIES", 3)
+    (tmp_path / "cut").mkdir()
+    address = f"file://{tmp_path}/cut" if where == "file" else "s3://bucket/cut"
+    store = Store(upload(folder, address))
+    fs, root = fsspec.core.url_to_fs(address)
+    name = store.shards[store.shard_of[9]]["file"]
+    fs.pipe_file(f"{root}/{name}", fs.cat_file(f"{root}/{name}")[: int(store._rows["offset"][9]) + 100])
+    with pytest.raises(UserError, match=rf"^{address}/{name}: 100 of \d+ bytes came: cut off \(3 tries\)$"):
+        store.read(9)
+    with pytest.raises(UserError, match=rf"^{address}/{name}: .*"):  # what lies altogether beyond the end
+        store.read(11)
+
+
+def test_an_answer_that_is_always_cut_off_is_one_line(proxy, url, monkeypatch):
+    monkeypatch.setattr(remote, "TRIES", 3)
+    store = Store(url)
+    proxy.fault = lambda method, path: "truncated" if ".tar" in path else None
+    with pytest.raises(UserError, match=r"^s3://bucket/photos/train-\d+\.tar: .* \(3 tries\)$"):
+        store.read(0)
+
+
+@pytest.mark.parametrize("value", ["much", "0", "-3", "nan", "inf"])
 def test_the_bound_is_checked(url, monkeypatch, value):
     monkeypatch.setenv("MANYVIEW_CACHE_GB", value)
     one_line(url, "MANYVIEW_CACHE_GB is the size of the cache in gigabytes", value)
+
+
+@pytest.mark.parametrize("zeros", [0, 20, 4096])
+def test_a_count_that_was_lost_is_made_again(url, folder, fresh, zeros):
+    payloads(Store(url))
+    (fresh / "pieces" / "size").write_bytes(bytes(zeros))  # by a machine that lost power
+    for path in list(fresh.glob("pieces/*/train-*"))[:2]:
+        path.unlink()
+    assert payloads(Store(url)) == payloads(Store(folder))
+    assert int((fresh / "pieces" / "size").read_bytes()[:20]) >= held(fresh)
 
 
 def test_a_disk_that_takes_no_more_is_one_line(url, fresh):
@@ -428,6 +462,11 @@ def test_addresses():
     assert remote.address("shards/x") is None and remote.address(Path("/data/x")) is None
     assert remote.address(Path("s3://bucket/a/b/")) == remote.address("s3://bucket/a/b") == "s3://bucket/a/b"
     assert remote.address(Path("file:///data/x")) == "file:///data/x" and remote.address("timm:resnet18") is None
+    for chained in ("simplecache::s3://bucket/a", "zip://*.tar::file:///a.zip"):
+        for path in (chained, Path(chained)):
+            with pytest.raises(UserError, match="addresses chained by :: are not read here"):
+                remote.address(path)
+    assert remote.address("a::b/c") is None
     assert remote.where(Path("s3://bucket/a")) == "s3://bucket/a" and remote.where(Path("a/b")) == "a/b"
 
 
@@ -505,6 +544,27 @@ def test_a_bucket_gets_what_a_folder_gets_through_a_bad_network(proxy, folder, s
         shards.write(shards.Options("folder", shard_mb=2), source, Path("s3://bucket/made/photos"), quiet=True)
     with pytest.raises(UserError, match="executor ray writes to a folder"):
         write("s3://bucket/made/other", source, executor="ray")
+
+
+def test_shards_of_others_in_a_bucket_are_left_alone(folder, source, proxy, fresh):
+    address = upload(folder, "s3://bucket/theirs")
+    fsspec.filesystem("s3").rm_file("bucket/theirs/manifest.json")
+    before = objects(address)
+    proxy.calm()
+    with pytest.raises(UserError, match=r"^s3://bucket/theirs holds train-00000\.idx and no manifest\.json"):
+        write(address, source)
+    assert objects(address) == before and not proxy.requests("DELETE", "") and not list(fresh.glob("making/*/*"))
+
+
+def test_a_bucket_is_verified(folder, proxy):
+    address = upload(folder, "s3://bucket/verified")
+    assert verify(Path(address)) == []
+    fs, store = fsspec.filesystem("s3"), Store(folder)
+    path = f"bucket/verified/{store.shards[store.shard_of[9]]['file']}"
+    data = bytearray(fs.cat_file(path))
+    data[int(store._rows["offset"][9]) + 99] ^= 4
+    fs.pipe_file(path, bytes(data))
+    assert any(f"key {store.key(9)}: its bytes have changed" in line for line in verify(Path(address)))
 
 
 @pytest.mark.slow

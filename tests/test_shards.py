@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -188,12 +189,133 @@ def test_a_file_rewritten_with_the_same_size_is_noticed_and_one_touched_is_no_ch
     assert path.stat().st_size == len(original)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a careless copy leaves it
     for _ in range(2):
-        with pytest.raises(UserError, match=r"1 files of .* were rewritten since .*class1/photo1"):
+        with pytest.raises(UserError, match=r"1 images of .* were rewritten since .*class1/photo1"):
             write(tmp_path / "in", tmp_path / "out")
     path.write_bytes(original)
     assert write(tmp_path / "in", tmp_path / "out") == before
     (tmp_path / "in").rename(tmp_path / "elsewhere")
     assert write(tmp_path / "elsewhere", tmp_path / "out") == before
+
+
+def fashion(folder: Path, seed: int) -> Path:
+    """Fashion-MNIST's files, tiny; the labels and sizes are the same for every seed."""
+    folder.mkdir(exist_ok=True)
+    for part, n in (("train", 200), ("t10k", 20)):
+        images = np.random.default_rng(seed).integers(0, 256, (n, 28, 28), np.uint8)
+        for name, values in (("images-idx3", images), ("labels-idx1", np.arange(n, dtype=np.uint8) % 10)):
+            header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+            (folder / f"{part}-{name}-ubyte").write_bytes(header + values.tobytes())
+    return folder
+
+
+def test_arrays_that_were_rewritten_are_noticed(tmp_path, monkeypatch):
+    source, out = fashion(tmp_path / "in", 0), tmp_path / "out"
+    time.sleep(0.06)  # the stamp's tick
+    before = write(source, out, dataset="fashion-mnist")
+    monkeypatch.setattr(sources, "load", lambda *_: sys.exit("untouched, and yet it was listed"))
+    assert write(source, out, dataset="fashion-mnist") == before
+    monkeypatch.undo()
+    fashion(source, 0)  # copied anew
+    assert write(source, out, dataset="fashion-mnist") == before
+    fashion(source, 1)
+    with pytest.raises(UserError, match=r"200 images of .* were rewritten"):
+        write(source, out, dataset="fashion-mnist")
+
+
+def test_an_interrupted_run_does_not_mix_old_arrays_with_new(tmp_path, monkeypatch):
+    source, out = fashion(tmp_path / "in", 0), tmp_path / "out"
+    time.sleep(0.06)
+    monkeypatch.setattr(shards, "_finish", lambda *_: sys.exit(9))
+    with pytest.raises(SystemExit):
+        write(source, out, dataset="fashion-mnist")
+    monkeypatch.undo()
+    fashion(source, 1)
+    write(source, out, dataset="fashion-mnist")
+    write(fashion(tmp_path / "in", 1), tmp_path / "fresh" / "out", dataset="fashion-mnist")
+    assert digests(out) == digests(tmp_path / "fresh" / "out")
+
+
+def test_our_shards_rewritten_beneath_an_import_are_noticed(tmp_path):
+    class_folders(tmp_path / "in", 3, 2)
+    write(tmp_path / "in", tmp_path / "ours")
+    time.sleep(0.06)
+    before = write(tmp_path / "ours", tmp_path / "out", dataset="shards")
+    shard = tmp_path / "ours" / "train-00000.tar"
+    shard.write_bytes(shard.read_bytes())
+    assert write(tmp_path / "ours", tmp_path / "out", dataset="shards") == before
+    row = Store(tmp_path / "ours")._rows
+    data = bytearray(shard.read_bytes())
+    data[int(row["offset"][0]) + 200] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"1 images of .* were rewritten"):
+        write(tmp_path / "ours", tmp_path / "out", dataset="shards")
+
+
+def test_shards_of_others_are_neither_removed_nor_overwritten(photos, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("train-00000.tar", "val-00007.idx", "unlabelled-123456.beton", ".mine.tmp"):
+        (out / name).write_text("of somebody else")
+    before = digests(out)
+    with pytest.raises(UserError, match=r"out holds train-00000\.tar and no manifest\.json"):
+        write(photos, out)
+    assert digests(out) == before and not (out / shards.WORK).exists()
+    for path in out.glob("*-*"):
+        path.unlink()
+    write(photos, out)
+    assert (out / ".mine.tmp").exists()
+
+
+def test_shards_are_not_imported_into_their_own_folder(photos, tmp_path):
+    source = tmp_path / "source"
+    write(photos, source)
+    before = digests(source)
+    for out in (source, source / "new", tmp_path / "x" / ".." / "source"):
+        for format in shards.FORMATS:
+            with pytest.raises(UserError, match="its own folder"):
+                write(source, out, dataset="shards", format=format)
+    with pytest.raises(UserError, match="its own folder"):
+        write(source / "train-00001.tar", source, dataset="shards")
+    (source / shards.MANIFEST).unlink()
+    (source / shards.WORK).mkdir()
+    (source / shards.WORK / "lock").touch()  # as if a run of ours had been interrupted
+    with pytest.raises(UserError, match="its own folder"):
+        write(source / "train-00001.tar", source, dataset="shards")
+    assert digests(source) == {name: value for name, value in before.items() if name != shards.MANIFEST} | {
+        f"{shards.WORK}/lock": hashlib.sha256(b"").hexdigest()
+    }
+
+
+def test_with_a_shard_lost_another_source_is_still_refused(tmp_path):
+    class_folders(tmp_path / "in", 2, 2)
+    class_folders(tmp_path / "other", 3, 2)
+    write(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out" / "train-00000.idx").rename(tmp_path / "kept")
+    (tmp_path / "out" / "train-00000.tar").unlink()
+    before = digests(tmp_path / "out")
+    with pytest.raises(UserError, match="has changed since"):
+        write(tmp_path / "other", tmp_path / "out")
+    assert digests(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("text", ['"x"', "[]", '{"version": 1}', '{"version": 1, "splits": {"train": 3}}', "5"])
+def test_a_manifest_that_is_not_ours_is_one_line(photos, tmp_path, text):
+    (tmp_path / shards.MANIFEST).write_text(text)
+    for use in (Store, verify, lambda path: write(photos, path)):
+        with pytest.raises(UserError, match=r"manifest\.json is no manifest of shards"):
+            use(tmp_path)
+
+
+def test_make_hands_paths_on_as_they_are(tmp_path):
+    line = ["make", "-n", "shards", "DATASET=digits", f"OUT={tmp_path}/a b", "SOURCE=c d"]
+
+    def flags(*more: str) -> list[str]:
+        done = subprocess.run([*line, *more], cwd=ROOT, capture_output=True, text=True, check=True)
+        return shlex.split(done.stdout.splitlines()[-1])
+
+    plain = flags()
+    assert plain[plain.index("--out") + 1] == f"{tmp_path}/a b" and plain[plain.index("--source") + 1] == "c d"
+    assert flags("DOWNLOAD=0") == plain and flags("DOWNLOAD=1") == [*plain, "--download"]
 
 
 def test_a_file_rewritten_before_an_interrupted_run_goes_on_is_read_again(photos, tmp_path, monkeypatch):
@@ -226,14 +348,18 @@ def test_a_lost_shard_is_made_again(photos, tmp_path):
 
 def test_every_bad_option_is_named_at_once():
     with pytest.raises(UserError) as error:
-        shards.check(shards.Options("folder", "webdatset", "jpg", -1, 0, shard_mb=-1))
+        shards.check(shards.Options("folder", "webdatset", "jpg", -1, 0, seed=-1, shard_mb=-1), jobs=-1)
     lines = str(error.value).splitlines()
-    assert len(lines) == 5 and "nearest: webdataset" in lines[0]
+    assert len(lines) == 7 and "nearest: webdataset" in lines[0]
 
 
 @pytest.mark.slow
 def test_bad_flags_exit_2_without_a_traceback(tmp_path):
-    for words in (["write", "--dataset", "foldr"], ["write", "--datset", "x"], ["verify", str(tmp_path)], ["lst"]):
+    for words in (
+        ["write", "--dataset", "foldr"], ["write", "--datset", "x"], ["verify", str(tmp_path)], ["lst"],
+        ["write", "--dataset", "digits", "--jobs", "-1"], ["index", str(tmp_path), "--jobs", "-1"],
+        ["import", "--source", "s3://bucket/x", "--out", str(tmp_path)], ["index", "s3://bucket/x"],
+    ):  # fmt: skip
         done = subprocess.run([*TOOL, *words], capture_output=True, text=True, check=False)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
 
@@ -254,9 +380,9 @@ def test_rejected_images_are_listed_with_their_reasons(tmp_path):
         (folder / name).write_bytes(data)
     (folder / "notes.txt").write_text("no image")
     (folder / "fine.png").write_bytes(encoded(pixels(1), "PNG"))
-    (folder / "loop").symlink_to(folder)
-    with pytest.raises(UserError, match=r"5 of 36 images were rejected, more than 1\.00%"):
+    with pytest.raises(UserError, match=r"4 of 35 images were rejected, more than 1\.00%, the first is 'class0/.*': "):
         write(tmp_path / "in", tmp_path / "out")
+    (folder / "loop").symlink_to(folder)
     manifest = write(tmp_path / "in", tmp_path / "out", max_rejected=0.2)
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {line["name"] for line in lines} == {f"class0/{name}" for name in bad} | {"class0/loop"}
@@ -265,6 +391,15 @@ def test_rejected_images_are_listed_with_their_reasons(tmp_path):
         manifest["rejected"] == 5 and manifest["source"]["ignored"] == 1 and manifest["splits"]["train"]["count"] == 31
     )
     assert verify(tmp_path / "out") == []
+
+
+def test_too_much_that_cannot_be_listed_is_said_before_anything_is_converted(tmp_path):
+    class_folders(tmp_path / "in", 2, 2)
+    (tmp_path / "in" / "train" / "stray.jpg").write_bytes(jpeg(1))
+    with pytest.raises(UserError, match=r"1 of 5 images .* 'stray\.jpg': lies beside the class folders.*--unlabelled"):
+        write(tmp_path / "in", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+    assert write(tmp_path / "in", tmp_path / "out", unlabelled=True)["splits"]["train"]["count"] == 5
 
 
 def test_a_split_with_nothing_left_is_an_error(tmp_path):
@@ -283,23 +418,31 @@ def start(photos: Path, out: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen([*command, "--jobs", "2", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+KILLS = 10  # a format
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", shards.FORMATS)
 def test_killed_at_random_points_it_ends_as_if_undisturbed(photos, tmp_path, format):
-    """Ten kills a format: two folders, each killed five times on the way."""
-    write(photos, tmp_path / "whole" / "x", format=format)
+    """Folders that are killed again and again, anywhere between the first moment and the last, until there were ten kills."""
+    source = many(photos, tmp_path / "in")
+    process = start(source, tmp_path / "whole" / "x", "--format", format)
+    wait_for((tmp_path / "whole" / "x" / shards.WORK / "lock").exists, process)
+    began = time.time()
+    process.communicate()
+    took = time.time() - began
     expected = digests(tmp_path / "whole" / "x")
-    rng = random.Random(format)
-    kills = 0
-    for chain in range(2):
-        out = tmp_path / str(chain) / "x"
-        for _ in range(5):
-            kills += start_and_kill(photos, out, format, rng.uniform(0, 0.12))
+    rng, kills, folders = random.Random(format), 0, 0
+    while kills < KILLS:
+        out = tmp_path / str(folders) / "x"
+        while kills < KILLS and start_and_kill(source, out, format, rng.uniform(0, took)):
+            kills += 1
             for path in (*out.glob("*.tar"), *out.glob("*.beton")):  # what has its final name is whole
                 assert expected[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
-        write(photos, out, format=format)
+        write(source, out, format=format)
         assert digests(out) == expected
-    assert kills >= 5
+        folders += 1
+        assert folders < 5 * KILLS, "it was hardly ever killed"
 
 
 def start_and_kill(photos: Path, out: Path, format: str, delay: float) -> bool:
@@ -312,6 +455,7 @@ def start_and_kill(photos: Path, out: Path, format: str, delay: float) -> bool:
     process.communicate()
     psutil.wait_procs(children, timeout=5)
     assert not [child for child in children if child.is_running()], "orphans"
+    assert process.returncode in (0, -signal.SIGKILL)
     return process.returncode == -signal.SIGKILL
 
 
@@ -395,18 +539,35 @@ def test_a_dead_worker_ends_the_run_within_ten_seconds(photos, tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_its_cause(photos, tmp_path):
     """A limit on the size of files stands for it: writing fails in the same place, with another number."""
-    out = tmp_path / "out"
-    limit = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000)); "
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(photos, source)
+    large = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)  # its shard, a late one, is too much
+    (source / "val" / "class0" / "large.jpg").write_bytes(encoded(large, quality=97))
+    limit = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)); "
     code = limit + f"sys.argv = sys.argv[1:]; runpy.run_path({TOOL[1]!r}, run_name='__main__')"
-    words = ["write", "--dataset", "folder", "--source", str(photos), "--out", str(out), "--shard-mb", "1"]
+    words = [
+        "write",
+        "--dataset",
+        "folder",
+        "--source",
+        str(source),
+        "--out",
+        str(out),
+        "--shard-mb",
+        "1",
+        "--jobs",
+        "1",
+    ]
     began = time.time()
     done = subprocess.run(
         [sys.executable, "-c", code, TOOL[1], *words], capture_output=True, text=True, check=False, timeout=60
     )
+    assert time.time() - began < 10
     assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert time.time() - began < 20 and not list(out.glob("*.tar")) and not list(out.glob(".*.tmp"))
-    write(photos, out)
-    assert verify(out) == []
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert out / "train-00000.tar" in kept and not list(out.glob(".*.tmp")) and not (out / shards.MANIFEST).exists()
+    write(source, out)
+    assert verify(out) == [] and all(path.stat().st_mtime_ns == at for path, at in kept.items())
 
 
 def fail_at_three(item: int) -> None:
@@ -434,3 +595,14 @@ def test_ctrl_c_leaves_no_process_behind(photos, tmp_path):
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and b"Traceback" not in err, err
     assert not [child for child in children if child.is_running()]
+
+
+def test_ctrl_c_while_the_workers_are_started_leaves_none_behind(photos, tmp_path):
+    """The worst moment: right after the first fork."""
+    code = "import os, runpy, signal, sys; sys.argv = sys.argv[1:]; "
+    code += "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT)); "
+    code += f"runpy.run_path({TOOL[1]!r}, run_name='__main__')"
+    words = ["write", "--dataset", "folder", "--source", str(photos), "--out", str(tmp_path / "out"), "--shard-mb", "1"]
+    line = [sys.executable, "-c", code, TOOL[1], *words]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=20)  # orphans would hold its pipes
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr

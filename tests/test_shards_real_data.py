@@ -1,4 +1,4 @@
-"""Extra: real photos and CIFAR-10, where MANYVIEW_PHOTOS and MANYVIEW_CIFAR10 name their folders (class folders)."""
+"""Extra: real photos and CIFAR-10, where MANYVIEW_PHOTO_FOLDERS and MANYVIEW_CIFAR10 name their folders (class folders)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def files(root: Path) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("format", shards.FORMATS)
 def test_photos_keep_every_byte_and_label(tmp_path, format):
-    source = real("MANYVIEW_PHOTOS")
+    source = real("MANYVIEW_PHOTO_FOLDERS")
     shards.write(shards.Options("folder", format), source, tmp_path / "out", quiet=True)
     store, originals = Store(tmp_path / "out"), files(source / "train")
     assert len(store) == len(originals) and verify(tmp_path / "out") == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import command
 from pictures import class_folders, encoded, jpeg, pixels
 
 from pipeline import archives, sources
@@ -33,14 +34,56 @@ def test_class_folders_with_splits(tmp_path):
 
 
 def test_a_tree_without_class_folders_has_no_labels(tmp_path):
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    for place in ("a.jpg", "deep/b.png", "deep/er/c.JPEG"):
-        (tmp_path / place).write_bytes(jpeg(1))
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / name).write_bytes(jpeg(1))
+    (tmp_path / "empty").mkdir()
     found = sources.load("folder", tmp_path)
-    assert names(found) == {"train": ["a.jpg", "deep/b.png", "deep/er/c.JPEG"]}
-    assert found.classes == [] and (found.splits[0].labels == -1).all()
+    assert names(found) == {"train": ["a.jpg", "b.png"]}
+    assert found.classes == [] and (found.splits[0].labels == -1).all() and not found.problems
     class_folders(tmp_path / "other", 1, 2)
     assert (sources.load("folder", tmp_path / "other", unlabelled=True).splits[0].labels == -1).all()
+
+
+def test_an_image_beside_the_class_folders_is_a_problem_and_the_others_keep_their_labels(tmp_path):
+    (class_folders(tmp_path, 1, 2) / "train" / "stray.jpg").write_bytes(jpeg(1))
+    (class_folders(tmp_path, 1, 2, split="val") / "val" / "class1" / "deep").mkdir()
+    (tmp_path / "val" / "class1" / "deep" / "x.jpg").write_bytes(jpeg(2))
+    found = sources.load("folder", tmp_path)
+    assert names(found)["train"] == ["class0/photo0.jpg", "class1/photo0.jpg"]
+    assert [split.labels.tolist() for split in found.splits] == [[0, 1], [0, 1, 1]]
+    assert [(item["split"], item["name"]) for item in found.problems] == [("train", "stray.jpg")]
+    assert "beside the class folders" in found.problems[0]["reason"] and "--unlabelled" in found.problems[0]["reason"]
+    everything = sources.load("folder", tmp_path, unlabelled=True)
+    assert names(everything)["train"][-1] == "stray.jpg" and not everything.problems and everything.classes == []
+
+
+def test_a_class_named_like_a_split_is_asked_about(tmp_path):
+    for name in ("bus", "car", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").write_bytes(jpeg(1))
+    with pytest.raises(
+        UserError, match=r"holds train and also images in bus, car: splits or classes\? Move them apart"
+    ):
+        sources.load("folder", tmp_path)
+    (tmp_path / "car").rename(tmp_path / ".car")
+    (tmp_path / "bus").rename(tmp_path / "lost+found")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "readme.txt").write_text("no image")
+    assert names(sources.load("folder", tmp_path)) == {"train": ["x.jpg"]}
+
+
+def test_beside_val_the_test_split_is_left_out_and_two_of_val_are_refused(tmp_path, capsys):
+    for split in ("train", "valid", "test"):
+        class_folders(tmp_path, 1, 2, split=split)
+    found = sources.load("folder", tmp_path)
+    assert [split.name for split in found.splits] == ["train", "val"]
+    path = tmp_path / "valid" / "class0" / "photo0.jpg"
+    path.write_bytes(jpeg(99))
+    assert found.splits[1].read(0).tobytes() == path.read_bytes()
+    assert capsys.readouterr().err == f"note: {tmp_path}/test is left out, val is {tmp_path}/valid\n"
+    class_folders(tmp_path, 1, 2, split="val")
+    with pytest.raises(UserError, match="holds val and valid: which of them is val"):
+        sources.load("folder", tmp_path)
 
 
 def test_links_are_followed_once_and_loops_end(tmp_path):
@@ -57,19 +100,27 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
     assert {item["name"] for item in found.problems} == {"class0/back", "class0/self.jpg", "class0/gone.jpg"}
 
 
-def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_refused_by_name(tmp_path, monkeypatch):
+    """It may hold thousands, and without it the classes would have other numbers."""
     class_folders(tmp_path, 1, 2)
-    denied = str(tmp_path / "train" / "class1")
+    denied = tmp_path / "train" / "class1"
     real = os.scandir
 
     def scandir(path):  # permissions do not stop root, who may be running this
-        if path == denied:
-            raise PermissionError(13, "Permission denied", path)
+        if Path(path) == denied:
+            raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    found = sources.load("folder", tmp_path)
-    assert found.problems == [{"split": "train", "name": "class1", "reason": "cannot be read: Permission denied"}]
+    with pytest.raises(
+        UserError, match=r"class1 cannot be read \(Permission denied\): make it readable or move it away"
+    ):
+        sources.load("folder", tmp_path)
+    denied = denied.rename(tmp_path / "train" / "lost+found")
+    assert sources.load("folder", tmp_path).classes == ["class0"]
+    denied = denied.rename(tmp_path / "beside")
+    with pytest.raises(UserError, match="beside cannot be read"):
+        sources.load("folder", tmp_path)
 
 
 def test_names_that_are_not_text_survive(tmp_path):
@@ -103,11 +154,12 @@ def test_a_file_that_vanishes_is_a_value_error(tmp_path):
         ("cifar10", ".", "--download"),
         ("stl10", ".", "--download"),
         ("shards", ".", "holds no .tar and no .beton"),
+        ("cifar10", "s3:/bucket/x", "source s3://bucket/x is an address"),
     ],
 )
 def test_bad_requests_are_user_errors(tmp_path, dataset, source, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.").replace("(", r"\(")):
-        sources.load(dataset, source and tmp_path / source)
+        sources.load(dataset, source and (Path(source) if ":" in source else tmp_path / source))
 
 
 def test_imagenet100_is_the_pinned_list(tmp_path):
@@ -179,6 +231,10 @@ def test_damaged_official_archives_are_refused_by_name(tmp_path):
     (tmp_path / archives.DEVKIT).rename(tmp_path / "kit")
     with pytest.raises(UserError, match=archives.DEVKIT):
         sources.load("imagenet", tmp_path)
+    for kit in (b"<html>not found</html>", (tmp_path / "kit").read_bytes()[:-40]):
+        (tmp_path / archives.DEVKIT).write_bytes(kit)
+        with pytest.raises(UserError, match=rf"{archives.DEVKIT} is no whole \.tar\.gz"):
+            sources.load("imagenet", tmp_path)
     (tmp_path / "kit").rename(tmp_path / archives.DEVKIT)
     data = (tmp_path / archives.TRAIN).read_bytes()
     (tmp_path / archives.TRAIN).write_bytes(data[:9000])
@@ -197,6 +253,42 @@ def test_members_that_climb_out_or_link_are_set_aside(tmp_path):
     found = sources.load("shards", tmp_path)
     assert names(found) == {"train": ["good.jpg"]} and found.splits[0].labels.tolist() == [4]
     assert [item["reason"] for item in found.problems] == ["its name climbs out of the archive"] * 2 + ["is a link"]
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_samples_of_foreign_tars_that_make_no_sense_are_set_aside_one_by_one(tmp_path):
+    images = {
+        "id.jpg": jpeg(1), "id.cls": b"99999999999999999999", "many.jpg": jpeg(1), "many.cls": b"2000000000",
+        "below.jpg": jpeg(1), "below.cls": b"-7", "five.jpg": jpeg(1), "five.json": b"5", "good.jpg": jpeg(2), "good.cls": b"4",
+    }  # fmt: skip
+    arrays = {
+        "zero.npy": npy(np.zeros((0, 4, 3), np.uint8)), "empty.npy": b"", "cut.npy": npy(np.zeros((70, 70, 3), np.uint8))[:500],
+        "header.npy": b"\x93NUMPY\x01\x00v\x00{(garbage" + b" " * 120, "zip.npy": b"PK\x03\x04" + bytes(40),
+        "whole.npy": npy(pixels(1)),
+    }  # fmt: skip
+    (tmp_path / "x.tar").write_bytes(tar_of({**images, **arrays}))
+    found = sources.load("shards", tmp_path)
+    reasons = {item["name"]: item["reason"] for item in found.problems}
+    assert set(reasons) == {"id", "many", "below"} and all("is no class's number" in text for text in reasons.values())
+    (split,) = found.splits
+    assert dict(zip(split.names, split.labels.tolist()))["good.jpg"] == 4 and len(found.classes) == 5
+    for name in arrays:
+        if name == "whole.npy":
+            assert np.array_equal(split.read(split.names.index(name)), pixels(1))
+        else:
+            with pytest.raises(ValueError, match=r"is no array|is no 8-bit image"):
+                split.read(split.names.index(name))
+
+
+def test_where_nothing_can_be_used_the_first_reason_is_given(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tar_of({"a.jpg": jpeg(1), "a.cls": b"-7"}))
+    with pytest.raises(UserError, match=r"not one of 1 images in .* the first is 'a': label -7 is no class's number"):
+        sources.load("shards", tmp_path)
 
 
 # --- existing shards ------------------------------------------------------------------------------------------------
@@ -243,13 +335,44 @@ def test_fashion_mnist_from_idx_files(tmp_path, packed):
             data = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
             (tmp_path / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(data) if packed else data)
     found = sources.load("fashion-mnist", tmp_path)
+    assert_watched(found, tmp_path, 4)
     assert [len(split.names) for split in found.splits] == [7, 3] and found.classes[0] == "T-shirt/top"
     assert np.array_equal(found.splits[1].read(2), images[2]) and found.splits[1].labels.tolist() == labels.tolist()
     cut = tmp_path / ("t10k-images-idx3-ubyte" + (".gz" if packed else ""))
     whole = gzip.decompress(cut.read_bytes()) if packed else cut.read_bytes()
+    stored = cut.read_bytes()
     cut.write_bytes(gzip.compress(whole[:-1]) if packed else whole[:-1])
     with pytest.raises(UserError, match="cut off"):
         sources.load("fashion-mnist", tmp_path)
+    if packed:
+        cut.write_bytes(stored[: len(stored) // 2])
+        with pytest.raises(UserError, match="is no whole gzip file"):
+            sources.load("fashion-mnist", tmp_path)
+    cut.write_bytes(stored)
+    few = tmp_path / ("train-labels-idx1-ubyte" + (".gz" if packed else ""))
+    data = bytes([0, 0, 8, 1, 0, 0, 0, 5]) + bytes(5)
+    few.write_bytes(gzip.compress(data) if packed else data)
+    with pytest.raises(UserError, match="has 7 images and 5 labels"):
+        sources.load("fashion-mnist", tmp_path)
+
+
+def assert_watched(found: sources.Source, folder: Path, files: int) -> None:
+    """The files that the arrays came from are watched, and each image is as young as the youngest of its own."""
+    paths = [Path(path) for path in found.watch]
+    assert len(set(paths)) == files and {path.parent for path in paths} == {folder.resolve()}
+    youngest = max(path.stat().st_ctime_ns for path in paths)
+    assert max(split.times.max() for split in found.splits) == youngest
+    assert all(len(split.times) == len(split.names) for split in found.splits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["cifar10", "stl10", "fashion-mnist"])
+def test_fetching_without_a_network_is_one_line(tmp_path, dataset):
+    nobody = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"no_proxy": "", "NO_PROXY": ""}
+    words = ["write", "--dataset", dataset, "--source", tmp_path, "--out", tmp_path / "out", "--download"]
+    done = command("tools/shards.py", *words, env=nobody)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: {dataset} cannot be fetched into {tmp_path}: " in done.stderr and "refused" in done.stderr
 
 
 def test_fashion_mnist_nowhere_names_the_package(tmp_path, monkeypatch):
@@ -282,6 +405,7 @@ def test_cifar_by_torchvision(tmp_path, monkeypatch):
         meta={"filename": "batches.meta", "key": "label_names", "md5": None},
     )  # fmt: skip
     found = sources.load("cifar10", tmp_path)
+    assert_watched(found, root, 3)
     assert found.classes == list("abcdefghij") and [len(split.names) for split in found.splits] == [6, 4]
     expected = blocks["test_batch"]["data"][3].reshape(3, 32, 32).transpose(1, 2, 0)
     assert np.array_equal(found.splits[1].read(3), expected)
@@ -301,6 +425,7 @@ def test_stl10_keeps_its_unlabelled_images_apart(tmp_path, monkeypatch):
     (root / "class_names.txt").write_text("\n".join(f"name{i}" for i in range(10)))
     unchecked(monkeypatch, datasets.STL10)
     found = sources.load("stl10", tmp_path)
+    assert_watched(found, root, 6)
     assert {split.name: len(split.names) for split in found.splits} == {"train": 5, "val": 4, "unlabelled": 6}
     by_name = {split.name: split for split in found.splits}
     assert (by_name["unlabelled"].labels == -1).all() and by_name["train"].labels.tolist() == [0, 1, 2, 3, 4]

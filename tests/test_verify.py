@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -108,25 +109,44 @@ def test_a_missing_shard_is_named(folder):
     assert any("is missing" in line for line in verify(folder))
 
 
-def test_a_missing_key_is_named(folder):
-    gone = []
+def test_a_key_missing_from_the_index_is_named(folder):
+    """A .beton has no keys: there it is the place that is named."""
+    row = Store(folder)._rows
+    key, label, offset = row.key(3), row["label"][3], row["offset"][3]
 
     def edit(columns, keys):
-        gone.append(keys.pop(3))
+        del keys[3]
         for name in columns:
             columns[name] = np.delete(columns[name], 3)
 
     reindex(folder, edit)
-    assert any("11 of its 12 samples are in the index" in line for line in verify(folder))
+    lines = verify(folder)
+    named = f"key {key}" if folder.name == "webdataset" else f"sample 3 at {offset}, label {label}"
+    assert f"train: {shard_of(folder).name}: 11 of its 12 samples are in the index" in lines
+    assert [line for line in lines if "missing from the index" in line] == [
+        f"train: {shard_of(folder).name}: {named}: missing from the index"
+    ]
 
 
-def test_a_doubled_key_is_named(folder):
+def test_a_key_missing_from_the_archive_is_named(originals, tmp_path):
+    folder = tmp_path / "webdataset"
+    shutil.copytree(originals / "webdataset", folder)
+    store = Store(folder)
+    start = int(store._rows["offset"][3]) - tar.BLOCK
+    end = int(store._rows["offset"][4]) - tar.BLOCK  # the next sample's header
+    data = shard_of(folder).read_bytes()
+    shard_of(folder).write_bytes(data[:start] + data[end:])
+    resealed(folder)
+    assert f"train: train-00000.tar: key {store.key(3)}: missing from the archive" in verify(folder)
+
+
+def test_a_doubled_key_is_named_with_its_shards(folder):
     def edit(columns, keys):
         keys[5] = keys[2]
 
-    key = Store(folder).key(2)
+    key, name = Store(folder).key(2), shard_of(folder).name
     reindex(folder, edit)
-    assert f"train: train.index: key {key} occurs twice" in verify(folder)
+    assert f"train: train.index: key {key} occurs twice, in {name} and in {name}" in verify(folder)
 
 
 def test_overlapping_records_are_named(folder):
@@ -212,6 +232,23 @@ def test_a_wrong_dali_index_is_found(originals, tmp_path):
     assert verify(folder) == ["train: train-00000.tar: train-00000.idx: is missing"]
     shards.write(shards.Options("folder"), originals / "in", folder, quiet=True)
     assert verify(folder) == []
+
+
+def test_a_bucket_is_verified_like_a_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "scratch").mkdir()
+    address = Path(f"file://{folder}")
+    assert verify(address) == []
+    store = Store(folder)
+    change(shard_of(folder), int(store._rows["offset"][7]) + 9, b"\0\1\2")
+    assert verify(address) == verify(folder)
+    assert any(f"key {store.key(7)}: its bytes have changed" in line for line in verify(address))
+    shard_of(folder).unlink()
+    assert verify(address) == [f"train: {shard_of(folder).name}: is missing"]
+    (folder / "train.index").unlink()
+    assert verify(address) == ["train: train.index: is missing"] == verify(folder)
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_the_command_says_so_and_exits_1(folder):

@@ -49,7 +49,8 @@ class Write:
     """Folders are not classes."""
     check: str = "decode"
     """decode: every image completely, once. headers: trust JPEGs that begin and end as they should (a sixteenth is decoded
-    for the statistics): six times as fast, for photos that were checked before; what is broken inside is met in training."""
+    for the statistics): 2.2 times as fast with 3.6 times less work for the cores (results/shards.md), for photos that were
+    checked before; what is broken inside is met in training."""
     download: bool = False
     """Let torchvision fetch what is missing."""
     executor: str = "local"
@@ -75,7 +76,7 @@ class Verify:
     """Check shards against their manifest, index and checksums; every problem names shard and key. Exit 1 if any."""
 
     path: tyro.conf.Positional[Path]
-    """The folder of shards."""
+    """The folder of shards, or a bucket's address."""
 
     def run(self) -> int:
         problems = verify.verify(self.path)
