@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
+from pipeline.machine import Memory
 from pipeline.plan import Plan
 from pipeline.store import Corrupt, Store
 from pipeline.views import Policy, clean, parameters
@@ -128,6 +129,9 @@ class Loader:
             raise UserError(f"{self.store.name}: not one of {self.plan.n} samples can be read")
 
 
+_MEMORY = Memory()
+
+
 def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
     """(x - mean) / std with mean and std in 0..255, on the views' device; (..., 3, S, S), channels-last memory.
 
@@ -136,7 +140,11 @@ def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], 
     width = views.shape[-1]
     scale = torch.tensor([1 / s for s in std], device=views.device, dtype=torch.float32).repeat(width)
     shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=views.device, dtype=torch.float32).repeat(width)
-    rows = views.movedim(-3, -1).flatten(-2).to(torch.float32, copy=True)
+    pixels = views.movedim(-3, -1).flatten(-2)
+    if pixels.device.type == "cpu":
+        rows = torch.from_numpy(_MEMORY.empty(tuple(pixels.shape), np.float32)).copy_(pixels)
+    else:
+        rows = pixels.to(torch.float32, copy=True)  # torch keeps a device's memory by itself
     torch.addcmul(shift, rows, scale, out=rows)
     return rows.unflatten(-1, (width, 3)).movedim(-1, -3).to(dtype)
 

@@ -201,6 +201,18 @@ def test_normalize(dtype):
     ]
 
 
+def test_normalized_views_come_into_memory_that_nobody_holds():
+    views = torch.randint(0, 256, (2, 3, 3, 8, 8), dtype=torch.uint8)
+    first = normalize(views, (0, 0, 0), (1, 1, 1), torch.float32)
+    kept = first[0].clone()
+    part, place = first[0], first.data_ptr()
+    del first
+    second = normalize(255 - views, (0, 0, 0), (1, 1, 1), torch.float32)
+    assert torch.equal(part, kept) and second.data_ptr() != place  # a part of it is still held
+    del part
+    assert normalize(views, (0, 0, 0), (1, 1, 1), torch.float32).data_ptr() == place
+
+
 def test_closing_early_leaves_no_thread_and_no_work(photos):
     before = threading.active_count()
     made = loader(photos, prefetch=4)
