@@ -307,7 +307,8 @@ def test_a_manifest_that_is_not_ours_is_one_line(photos, tmp_path, text):
 
 
 def test_make_hands_paths_on_as_they_are(tmp_path):
-    line = ["make", "-n", "shards", "DATASET=digits", f"OUT={tmp_path}/a b", "SOURCE=c d"]
+    # --no-print-directory: under `make test` this make is a sub-make, which would end with "Leaving directory"
+    line = ["make", "--no-print-directory", "-n", "shards", "DATASET=digits", f"OUT={tmp_path}/a b", "SOURCE=c d"]
 
     def flags(*more: str) -> list[str]:
         done = subprocess.run([*line, *more], cwd=ROOT, capture_output=True, text=True, check=True)
