@@ -47,9 +47,12 @@ class Args:
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py capacity")
     errors = [
-        f"--{k} must be positive, not {v}"
-        for k, v in (("images", args.images), ("gpus", args.gpus), ("epochs", args.epochs))
-        if v <= 0
+        f"--{k} must be positive, not {getattr(args, k)}" for k in ("images", "gpus", "epochs") if getattr(args, k) <= 0
+    ]
+    errors += [
+        f"--{k.replace('_', '-')} must not be negative, but is {getattr(args, k)}"
+        for k in ("views", "batch_size", "hours")
+        if getattr(args, k) < 0
     ]
     if errors:
         raise UserError("\n".join(errors))

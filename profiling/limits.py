@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import remote
 from pipeline.errors import UserError
 from pipeline.machine import cores
-from pipeline.store import Store
+from pipeline.store import Store, training_split
 from profiling.host import interval, spent
 from profiling.workload import Setup, Workload
 
@@ -35,7 +35,7 @@ def disk(setup: Setup, seconds: float = 3.0, repeats: int = 5) -> dict[str, Any]
     """
     if remote.address(setup.data):
         raise UserError(f"{remote.where(setup.data)}: here a disk is measured; for a bucket: tools/profile.py bucket")
-    store = Store(setup.data, setup.split)
+    store = Store(setup.data, setup.split or training_split(setup.data))
     paths = [store.path / shard["file"] for shard in store.shards]
     store.close()
     sequential, sampled, images = [], [], []
@@ -44,7 +44,7 @@ def disk(setup: Setup, seconds: float = 3.0, repeats: int = 5) -> dict[str, Any]
         n_bytes, wall = _sequential(paths, seconds / repeats / 2)
         sequential.append(n_bytes / wall)
         forget(paths)
-        store = Store(setup.data, setup.split)
+        store = Store(setup.data, setup.split or training_split(setup.data))
         count, payload, took = _samples(store, seconds / repeats / 2, number)
         store.close()
         sampled.append(payload / took)

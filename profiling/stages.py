@@ -49,6 +49,7 @@ class Args(Setup):
 
 def main(argv: list[str]) -> int:
     args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py stages")
+    check(args)
     if args.run:
         print(runs.ask(args.run))
         return 0
@@ -68,6 +69,29 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+LEAST = {
+    "views": 1,
+    "size": 0,
+    "batch_size": 2,
+    "projector_dim": 2,
+    "threads": 0,
+    "prefetch": 1,
+    "seed": 0,
+    "seconds": 1,
+}
+
+
+def check(args: Args) -> None:
+    """UserError with one line for every number that cannot be."""
+    errors = [
+        f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}"
+        for name, least in LEAST.items()
+        if not getattr(args, name) >= least
+    ]
+    if errors:
+        raise UserError("\n".join(errors))
+
+
 def read(path: Path) -> dict[str, Any]:
     """A profile.json. UserError where it is none, or of another version."""
     try:
@@ -79,6 +103,20 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     if schema != SCHEMA:
         raise UserError(f"{path} has schema {schema}, this program reads {SCHEMA}; measure again")
+    parts = (
+        "settings",
+        "environment",
+        "data",
+        "shape",
+        "stages",
+        "composed",
+        "loads",
+        "bottleneck",
+        "what_if",
+        "noise",
+    )
+    if missing := [part for part in parts if part not in report]:
+        raise UserError(f"{path} is no whole profile, without {', '.join(missing)}; measure again")
     return report
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from dataclasses import fields
 from typing import Any
 
 from profiling.expected import RESOURCES
+from training.config import BOOKKEEPING, Config
 
 
 def tty() -> bool:
@@ -119,18 +122,17 @@ def cost_model(report: dict[str, Any]) -> list[str]:
 
 
 def command(report: dict[str, Any]) -> str:
-    """The flags that the sweep found best, as a command to run."""
-    settings, knees = report["settings"], report["sweep"]["knees"]
-    words = ["python train.py", f"--data {settings['data']}", f"--views {settings['views']}"]
-    if settings["backbone"] != "none":
-        words.append(f"--backbone {settings['backbone']}")
-    words += [
-        f"--batch-size {settings['batch_size']}",
-        f"--threads {knees['threads']:.0f}",
-        f"--prefetch {knees['prefetch']:.0f}",
-    ]
-    if settings["policy"] != "simclr":
-        words.append(f"--policy {settings['policy']}")
-    if settings["size"]:
-        words.append(f"--size {settings['size']}")
-    return " ".join(words)
+    """The flags that the sweep found best beside those that were profiled, as a command to run."""
+    best = report["settings"] | {name: int(report["sweep"]["knees"][name]) for name in ("threads", "prefetch")}
+    words = ["python", "train.py"]
+    for field in fields(Config):
+        value, default = best.get(field.name, field.default), field.default
+        value = tuple(value) if isinstance(value, list) else value
+        if (field.name not in ALWAYS and value == default) or value == "none" or field.name in BOOKKEEPING:
+            continue
+        words.append(f"--{field.name.replace('_', '-')}")
+        words += [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
+    return shlex.join(words)
+
+
+ALWAYS = ("data", "views", "backbone", "batch_size", "threads", "prefetch")

@@ -19,7 +19,7 @@ from pipeline import engines, views
 from pipeline.loader import Loader, normalize
 from pipeline.machine import keep_memory
 from pipeline.plan import Plan, plan
-from pipeline.store import Store
+from pipeline.store import Store, training_split
 from pipeline.views import Parameters, Policy, parameters
 from training import estimate, optim
 from training.step import Encoder, Update, backward
@@ -31,8 +31,8 @@ class Setup:
 
     data: Path = Path("shards/imagenet")
     """Shard directory, as `make shards` writes it."""
-    split: str = "train"
-    """Split of the data."""
+    split: str = ""
+    """Split of the data; default: the one that train.py takes."""
     views: int = 4
     """Views an image (V)."""
     policy: str = "simclr"
@@ -156,7 +156,7 @@ def build(setup: Setup, step_seconds: float) -> Workload:
     device = engines.device_of(setup.device)
     if device.type == "cpu":
         keep_memory()
-    store = Store(setup.data, setup.split)
+    store = Store(setup.data, setup.split or training_split(setup.data))
     size = setup.size or store.default_size()
     policy = views.policy(setup.policy, setup.views, size, views.overrides(setup.augment))
     engine, reason = engines.create(setup.engine, store, device, threads=setup.threads or None)

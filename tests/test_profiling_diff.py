@@ -97,7 +97,10 @@ def test_exit_codes_and_files(steady, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "diff.json").read_text())["slower"]
     assert "forward costs 4x of before" in capsys.readouterr().out
     (tmp_path / "old.json").write_text(json.dumps(steady | {"schema": 0}))
-    for bad, said in (("old.json", "schema 0"), ("missing.json", "is no profile")):
+    (tmp_path / "part.json").write_text(json.dumps({"schema": steady["schema"]}))
+    for bad, said in (
+        ("old.json", "schema 0"), ("missing.json", "is no profile"), ("part.json", "is no whole profile, without settings, ")
+    ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             diff.main([a, str(tmp_path / bad)])
 
@@ -146,3 +149,5 @@ def test_a_deadline_gives_gpus_and_views(steady):
 def test_bad_targets_are_named_all_at_once(tmp_path):
     with pytest.raises(UserError, match=r"--images must be positive.*\n.*--gpus must be positive"):
         capacity.main(["--profile", str(tmp_path / "none.json"), "--images", "0", "--gpus", "-1"])
+    with pytest.raises(UserError, match=r"--views must not be negative, but is -1\n--hours must not be"):
+        capacity.main(["--profile", str(tmp_path / "none.json"), "--images", "1", "--views", "-1", "--hours", "-2"])

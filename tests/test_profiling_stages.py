@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -14,12 +15,15 @@ import torch
 from conftest import command
 from PIL import Image
 
-from pipeline import views
+from pipeline import loader as loader_module
+from pipeline import plan, views
+from pipeline.engines import cpu as engines_cpu
 from pipeline.engines import device_of
 from pipeline.errors import UserError
 from pipeline.machine import cores
 from pipeline.store import Store
 from profiling import ceilings, host, stages, terminal, verdict
+from training import config as config_module
 
 
 @pytest.fixture(scope="module")
@@ -142,19 +146,63 @@ def test_taking_a_step_of_a_view_away_leaves_the_others(photos):
         assert ceilings.without(less, name) is less
 
 
-def test_the_timings_that_training_always_keeps_cost_under_a_percent(report):
-    """What it takes to time an image, against what training on it takes with the smallest network there is."""
+def test_the_timings_that_training_always_keeps_cost_under_a_percent(photos, report, monkeypatch):
+    """How often engine and loader look at the clock for an image, times what a look costs, against what training on the
+    image takes with the smallest network there is."""
+    looks, store = [], Store(photos)
+
+    class Counted:
+        @staticmethod
+        def perf_counter() -> float:
+            looks.append(None)
+            return time.perf_counter()
+
+    for module in (engines_cpu, loader_module):
+        monkeypatch.setattr(module, "time", Counted)
+    engine = engines_cpu.CPUEngine(store)
+    made = loader_module.Loader(
+        store, plan.plan(store.labels, seed=0, batch=16), views.policy("simclr", 4, 32), engine, seed=0, prefetch=1
+    )
+    batches = made.batches(0, 4)
+    images = sum(len(batch.ids) for batch in batches)
+    engine.close()
+    assert images == 64 and len(looks) >= 4 * images and made.timings["decode"] > 0
+
+    def look() -> None:
+        for _ in range(1000):
+            time.perf_counter()
 
     def keep() -> None:
-        for _ in range(100):
-            times = [time.perf_counter()]
-            for _ in range(3):
-                times.append(time.perf_counter())
-            np.diff(times)
+        spent = np.zeros(3)
+        for _ in range(1000):
+            spent += np.diff([0.0, 1.0, 2.0, 3.0])
 
     cpu = device_of("cpu")
-    timing_ms = 1e3 * min(host.spent(keep, cpu).core for _ in range(10)) / 100
-    assert timing_ms / report["composed"]["core_ms"] < 0.01
+    look_ms, keep_ms = (
+        min(host.spent(what, cpu).core for _ in range(10)) for what in (look, keep)
+    )  # s for 1000: ms for 1
+    assert (len(looks) / images * look_ms + keep_ms) / report["composed"]["core_ms"] < 0.01
+
+
+def test_the_recommended_command_is_what_was_profiled(photos, tmp_path):
+    """Every flag that changes something, and nothing else; train.py takes them."""
+    profiled = {
+        "data": str(photos), "split": "train", "views": 4, "policy": "multicrop", "augment": ["blur=0", "hue=0.1"], "size": 0,
+        "batch_size": 16, "backbone": "resnet10-narrow", "stem": "auto", "projector_dim": 64, "objective": "vicreg",
+        "optimizer": "lars", "precision": "fp32", "compile": True, "engine": "cpu", "device": "auto", "threads": 0,
+        "prefetch": 2, "seed": 3, "seconds": 70.0, "out": str(tmp_path / "a"), "baseline": None, "trace": None, "run": None,
+    }  # fmt: skip
+    made = terminal.command({"settings": profiled, "sweep": {"knees": {"threads": 2, "prefetch": 1.0, "batch": 16}}})
+    words = shlex.split(made)
+    assert words[:2] == ["python", "train.py"] and "--size" not in words and "--out" not in words
+    config = config_module.parse(words[2:])
+    same = {k: tuple(v) if isinstance(v, list) else v for k, v in profiled.items() if hasattr(config, k)}
+    skipped = ("data", "threads", "prefetch", "out")
+    assert {k: getattr(config, k) for k in same if k not in skipped} == {k: same[k] for k in same if k not in skipped}
+    assert (config.data, config.threads, config.prefetch) == (photos, 2, 1)
+    assert "--backbone" not in terminal.command(
+        {"settings": profiled | {"backbone": "none"}, "sweep": {"knees": {"threads": 2, "prefetch": 1}}}
+    )
 
 
 @pytest.mark.slow
@@ -217,6 +265,10 @@ def test_a_gpu_that_is_not_there_is_one_line(photos, tmp_path, name):
         (("--run", "nowhere"), "nowhere is no run of train.py"),
         (("--backbone", "resnet19"), "unknown backbone 'resnet19'"),
         (("--device", "gpu"), "unknown device 'gpu'"),
+        (
+            ("--views", "0", "--batch-size", "-3"),
+            "--views must be at least 1, not 0\n--batch-size must be at least 2, not -3",
+        ),
     ],
 )
 def test_bad_input_is_said(photos, tmp_path, flags, said):
