@@ -30,7 +30,7 @@ from pipeline.errors import UserError, run
 from pipeline.loader import Loader, normalize
 from pipeline.machine import keep_memory
 from pipeline.plan import plan
-from pipeline.store import Corrupt, Store
+from pipeline.store import Corrupt, Store, training_split
 from training import checkpoint, config, estimate, monitor, optim, plots
 from training.config import Config
 from training.preemption import PREEMPTED, Stop
@@ -61,7 +61,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     dtype, precision_reason = choose_precision(cfg.precision, device)
 
     # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
-    store = Store(cfg.data)
+    store = Store(cfg.data, training_split(cfg.data))
     size = cfg.size or store.default_size()
     augment = views.overrides(cfg.augment)
     policy = views.policy(cfg.policy, cfg.views, size, augment)
@@ -107,7 +107,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     memory = step_memory(cost, cfg, policy, size, world) / 2**30
     seen = steps * cfg.batch_size
     said = [
-        f"data       {store.name}: {order.n:,} of {len(store):,} images, {size} px, policy {cfg.policy}, {order.describe()}",
+        f"data       {store.name}{' unlabelled' * (store.split != 'train')}: {order.n:,} of {len(store):,} images, {size} px, "
+        f"policy {cfg.policy}, {order.describe()}",
         f"engine     {engine.name}: {engine_reason}",
         f"model      {cfg.backbone} on {device}, {precision_reason}; batch-norm statistics "
         + ("per view" if cfg.bn == "view" else "pooled over views"),
@@ -171,7 +172,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     )
     gradients = partial(step_of, wrapped, objective=loss_of, scale=update.scale, autocast=autocast)
     final: Any = average.module.backbone if average else trunk  # what is probed and exported
-    probe = online.Probe(store, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
+    labelled = store if store.split == "train" else Store(cfg.data)
+    probe = online.Probe(labelled, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
 
     def save(step: int) -> bool:
         states: dict[str, Any] = {
@@ -315,7 +317,7 @@ def step_seconds(cost: estimate.Estimate, cfg: Config, policy: views.Policy, siz
 
 def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
     """What was asked for, what would fit by the estimate, and which flag to turn."""
-    store = Store(cfg.data)
+    store = Store(cfg.data, training_split(cfg.data))
     size = cfg.size or store.default_size()
     policy = views.policy(cfg.policy, cfg.views, size, views.overrides(cfg.augment))
     asked = f"out of memory with {policy.views} views x {cfg.batch_size // world} images x {size} px a process"

@@ -45,9 +45,6 @@ class Index:
     def key(self, i: int) -> str:
         return bytes(self.key_bytes[int(self.key_starts[i]) : int(self.key_starts[i + 1])]).decode()
 
-    def keys(self) -> list[str]:
-        return [self.key(i) for i in range(len(self))]
-
     def fingerprint(self) -> str:
         """Hex: what the samples are (keys, labels, payloads, in order), not where they lie; equal for both formats."""
         digest = hashlib.sha256()

@@ -35,10 +35,10 @@ class Store:
     for both formats. `shard_of`: (n,) uint32, the shard a sample lies in.
 
     UserError: no shards, no such split, another version, an index that is damaged, a shard that is missing or of the wrong
-    length (named). With `allow_damaged`, such shards' records raise `Corrupt` when read and the rest works.
+    length (named).
     """
 
-    def __init__(self, path: str | Path, split: str = "train", allow_damaged: bool = False) -> None:
+    def __init__(self, path: str | Path, split: str = "train") -> None:
         self.path, self.split = Path(path), split
         manifest = _manifest(self.path)
         if split not in manifest["splits"]:
@@ -50,25 +50,25 @@ class Store:
         self.shards: list[dict] = part["shards"]
         url = remote.address(path)
         self.bucket = remote.Bucket(url, manifest, split) if url else None
-        self.damaged: dict[int, str] = {}
-        self._check_shards(allow_damaged)
+        self._check_shards()
         self._rows = self._read_index(part)
         self.labels, self.heights, self.widths = (self._rows[name] for name in ("label", "height", "width"))
         self.shard_of = self._rows["shard"]
         self._maps: list[tuple[mmap.mmap, np.ndarray] | None] = [None] * len(self.shards)
         self._lock = threading.Lock()
 
-    def _check_shards(self, allow_damaged: bool) -> None:
+    def _check_shards(self) -> None:
         paths = [self.path / shard["file"] for shard in self.shards]
         sizes = (
             self.bucket.sizes() if self.bucket else [path.stat().st_size if path.exists() else None for path in paths]
         )
-        for number, (shard, path, size) in enumerate(zip(self.shards, paths, sizes)):
+        errors = []
+        for shard, path, size in zip(self.shards, paths, sizes):
             if size != shard["bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-                self.damaged[number] = f"shard {remote.where(path)} {state}"
-        if self.damaged and not allow_damaged:
-            raise UserError("\n".join(f"{line}; make it again or copy it anew" for line in self.damaged.values()))
+                errors.append(f"shard {remote.where(path)} {state}; make it again or copy it anew")
+        if errors:
+            raise UserError("\n".join(errors))
 
     def _read_index(self, part: dict) -> index.Index:
         path = self.path / part["index"]["file"]
@@ -126,8 +126,6 @@ class Store:
 
     def _payload(self, i: int) -> np.ndarray:
         shard, start = int(self._rows["shard"][i]), int(self._rows["offset"][i])
-        if self.damaged and shard in self.damaged:
-            raise Corrupt(i, self.key(i), self.damaged[shard])
         if self.bucket:
             return self.bucket.read(i)
         mapped, data = self._maps[shard] or self._map(i, shard)
@@ -165,6 +163,11 @@ class Store:
 def splits(path: str | Path) -> list[str]:
     """Names of the splits of a folder of shards, or of a bucket's. UserError if there are none."""
     return list(_manifest(Path(path))["splits"])
+
+
+def training_split(path: str | Path) -> str:
+    """The split to train on: `unlabelled` where there is one (of STL-10, 100,000 images beside 5,000 with labels), or `train`."""
+    return "unlabelled" if "unlabelled" in splits(path) else "train"
 
 
 def _manifest(path: Path) -> dict:

@@ -11,13 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command
 from safetensors.torch import load_file
+from torchvision import datasets
 
 import train as main_program
-from pipeline import views
+from pipeline import shards, views
 from pipeline.store import Store
 from training import checkpoint, config, run
 
@@ -286,6 +288,28 @@ def test_a_damaged_image_costs_the_probe_and_the_loop_that_image(digits, tmp_pat
     rows = metrics(tmp_path / "run")
     assert ", 1 unreadable left out)" in done.stdout and "knn" in rows[-1]
     assert {row["bad"] for row in rows if "loss" in row} <= {0, 1}
+
+
+@pytest.mark.slow
+def test_unlabelled_images_are_trained_on_and_the_labelled_ones_probe(tmp_path, monkeypatch):
+    """As of STL-10: nobody trains on its 5,000 labelled images while 100,000 others lie beside them."""
+    generator, root = np.random.default_rng(0), tmp_path / "source" / datasets.STL10.base_folder
+    root.mkdir(parents=True)
+    for part, n in {"train": 60, "test": 20, "unlabeled": 90}.items():
+        generator.integers(0, 256, (n, 3, 96, 96), np.uint8).tofile(root / f"{part}_X.bin")
+        if part != "unlabeled":
+            (np.arange(n, dtype=np.uint8) % 10 + 1).tofile(root / f"{part}_y.bin")
+    (root / "class_names.txt").write_text("\n".join(f"name{i}" for i in range(10)))
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    shards.write(shards.Options("stl10"), tmp_path / "source", tmp_path / "stl10", jobs=1, quiet=True)
+    out = tmp_path / "run"
+    done = train(tmp_path / "stl10", out, "--steps", 3, "--eval-every", 3, "--batch-size", 16, "--size", 32)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "stl10 unlabelled: 90 of 90 images" in done.stdout
+        and "48 training images as bank, 12 as queries" in done.stdout
+    )
+    assert "knn" in metrics(out)[-1]
 
 
 @pytest.mark.slow

@@ -78,7 +78,8 @@ class Config:
     # --- what is learned: a resumed run must agree on all of these ---
 
     data: Path = Path("shards/imagenet")
-    """Shard directory, as `make shards` writes it, or a bucket's address such as s3://bucket/name."""
+    """Shard directory, as `make shards` writes it, or a bucket's address such as s3://bucket/name. Its split `unlabelled` is
+    trained on where it has one (STL-10), else `train`."""
     views: int = 4
     """Views an image (V); under multicrop two are global and the rest local crops."""
     policy: str = "simclr"
