@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -17,6 +16,7 @@ import torch.distributed as dist
 import tyro
 
 from evaluation import compare, encoder, figures, finetune, report, smoke, suite, tables
+from pipeline import engines
 from pipeline.errors import UserError, nearest
 from training.monitor import environment
 
@@ -86,6 +86,7 @@ def main() -> None:
     if config.targets[0] == "compare":
         compare_runs(config)
         return
+    check(config)
     device = start(config.device)
     if dist.is_initialized() and not embed_together(config, device):
         return
@@ -94,16 +95,32 @@ def main() -> None:
         write_markdown(config.write, contents, device)
 
 
+LEAST = {"limit": 0, "seed": 0, "epochs": 1, "finetune_epochs": 0, "batch": 1, "threads": 1, "image_size": 8}
+
+
+def check(config: Config) -> None:
+    """UserError with one line for every flag that cannot be."""
+    values = {name: getattr(config, name) for name in LEAST}
+    errors = [
+        f"--{name.replace('_', '-')} must be at least {LEAST[name]}, not {value}"
+        for name, value in values.items()
+        if value is not None and value < LEAST[name]
+    ]
+    if config.limit == 1:
+        errors.append("--limit 1 leaves no test image: it must be 0 (all) or at least 2")
+    if config.out and len(config.targets) > 1:
+        errors.append(f"--out is the folder of one target, and these are {len(config.targets)}")
+    if errors:
+        raise UserError("\n".join(errors))
+
+
 def start(wanted: str) -> torch.device:
     """The device, and the process group where torchrun started several."""
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {wanted}: not one of auto, cpu, cuda")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    device = engines.device_of(wanted)
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+    return device
 
 
 def embed_together(config: Config, device: torch.device) -> bool:
@@ -129,8 +146,8 @@ def prepare(
     """(the work to do, the datasets, the one the encoder was trained on if it is here, the run directory if any)."""
     trained = encoder.load(target, weights=config.weights, key=config.weights_key, image_size=config.image_size)
     run = run_directory(target)
-    settings = json.loads((run / "config.json").read_text()) if run and (run / "config.json").is_file() else {}
-    own_path = Path(settings["data"]) if settings else None
+    settings = encoder.facts(run, "config.json") if run else {}
+    own_path = Path(settings["data"]) if "data" in settings else None
     paths = list(config.data) or ([own_path] if own_path else [])
     if not paths:
         raise UserError(f"{target}: say what to evaluate on, as in `--data shards/cifar10`")
@@ -147,7 +164,7 @@ def prepare(
     annotate(datasets, config.notes)
     own = next((d for d in datasets if own_path and d.path.resolve() == own_path.resolve()), None)
     if own is None and own_path and own_path.is_dir():
-        own = suite.open_data(own_path, options)
+        own = suite.open_data(own_path, replace(options, protocols=("overlap",)))  # it may have no labels
     work = suite.Suite(trained, config.out or directory_for(target, run), options, say)
     return work, datasets, own, run
 
@@ -236,6 +253,7 @@ def compare_runs(config: Config) -> None:
 
 def write_markdown(path: Path, contents: list[dict], device: torch.device) -> None:
     """Tables that can be made again by the command they begin with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     facts = environment(device)
     words = [Path(sys.argv[0]).as_posix(), *sys.argv[1:]]
     words[0] = "tools/evaluate.py"

@@ -1,4 +1,4 @@
-"""How well one evaluation predicts another, over runs and checkpoints.
+"""How well one evaluation predicts another, over runs and checkpoints that were pre-trained on the same data.
 
 Three coefficients with intervals from a bootstrap that draws whole runs, because checkpoints of one run are not
 independent. n is beside every number; with fewer than 5 models there is no coefficient, with fewer than 10 a warning.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ FEW = 10
 RESAMPLES = 2000
 KINDS = ("spearman", "pearson", "kendall")
 COLUMNS = ("run", "checkpoint", "step", "backbone", "method", "pretrained_on", "dataset", "mode", "protocol", "norm",
-           "seed", "weights", "metric", "value", "low", "high", "n")  # fmt: skip
+           "seed", "weights", "metric", "value", "low", "high", "n", "n_train")  # fmt: skip
+Model = tuple[str, str, str, str]  # run, checkpoint, backbone, pretrained_on
 
 
 def coefficients(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -90,6 +92,7 @@ def fisher_mean(values: list[float]) -> float:
 class Correlation:
     """Of a column measured on the pre-training data with one measured on another dataset."""
 
+    pretrained_on: str
     group: str  # "all", or a backbone
     predictor: str
     dataset: str
@@ -106,15 +109,27 @@ class Correlation:
 
 
 def read(paths: list[Path]) -> list[dict]:
-    """The result rows of these run directories, their checkpoints included (or of eval.json files).
+    """The result rows of these run directories, their checkpoints included (or of eval.json files), in an order that does
+    not depend on theirs. Runs of one name are told apart by their paths.
 
-    In an order that does not depend on theirs."""
+    UserError: no such path, a damaged eval.json, nothing to compare, runs that were measured on other images.
+    """
     rows: list[dict] = []
-    missing = []
+    absent = [path for path in paths if not path.exists()]
+    if absent:
+        raise UserError("\n".join(f"{path}: no such run" for path in absent))
+    missing: list[str] = []
+    homes: dict[str, set[Path]] = {}
     for path in sorted(set(paths)):
-        files = [path / "eval.json", *sorted(path.glob("eval-*/eval.json"))] if path.is_dir() else [path]
-        found = [row for file in files if file.is_file() for row in json.loads(file.read_text())["results"]]
+        if path.is_dir():
+            files = [f for f in (path / "eval.json", *sorted(path.glob("eval-*/eval.json"))) if f.is_file()]
+        else:
+            files = [path] if path.suffix == ".json" else []  # runs/* may hold a table beside the runs
+        found = [row for file in files for row in _results(file)]
         rows += found
+        for row in found:
+            homes.setdefault(row["run"], set()).add(path)
+            row["home"] = path.as_posix()
         if not found and path.is_dir() and not (path / "correlations.csv").exists():
             missing.append(f"{path}: no eval.json there; make it with `python tools/evaluate.py {path}`")
     if not rows:
@@ -123,7 +138,39 @@ def read(paths: list[Path]) -> list[dict]:
         )
     for line in missing:
         print(f"left out: {line}")
+    for row in rows:
+        home = row.pop("home")
+        row["run"] = home if len(homes[row["run"]]) > 1 else row["run"]
+    _same_images(rows)
     return rows
+
+
+def _results(file: Path) -> list[dict]:
+    try:
+        found = json.loads(file.read_text())["results"]
+        wanted = {"run", "checkpoint", "backbone", "pretrained_on", "dataset", "mode", "protocol", "norm", "weights", "metric",
+                  "value", "n", "n_train"}  # fmt: skip
+        if all(wanted <= row.keys() for row in found):
+            return found
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{file}: not an eval.json of this version; make it again with `python tools/evaluate.py`")
+
+
+def _same_images(rows: list[dict]) -> None:
+    """UserError where a dataset's accuracies are of different numbers of images: they do not compare."""
+    sizes: dict[str, dict[tuple[int, int], str]] = {}
+    for row in filter(_ranked, rows):
+        sizes.setdefault(row["dataset"], {}).setdefault((row["n_train"], row["n"]), row["run"])
+    errors = [
+        f"{dataset} was measured with other numbers of images: "
+        + ", ".join(f"{run} with {n_train:,} and {n:,}" for (n_train, n), run in sorted(found.items()))
+        + "; evaluate with the same --limit"
+        for dataset, found in sorted(sizes.items())
+        if len(found) > 1
+    ]
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
@@ -133,46 +180,50 @@ def write_csv(rows: list[dict], path: Path) -> None:
         writer.writerows(sorted(rows, key=lambda r: tuple(str(r.get(c, "")) for c in COLUMNS)))
 
 
-def table(rows: list[dict]) -> dict[tuple[str, str], dict[tuple[str, str, str], float]]:
-    """{(dataset or "", column): {(run, checkpoint, backbone): top-1, mean over seeds}}; "" = the pre-training data."""
+def _ranked(row: dict) -> bool:
+    return row["metric"] == "top1" and row["weights"] == "trained" and row["mode"] == "retrained"
+
+
+def table(rows: list[dict]) -> dict[tuple[str, str], dict[Model, float]]:
+    """{(dataset, column): {model: top-1, mean over seeds}}."""
     found: dict = {}
-    for row in rows:
-        if row["metric"] != "top1" or row["weights"] != "trained" or row["mode"] != "retrained":
-            continue
-        dataset = "" if row["dataset"] == row["pretrained_on"] else row["dataset"]
+    for row in filter(_ranked, rows):
         column = f"{row['protocol']} ({row['norm']})"
-        model = (row["run"], row["checkpoint"], row["backbone"])
-        found.setdefault((dataset, column), {}).setdefault(model, []).append(row["value"])
+        model = (row["run"], row["checkpoint"], row["backbone"], row["pretrained_on"])
+        found.setdefault((row["dataset"], column), {}).setdefault(model, []).append(row["value"])
     return {key: {m: math.fsum(v) / len(v) for m, v in sorted(models.items())} for key, models in sorted(found.items())}
 
 
 def correlate(rows: list[dict], *, seed: int = 0) -> list[Correlation]:
-    """Every in-domain column against every column of every other dataset, over all models and within each backbone.
-
-    Where nothing was measured outside the pre-training data, its columns are held against each other.
+    """Every column of the pre-training data against every column of every other dataset, over all models pre-trained on it
+    and within each backbone. Where nothing was measured outside it, its columns are held against each other.
     """
     columns = table(rows)
-    inside = {c: m for (d, c), m in columns.items() if not d}
-    outside = {(d, c): m for (d, c), m in columns.items() if d}
-    if not outside:
-        outside = {("in-domain", c): m for c, m in inside.items()}
+    own = sorted({model[3] for models in columns.values() for model in models if model[3]})
+    return [found for data in own for found in _of_one_pretraining(data, columns, seed)]
+
+
+def _of_one_pretraining(data: str, columns: dict, seed: int) -> Iterator[Correlation]:
+    columns = {key: {m: v for m, v in models.items() if m[3] == data} for key, models in columns.items()}
+    inside = {c: m for (d, c), m in columns.items() if d == data and m}
+    outside = {(d, c): m for (d, c), m in columns.items() if d != data and m}
+    alone = not outside
+    if alone:
+        outside = {(data, c): m for c, m in inside.items()}
     groups = ["all", *sorted({model[2] for models in columns.values() for model in models})]
-    groups = groups if len(groups) > 2 else groups[:1]
-    return [
-        found
-        for group in groups
-        for predictor, x in inside.items()
-        for (dataset, target), y in outside.items()
-        if dataset != "in-domain" or predictor < target
-        for found in _pair(group, predictor, dataset, target, x, y, seed)
-    ]
+    for group in groups if len(groups) > 2 else groups[:1]:
+        for predictor, x in inside.items():
+            for (dataset, target), y in outside.items():
+                if not alone or predictor < target:
+                    yield from _pair((data, group, predictor, dataset, target), x, y, seed)
 
 
-def _pair(group: str, predictor: str, dataset: str, target: str, x: dict, y: dict, seed: int) -> list[Correlation]:
-    models = [m for m in sorted(x.keys() & y.keys()) if group in ("all", m[2])]
+def _pair(columns: tuple[str, str, str, str, str], x: dict, y: dict, seed: int) -> list[Correlation]:
+    """`columns`: as a Correlation begins."""
+    models = [m for m in sorted(x.keys() & y.keys()) if columns[1] in ("all", m[2])]
     runs = [m[0] for m in models]
     n, count = len(models), len(set(runs))
-    made = partial(Correlation, group, predictor, dataset, target, n, count)
+    made = partial(Correlation, *columns, n, count)
     if n < LEAST:
         note = f"n = {n}: too few models for a coefficient (at least {LEAST})"
         return [made(kind, None, None, None, None, None, note) for kind in KINDS]
@@ -192,16 +243,16 @@ def _plain(value: float) -> float | None:
 
 
 def averages(found: list[Correlation]) -> list[dict]:
-    """For each predictor and group: the Fisher-z mean over the other datasets, target = the same protocol on each."""
+    """For each pre-training set, group and predictor: the Fisher-z mean over the other datasets of its coefficient with the
+    same protocol on each."""
     result = []
-    for group, predictor, kind in sorted({(c.group, c.predictor, c.kind) for c in found}):
-        same = [c for c in found if (c.group, c.predictor, c.kind) == (group, predictor, kind)]
-        same = [c for c in same if c.target == predictor and c.r is not None and c.dataset != "in-domain"]
-        if same:
-            mean = fisher_mean([c.r for c in same if c.r is not None])
-            per_dataset = {c.dataset: c.r for c in same}
-            result.append({"group": group, "predictor": predictor, "kind": kind, "mean": mean,
-                           "n": min(c.n for c in same), "per_dataset": per_dataset})  # fmt: skip
+    for key in sorted({(c.pretrained_on, c.group, c.predictor, c.kind) for c in found}):
+        same = [c for c in found if (c.pretrained_on, c.group, c.predictor, c.kind) == key and c.target == c.predictor]
+        per_dataset = {c.dataset: c.r for c in same if c.r is not None and c.dataset != c.pretrained_on}
+        if per_dataset:
+            names = dict(zip(("pretrained_on", "group", "predictor", "kind"), key))
+            n = min(c.n for c in same if c.dataset in per_dataset)
+            result.append(names | {"mean": fisher_mean(list(per_dataset.values())), "n": n, "per_dataset": per_dataset})
     return result
 
 

@@ -20,6 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from model import backbone
+from pipeline import index
 from pipeline.errors import UserError, nearest
 from pipeline.store import Store
 
@@ -104,7 +105,7 @@ def _exported(path: Path) -> Encoder:
     file, header = backbone.locate(path), backbone.metadata(path)
     made = _described(header, header.get("source") or file.stem)
     fill(made.module, load_file(file), file.as_posix())
-    config = _config(file.parent)
+    config = facts(file.parent, "config.json")
     return replace(made, run=file.resolve().parent.name if config else file.stem, sha256=_sha256(file),
                    source=file.as_posix(), step=header.get("step", str(config.get("steps", ""))),
                    **_history(file.parent, config))  # fmt: skip
@@ -113,13 +114,18 @@ def _exported(path: Path) -> Encoder:
 def _checkpoint(path: Path, key: str | None) -> Encoder:
     """One of runs/NAME/checkpoints/step-*.pt; the run's config says what network it is."""
     folder = path.parent.parent
-    config = _config(folder)
-    if not config:
-        raise UserError(f"{path}: no config.json in {folder}, which says what network this is")
+    config = facts(folder, "config.json")
+    if not {"backbone", "stem", "size", "data"} <= config.keys():
+        raise UserError(f"{path}: no config.json in {folder} that says what network this is")
     data = Store(Path(config["data"]))
     header = {k: str(config[n]) for k, n in (("backbone", "backbone"), ("stem", "stem"), ("image_size", "size"))}
     made = _described(header | {"mean": json.dumps(data.mean), "std": json.dumps(data.std)}, folder.name)
-    state = torch.load(path, "cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{path}: not readable as a checkpoint ({str(error).splitlines()[0][:120]})") from None
+    if not isinstance(state, dict) or "step" not in state:
+        raise UserError(f"{path}: not a checkpoint of train.py")
     key = key or ("average" if state.get("average") else "encoder")
     if key not in state:
         raise UserError(nearest(f"network in {path}", key, [k for k in ("encoder", "average") if k in state]))
@@ -136,15 +142,22 @@ def _described(header: dict[str, str], run: str) -> Encoder:
     return Encoder(fresh().eval(), fresh, run, header["backbone"], size, _three(header["mean"]), _three(header["std"]))
 
 
-def _config(run: Path) -> dict[str, Any]:
-    file = run / "config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+def facts(run: Path, name: str) -> dict[str, Any]:
+    """A run's config.json or env.json; {} if it has none. UserError if it is damaged."""
+    file = run / name
+    try:
+        found = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged: it holds no settings")
+    return found
 
 
 def _history(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     data = config.get("dataset") or Path(str(config.get("data", ""))).name
-    environment = json.loads((run / "env.json").read_text()) if (run / "env.json").is_file() else {}
-    command = f"python {environment['command']} (commit {environment['commit']})" if environment else ""
+    environment = facts(run, "env.json")
+    command = f"python {environment['command']} (commit {environment['commit']})" if "command" in environment else ""
     return {"method": str(config.get("objective", "")), "pretrained_on": data, "trained_by": command}
 
 
@@ -153,12 +166,9 @@ def _three(text: str) -> tuple[float, float, float]:
     return float(r), float(g), float(b)
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as f:
-        while block := f.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return index.sha256(file)
 
 
 def untrained(encoder: Encoder, seed: int, statistics: str = "") -> Encoder:
@@ -204,19 +214,19 @@ def calibrating(module: nn.Module) -> Iterator[None]:
 
 def _public(target: str, weights: Path | None, key: str | None, image_size: int | None) -> Encoder:
     library, _, name = target.partition(":")
-    make, size, mean, std = (_timm if library == "timm" else _torchvision)(name, image_size)
+    make, size, mean, std, trained_on = (_timm if library == "timm" else _torchvision)(name, image_size)
     try:
         module = make(weights is None)
     except Exception as error:  # the download clients raise many kinds, and what helps is the same for all
-        if weights is not None:
-            raise
-        raise UserError(_offline(target, error)) from None
+        text = _offline(target, error) if weights is None else f"{target}: {' '.join(str(error).split())[:160]}"
+        raise UserError(text) from None
     if weights is not None:
         fill(module, read_weights(weights, key), weights.as_posix())
     return Encoder(
         module.eval(), partial(make, False), target, name if library == "timm" else target, size, _bytes(mean),
         _bytes(std), sha256=_sha256(weights) if weights else "",
-        source=weights.as_posix() if weights else f"the download of {library}", pretrained_on="imagenet",
+        source=weights.as_posix() if weights else f"the download of {library}",
+        pretrained_on="" if weights and "." not in name else trained_on,  # a file may hold anything
     )  # fmt: skip
 
 
@@ -225,7 +235,7 @@ def _bytes(values: Sequence[float]) -> tuple[float, float, float]:
     return r, g, b
 
 
-def _timm(name: str, image_size: int | None) -> tuple[Callable[[bool], nn.Module], int, Any, Any]:
+def _timm(name: str, image_size: int | None) -> tuple[Callable[[bool], nn.Module], int, Any, Any, str]:
     if not timm.is_model(name.partition(".")[0]):
         raise UserError(nearest("timm model", name, timm.list_models()))
     config = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
@@ -235,10 +245,20 @@ def _timm(name: str, image_size: int | None) -> tuple[Callable[[bool], nn.Module
     def make(download: bool) -> nn.Module:
         return timm.create_model(name, pretrained=download, num_classes=0, **fixed)
 
-    return make, size, config.mean if config else IMAGENET_DEFAULT_MEAN, config.std if config else IMAGENET_DEFAULT_STD
+    mean, std = (config.mean, config.std) if config else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    tag = name.partition(".")[2] or (config.tag if config else None) or ""
+    return make, size, mean, std, _trained_on(tag)
 
 
-def _torchvision(name: str, image_size: int | None) -> tuple[Callable[[bool], nn.Module], int, Any, Any]:
+def _trained_on(tag: str) -> str:
+    """The dataset that a timm tag or the name of torchvision's weights speaks of: imagenet where it was that alone."""
+    tag = re.sub(r"_\d{3}$", "", tag.lower())  # the resolution
+    alone = tag.startswith("imagenet1k") or tag.rpartition("_")[2] == "in1k"
+    others = ("_ft_", "swag", "in21k", "in22k", "in12k", "jft", "ssld", "dist_")
+    return "imagenet" if alone and not any(word in tag for word in others) else tag
+
+
+def _torchvision(name: str, image_size: int | None) -> tuple[Callable[[bool], nn.Module], int, Any, Any, str]:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         raise UserError(nearest("torchvision model", name, names))
@@ -246,7 +266,8 @@ def _torchvision(name: str, image_size: int | None) -> tuple[Callable[[bool], nn
     def make(download: bool) -> nn.Module:
         return _headless(torchvision.models.get_model(name, weights="DEFAULT" if download else None))
 
-    return make, image_size or 224, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    weights = torchvision.models.get_model_weights(name).DEFAULT.name
+    return make, image_size or 224, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, _trained_on(weights)
 
 
 def _headless(module: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ class Subset:
     ids: np.ndarray  # (n,) int64, ascending
     fraction: float  # what was asked for
     seed: int
-    true_fraction: float  # of the labelled samples: more than asked for where a class would else be empty
+    true_fraction: float  # of the samples to choose from: more than asked for where a class would else be empty
 
     @property
     def sha256(self) -> str:
@@ -37,12 +37,15 @@ class Subset:
         path.write_text(json.dumps(facts | {"sha256": self.sha256, "ids": self.ids.tolist()}) + "\n")
 
 
-def subset(labels: np.ndarray, fraction: float, seed: int) -> Subset:
+def subset(labels: np.ndarray, fraction: float, seed: int, among: np.ndarray | None = None) -> Subset:
     """A random part of the labelled samples: of each class its rounded share, at least one sample.
 
-    labels: (N,) integers, -1 = unlabelled (never chosen). For one seed 1 % lies inside 10 %.
+    labels: (N,) integers, -1 = unlabelled (never chosen); among: ids to choose from, all if None. For one seed 1 % lies
+    inside 10 %.
     """
     labelled = np.flatnonzero(labels >= 0)
+    if among is not None:
+        labelled = np.intersect1d(labelled, among)
     if not len(labelled):
         raise UserError("a few-shot subset needs labels, and this split has none")
     ids = labelled[plan.subset(labels[labelled], fraction, seed)]

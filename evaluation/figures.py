@@ -226,22 +226,22 @@ def _affinities(squared: Tensor, perplexity: float) -> Tensor:
 
 
 def comparison(rows: list[dict], found: list[compare.Correlation], out: Path) -> list[str]:
-    """A heat map of Spearman's rho and scatter plots of the in-domain columns; file names in `out`."""
+    """A heat map of Spearman's rho and scatter plots of the strongest pairs; file names in `out`."""
     named = [c for c in found if c.kind == "spearman" and c.group == "all" and c.r is not None]
     made = [_heat(named, out)] if named else []
     return made + ([_scatter(rows, named, out)] if named else [])
 
 
 def _heat(found: list[compare.Correlation], out: Path) -> str:
-    predictors = sorted({c.predictor for c in found})
+    predictors = sorted({(c.pretrained_on, c.predictor) for c in found})
     targets = sorted({(c.dataset, c.target) for c in found})
     grid = np.full((len(targets), len(predictors)), np.nan)
     for c in found:
-        grid[targets.index((c.dataset, c.target)), predictors.index(c.predictor)] = c.r
+        grid[targets.index((c.dataset, c.target)), predictors.index((c.pretrained_on, c.predictor))] = c.r
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(figsize=(2.5 + 0.62 * len(predictors), 1.2 + 0.3 * len(targets)))
         image = axes.imshow(grid, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(predictors)), predictors, rotation=45, ha="right")
+        axes.set_xticks(range(len(predictors)), [" · ".join(p) for p in predictors], rotation=45, ha="right")
         axes.set_yticks(range(len(targets)), [" · ".join(t) for t in targets])
         for i, j in np.argwhere(np.isfinite(grid)):
             axes.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=7,
@@ -253,19 +253,19 @@ def _heat(found: list[compare.Correlation], out: Path) -> str:
 
 
 def _scatter(rows: list[dict], found: list[compare.Correlation], out: Path) -> str:
-    """The strongest pair of each other dataset (or of the in-domain columns)."""
+    """The strongest pair of each pre-training set with each dataset."""
     columns = compare.table(rows)
-    best = {
-        d: max((c for c in found if c.dataset == d), key=lambda c: abs(c.r or 0)) for d in {c.dataset for c in found}
-    }
+    best: dict[tuple[str, str], compare.Correlation] = {}
+    for c in sorted(found, key=lambda c: abs(c.r or 0)):
+        best[c.pretrained_on, c.dataset] = c
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(1, len(best), figsize=(3.6 * len(best), 3.4), squeeze=False)
-        for axes, (dataset, c) in zip(grid[0], sorted(best.items())):
-            x, y = columns["", c.predictor], columns["" if dataset == "in-domain" else dataset, c.target]
-            for group in sorted({m[2] for m in x}):
-                models = [m for m in x if m in y and m[2] == group]
+        for axes, ((own, dataset), c) in zip(grid[0], sorted(best.items())):
+            x, y = columns[own, c.predictor], columns[dataset, c.target]
+            for group in sorted({m[2] for m in x if m[3] == own}):
+                models = [m for m in x if m in y and m[2:] == (group, own)]
                 axes.scatter([100 * x[m] for m in models], [100 * y[m] for m in models], s=22, label=group, alpha=0.8)
-            axes.set(xlabel=f"in-domain {c.predictor}, %", ylabel=f"{dataset}: {c.target}, %",
+            axes.set(xlabel=f"{own} (pre-training): {c.predictor}, %", ylabel=f"{dataset}: {c.target}, %",
                      title=f"rho {c.r:.2f}, n = {c.n}")  # fmt: skip
             axes.legend(fontsize=7)
         figure.tight_layout()

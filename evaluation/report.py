@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from itertools import product
 from pathlib import Path
 
@@ -237,20 +236,24 @@ def comparison(out: Path, found: list[Correlation], averages: list[dict], pictur
         "<h1>How well one evaluation predicts another</h1><p class=soft>Intervals: 95 %, from drawing whole runs.</p>"
     )
     rows = "".join(
-        f"<tr><td>{html.escape(c.group)}</td><td>{html.escape(c.predictor)}</td><td>{html.escape(c.dataset)}</td>"
+        f"<tr><td>{html.escape(c.pretrained_on)}</td><td>{html.escape(c.group)}</td><td>{html.escape(c.predictor)}</td>"
+        f"<td>{html.escape(c.dataset)}</td>"
         f"<td>{html.escape(c.target)}</td><td>{c.kind}</td><td class=n>{'none' if c.r is None else f'{c.r:+.3f}'}</td>"
         f"<td class=n>{'' if c.low is None else f'[{c.low:+.2f}, {c.high:+.2f}]'}</td>"
         f"<td class=n>{c.n} ({c.runs} runs)</td><td><small>{html.escape(c.note)}</small></td></tr>"
         for c in found
     )
-    names = ("models", "in-domain", "dataset", "protocol", "coefficient", "r", "95 %", "n", "")
+    names = ("pre-trained on", "models", "protocol there", "dataset", "protocol", "coefficient", "r", "95 %", "n", "")
     table = "".join(f"<th>{n}</th>" for n in names)
+    mean_names = ("pre-trained on", "models", "protocol", "coefficient", "mean r", "on each", "n")
     means = "".join(
-        f"<tr><td>{html.escape(a['group'])}</td><td>{html.escape(a['predictor'])}</td><td>{a['kind']}</td>"
-        f"<td class=n>{a['mean']:+.3f}</td><td>{html.escape(json.dumps(a['per_dataset']))}</td>"
+        f"<tr><td>{html.escape(a['pretrained_on'])}</td><td>{html.escape(a['group'])}</td>"
+        f"<td>{html.escape(a['predictor'])}</td><td>{a['kind']}</td><td class=n>{a['mean']:+.3f}</td>"
+        f"<td>{html.escape(', '.join(f'{name} {r:+.3f}' for name, r in a['per_dataset'].items()))}</td>"
         f"<td class=n>n &ge; {a['n']}</td></tr>"
         for a in averages
     )
+    means = f"<tr>{''.join(f'<th>{n}</th>' for n in mean_names)}</tr>{means}" if means else ""
     return _page(out / "report.html", "comparison", [
         head,
         "<div class=grid>" + "".join(_figure(out / p, p.partition(".")[0], wide=True) for p in pictures) + "</div>",

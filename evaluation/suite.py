@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ import torch
 from torch import Tensor
 
 from evaluation import encoder as encoders
-from evaluation import features, fewshot, finetune, metrics, protocols, tables, targets
+from evaluation import features, fewshot, finetune, knn, metrics, protocols, tables, targets
 from evaluation.encoder import Encoder
 from evaluation.features import CLEAN, Views
 from evaluation.protocols import Problem, Result
 from pipeline import engines, plan, views
 from pipeline.errors import UserError, nearest
-from pipeline.store import Store
+from pipeline.store import Store, training_split
 
-VERSION = 2
+VERSION = 3
 QUICK = ("knn", "linear", "ridge", "label-free", "overlap")
 ALL = (*QUICK, "lidar", "averaged", "in-domain", "fewshot", "full")
 PROTOCOLS = (*ALL, "transductive")
@@ -85,6 +86,12 @@ class Data:
                 "shift": known.shift if known else "unknown", "metric": known.metric if known else "top1",
                 "notes": self.notes}  # fmt: skip
 
+    @cached_property
+    def sample(self) -> str:
+        """The identity of the images that are used."""
+        parts = (self.train.fingerprint, digest(self.train_ids), self.test.fingerprint, digest(self.test_ids))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
     def labels(self, split: str) -> Tensor:
         store, ids = (self.train, self.train_ids) if split == "train" else (self.test, self.test_ids)
         return torch.from_numpy(np.asarray(store.labels[ids], np.int64))
@@ -118,6 +125,9 @@ def open_data(path: Path, options: Options) -> Data:
     train_ids = _sample(train.labels, labelled if len(labelled) else np.arange(len(train)), options.limit, options.seed)
     test_pool = np.flatnonzero(test.labels >= 0) if len(labelled) else np.arange(len(test))
     test_ids = _sample(test.labels, test_pool, options.limit // 2, options.seed)
+    least = 20 if "transductive" in options.protocols else min(knn.KS) if "knn" in options.protocols else 0
+    if len(train_ids) < least:
+        raise UserError(f"{path}: kNN needs at least {least} training images, and these are {len(train_ids)}")
     for what, ids, store in (("training", train_ids, train), ("test", test_ids, test)):
         if len(ids) < len(store):
             why = f"seed {options.seed}, class-balanced" if options.limit else "those with labels"
@@ -294,7 +304,8 @@ class Suite:
         common = {
             "cell": name, "key": key, "run": encoder.run, "checkpoint": self.trained.checkpoint[:16],
             "step": encoder.step, "backbone": encoder.backbone, "method": encoder.method,
-            "pretrained_on": encoder.pretrained_on, "dataset": data.name, "mode": mode, "weights": weights,
+            "pretrained_on": encoder.pretrained_on, "dataset": data.name, "sample": data.sample, "mode": mode,
+            "weights": weights,
         }  # fmt: skip
         added = f"; {encoder.source}" if weights == "untrained" and name.split("/")[1] != "majority" else ""
         self.cells[name] = [common | row for r in results for row in rows(replace(r, text=r.text + added), data)]
@@ -312,6 +323,7 @@ class Suite:
     def run(self, data: Data, own: Data | None) -> None:
         """Every protocol on a dataset. `own`: the data the encoder was trained on, if it is here."""
         self._features.clear()
+        self._forget(data)
         self.datasets[data.name] = data.facts() | {"untrained": self.encoder("untrained", data).source}
         self.majority(data)
         for weights in ("trained", "untrained"):
@@ -321,6 +333,15 @@ class Suite:
             self.overlap(data, own)
         if own is not None and own.name != data.name and "in-domain" in self.options.protocols:
             self.in_domain(data, own)
+
+    def _forget(self, data: Data) -> None:
+        """Drop results on other images of this dataset: they would stand under numbers of images that are not theirs."""
+        others = [name for name, rows in self.cells.items() if rows[:1] and rows[0]["dataset"] == data.name]
+        others = [name for name in others if self.cells[name][0]["sample"] != data.sample]
+        for name in others:
+            del self.cells[name]
+        if others:
+            self.say(f"{self.file}: {len(others)} results on other images of {data.name} (--limit, --seed) are dropped")
 
     def embed(self, data: Data, own: Data | None) -> None:
         """Every feature that `run` will read, into the cache: the part that several processes share."""
@@ -347,6 +368,9 @@ class Suite:
         o, asked = self.options, self.options.protocols
         probe: dict[str, Any] = {"seed": o.seed, "epochs": o.epochs}
         if data.labelled and "knn" in asked:
+            many = [str(k) for k in knn.KS if k > len(data.train_ids)]
+            if many and weights == "trained":
+                data.notes.append(f"no kNN with k = {', '.join(many)}: only {len(data.train_ids)} training images")
             self.cell("knn", weights, data, {}, lambda: protocols.nearest_neighbours(self.problem(weights, data)))
         if data.labelled and "linear" in asked:
             make = lambda: protocols.linear_probes(self.problem(weights, data), **probe)  # noqa: E731
@@ -375,13 +399,12 @@ class Suite:
             return
         jobs = [(f, s) for f in (0.01, 0.1) for s in fewshot.SEEDS] if "fewshot" in o.protocols else []
         for share, seed in jobs:
-            subset = fewshot.subset(data.train.labels, share, seed)
+            subset = fewshot.subset(data.train.labels, share, seed, data.train_ids)
             subset.save(self.out / "subsets" / f"{data.name}-{share * 100:g}pct-seed{seed}.json")
             preset = o.preset if o.preset in finetune.PRESETS else f"{o.preset}-{share * 100:g}%"
             self._tune(f"fewshot-{share * 100:g}%", f"finetune {share * 100:g}%", weights, data, subset, preset, seed)
         if "full" in o.protocols:
-            share = len(data.train_ids) / int((data.train.labels >= 0).sum())
-            everything = fewshot.Subset(data.train_ids, 1.0, o.seed, share)
+            everything = fewshot.Subset(data.train_ids, 1.0, o.seed, 1.0)
             self._tune("full", "finetune full", weights, data, everything, "full", o.seed)
 
     def _tune(
@@ -392,7 +415,7 @@ class Suite:
         vit = finetune.is_vit(self.trained.module)
         extras = ", layer decay 0.65, label smoothing 0.1, drop path 0.2" if vit else ""
         text = (
-            f"whole network trained on {len(subset.ids):,} labels ({subset.true_fraction:.3%} of the training data), preset"
+            f"whole network trained on {len(subset.ids):,} labels ({subset.true_fraction:.3%} of the training images), preset"
             f" {preset_name}: SGD {preset.backbone_rate:g} / head {preset.head_rate:g} per 256, {preset.epochs} epochs,"
             f" {preset.warmup} of warm-up{extras}; last epoch"
         )
@@ -415,19 +438,20 @@ class Suite:
     def overlap(self, data: Data, own: Data) -> None:
         """Test images that are also in the pre-training data: byte for byte, and nearly, by 16-pixel thumbnails."""
 
+        split = training_split(own.path)
+        seen = own.train if split == "train" else Store(own.path, split)
+
         def make() -> Iterator[Result]:
-            pool = _sample(own.train.labels, np.arange(len(own.train)), OVERLAP_LIMIT, self.options.seed)
-            among = (
-                f"among {len(data.test_ids):,} test images, against {len(pool):,} of {len(own.train):,} of {own.name}"
-            )
-            known = {_digest(own.train, i) for i in pool}
+            pool = _sample(seen.labels, np.arange(len(seen)), OVERLAP_LIMIT, self.options.seed)
+            among = f"among {len(data.test_ids):,} test images, against {len(pool):,} of {len(seen):,} of {own.name}"
+            known = {_digest(seen, i) for i in pool}
             same = sum(_digest(data.test, i) in known for i in data.test_ids)
             yield Result("overlap exact", "none", f"same stored bytes, {among}", metric="images", value=same)
-            close, _ = protocols.overlap(self._thumbnails(own.train, pool), self._thumbnails(data.test, data.test_ids))
+            close, _ = protocols.overlap(self._thumbnails(seen, pool), self._thumbnails(data.test, data.test_ids))
             text = f"16 px thumbnails with correlation of 0.999 or more, {among}"
             yield Result("overlap near", "none", text, metric="images", value=close)
 
-        self.cell("overlap", "trained", data, {"own": own.train.fingerprint}, make)
+        self.cell("overlap", "trained", data, {"own": seen.fingerprint}, make)
 
     def _thumbnails(self, store: Store, ids: np.ndarray) -> Tensor:
         engine, parts = self.engine(store), []
@@ -470,7 +494,7 @@ class Suite:
 
 def contained(data: Data, own: Data) -> bool:
     """Whether a classifier of `own`'s classes can be tested on `data`."""
-    return set(data.train.classes) <= set(own.train.classes)
+    return data.labelled and own.labelled and set(data.train.classes) <= set(own.train.classes)
 
 
 def digest(ids: np.ndarray) -> str:

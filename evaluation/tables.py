@@ -212,6 +212,6 @@ def correlations(found: list[Correlation]) -> str:
         value = "none" if c.r is None else f"{c.r:+.2f}"
         between = "" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]"
         note = f"  {c.note}" if c.note else ""
-        made.append(f"{c.group}: {c.predictor} -> {c.dataset} {c.target}: {c.kind} {value}{between}, n = {c.n}, "
-                    f"{c.runs} runs{note}")  # fmt: skip
+        made.append(f"{c.pretrained_on}, {c.group}: {c.predictor} -> {c.dataset} {c.target}: {c.kind} {value}{between}, "
+                    f"n = {c.n}, {c.runs} runs{note}")  # fmt: skip
     return "\n".join(made) or "nothing to correlate: no column was measured on the pre-training data"

@@ -84,7 +84,7 @@ def rows(models: int, *, seed: int = 0, datasets=("own", "far"), protocols=("knn
                     "run": f"run{m // 2}", "checkpoint": f"c{m}", "step": str(m), "backbone": ("resnet", "vit")[m // 2 % 2],
                     "method": "barlow", "pretrained_on": "own", "dataset": dataset, "mode": "retrained", "protocol": protocol,
                     "norm": "l2", "seed": 0, "weights": "trained", "metric": "top1", "value": value, "low": value - 0.02,
-                    "high": value + 0.02, "n": 1000,
+                    "high": value + 0.02, "n": 1000, "n_train": 5000,
                 })  # fmt: skip
     return made
 
@@ -114,6 +114,49 @@ def test_groups_counts_and_warnings():
     assert mean[0]["per_dataset"].keys() == {"far"}
 
 
+def test_only_encoders_of_the_same_pretraining_data_are_ranked_together():
+    """Two families, opposite within each other's data: mixed, their columns of two datasets would be one."""
+    first, second = rows(12), [row | {"pretrained_on": "far", "run": f"other-{row['run']}"} for row in rows(12, seed=1)]
+    found = compare.correlate(first + second)
+    assert {(c.pretrained_on, c.dataset) for c in found} == {("own", "far"), ("far", "own")}
+    assert [c for c in found if c.pretrained_on == "own"] == compare.correlate(first)
+    unknown = [row | {"pretrained_on": ""} for row in second]
+    assert compare.correlate(first + unknown) == compare.correlate(first)
+
+
+def write(folder, results):
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text(json.dumps({"results": results}))
+    return folder
+
+
+def test_runs_of_one_name_are_two_runs(tmp_path):
+    one = [write(tmp_path / side / "x", [r | {"run": "x", "checkpoint": side} for r in rows(1)]) for side in "ab"]
+    assert {row["run"] for row in compare.read(one)} == {path.as_posix() for path in one}
+    assert {row["run"] for row in compare.read(one[:1])} == {"x"}
+
+
+def test_other_numbers_of_images_are_not_mixed(tmp_path):
+    full = write(tmp_path / "full", [r | {"run": "full"} for r in rows(1)])
+    part = write(tmp_path / "part", [r | {"run": "part", "n_train": 100} for r in rows(1)])
+    said = (
+        r"far was measured with other numbers of images: part with 100 and 1,000, full with 5,000 and 1,000; evaluate"
+    )
+    with pytest.raises(UserError, match=said):
+        compare.read([full, part])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"results": [{"run": "x"}]}', '{"results": 3}', '{"schema": 1}'])
+def test_what_is_no_evaluation_gets_one_line(tmp_path, text):
+    write(tmp_path / "run", [])
+    (tmp_path / "run" / "eval.json").write_text(text)
+    for path in (tmp_path / "run", tmp_path / "run" / "eval.json"):
+        with pytest.raises(UserError, match=r"run/eval\.json: not an eval\.json of this version"):
+            compare.read([path])
+    with pytest.raises(UserError, match=r"rnu: no such run"):
+        compare.read([tmp_path / "run", tmp_path / "rnu"])
+
+
 def test_label_free_scores_untrained_networks_and_other_modes_are_not_ranked():
     extra = rows(12)
     for changed, change in zip(extra, ({"metric": "rankme"}, {"weights": "untrained"}, {"mode": "in-domain probe"})):
@@ -128,6 +171,7 @@ def test_files_report_and_pictures(tmp_path):
         folder.mkdir()
         (folder / "eval.json").write_text(json.dumps({"results": [rows(24)[j] for j in part]}))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text("beside the runs, as runs/* finds it")
     found = compare.read(sorted(tmp_path.glob("*")))
     assert len(found) == 96
     out = tmp_path / "comparison"

@@ -243,7 +243,7 @@ def test_finetuning_scores_the_test_set_once_and_last(made, tmp_path, monkeypatc
     assert events == ["epoch 0", "epoch 1", "epoch 2", "test"] * 2  # trained, untrained
     (line,) = content["table"]
     assert "3 epochs" in line["text"] and line["text"].endswith("last epoch")
-    assert "100 labels (50.000% of the training data)" in line["text"]
+    assert "100 labels (100.000% of the training images)" in line["text"]
 
 
 @pytest.mark.slow
@@ -264,7 +264,10 @@ def test_transfer_and_in_domain_probe_are_kept_apart(made, tmp_path):
     content = evaluate(
         copy(made[0][0], tmp_path), data=tuple(made[1]), protocols=("knn", "in-domain", "overlap"), notes=notes
     )
-    assert content["datasets"]["shifted"]["notes"] == ["more red than the others"]
+    assert content["datasets"]["shifted"]["notes"] == [
+        "more red than the others",
+        "no kNN with k = 200: only 125 training images",
+    ]
     modes = {(line["dataset"], line["mode"]) for line in content["table"]}
     assert modes == {("patterns", "retrained"), ("shifted", "retrained"), ("shifted", "in-domain probe")}
     probe = [line for line in content["table"] if line["mode"] == "in-domain probe"]
@@ -275,7 +278,7 @@ def test_transfer_and_in_domain_probe_are_kept_apart(made, tmp_path):
                      ("shifted", "in-domain probe", "patterns")}  # fmt: skip
     said = content["datasets"]["shifted"]["untrained"]
     assert said == "random weights (seed 0, all blocks on), batch-norm statistics of 125 training images of shifted"
-    assert not any(d and "in-domain" in c for d, c in compare.table(content["results"]))
+    assert not any("in-domain" in c for _, c in compare.table(content["results"]))
 
 
 def test_other_classes_have_no_in_domain_probe(made, digits, tmp_path):
@@ -352,6 +355,7 @@ def test_fewer_test_classes_small_k_and_few_queries(made, tmp_path):
     data = shards_of(tmp_path, only_class("ring", "val"))
     content = evaluate(made[0][0], data=(data,), out=tmp_path / "out", protocols=("knn", "linear"))
     assert "4 of 5 classes have no test image" in content["datasets"]["shards"]["notes"]
+    assert "no kNN with k = 100, 200: only 30 training images" in content["datasets"]["shards"]["notes"]
     assert {line["protocol"] for line in content["table"]} == {
         "knn-cosine-exp k=10", "knn-cosine-exp k=20", "knn-euclid-invdist k=20", "linear-sweep", "linear-paper",
     }  # fmt: skip
@@ -381,7 +385,19 @@ def _unlabelled(store):
         ((), "nothing to evaluate: give a run directory"),
         (("RUN", "--protocols", "linaer"), "unknown protocol 'linaer'; nearest: linear"),
         (("RUN", "--data", "shards/none"), "no shards in shards/none"),
-        (("RUN", "--device", "tpu"), "--device tpu: not one of"),
+        (("RUN", "--device", "tpu"), "unknown device 'tpu'"),
+        (("RUN", "--limit", "1"), "--limit 1 leaves no test image"),
+        (("RUN", "--limit", "-1"), "--limit must be at least 0, not -1"),
+        (
+            ("RUN", "--epochs", "0", "--batch", "0"),
+            "--epochs must be at least 1, not 0\n--batch must be at least 1, not 0",
+        ),
+        (("RUN", "RUN", "--out", "x"), "--out is the folder of one target, and these are 2"),
+        (("RUN", "--limit", "4"), "kNN needs at least 10 training images, and these are 5"),
+        (("timm:resnet10t.nobody", "--weights", "README.md", "--data", "DATA"), "timm:resnet10t.nobody: "),
+        (("TEXT", "--data", "DATA"), "not readable as a checkpoint ("),
+        (("BROKEN", "--data", "DATA"), "config.json is damaged: "),
+        (("compare", "RUN/nowhere"), "nowhere: no such run"),
         (("RUN", "--data", "DATA", "DATA"), "two sets of shards are called patterns"),
         (("RUN", "--weights", "x.pth"), "--weights and --image-size go with a target timm:NAME"),
         (("timm:resnet10t", "--weights", "none.pth"), "none.pth: no such file"),
@@ -390,8 +406,14 @@ def _unlabelled(store):
         (("compare",), "no run directories given"),
     ],
 )
-def test_messages(made, words, said, monkeypatch, capsys):
-    words = [{"RUN": str(made[0][0]), "DATA": str(made[1][0])}.get(w, w) for w in words]
+def test_messages(made, words, said, monkeypatch, capsys, tmp_path):
+    broken = copy(made[0][0], tmp_path)
+    (broken / "config.json").write_text("{")
+    text = copy(made[0][0], tmp_path / "text") / "checkpoints" / "step-000000001.pt"
+    text.parent.mkdir()
+    text.write_text("no checkpoint")
+    stands = {"RUN": str(made[0][0]), "DATA": str(made[1][0]), "TEXT": str(text), "BROKEN": str(broken)}
+    words = [stands.get(w, w) for w in words]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
     with pytest.raises(UserError, match=re.escape(said)):
         cli.main()
@@ -429,9 +451,41 @@ def test_fine_tuning_flags(made, tmp_path):
     assert texts["finetune 1%"][0] == texts["finetune 10%"][0] == "bn"
     assert "swav-1%: SGD 0.02 / head 5 per 256, 1 epochs" in texts["finetune 1%"][1]
     assert "swav-10%: SGD 0.01 / head 0.2 per 256" in texts["finetune 10%"][1]
-    assert "5 labels (2.500% of the training data)" in texts["finetune 1%"][1]  # one of each class, and it says so
+    assert "5 labels (2.500% of the training images)" in texts["finetune 1%"][1]  # one of each class, and it says so
     written = json.loads((tmp_path / "subsets" / "patterns-1pct-seed0.json").read_text())
     assert len(written["ids"]) == 5
+
+
+def test_few_labels_are_among_the_images_in_use(made, tmp_path):
+    """10 % of what --limit leaves, and nothing that it leaves out."""
+    content = evaluate(made[0][0], out=tmp_path, protocols=("fewshot",), finetune_epochs=1, limit=100)
+    texts = {line["protocol"]: line["text"] for line in content["table"]}
+    assert "10 labels (10.000% of the training images)" in texts["finetune 10%"]
+
+
+def test_results_on_other_images_do_not_stay(made, tmp_path, capsys):
+    """A smaller --limit changes the heading's numbers: what was measured before may not stand under them."""
+    run = copy(made[0][0], tmp_path)
+    evaluate(run, protocols=("knn", "ridge"), data=tuple(made[1]))
+    capsys.readouterr()
+    content = evaluate(run, protocols=("knn",), data=(made[1][1],), limit=60)
+    assert "results on other images of shifted (--limit, --seed) are dropped" in capsys.readouterr().out
+    found = {
+        (r["dataset"], r["protocol"].split()[0], r["n_train"]) for r in content["results"] if r["weights"] == "trained"
+    }
+    assert {n for d, _, n in found if d == "shifted"} == {60} and "ridge" not in {
+        p for d, p, _ in found if d == "shifted"
+    }
+    assert {p for d, p, _ in found if d == "patterns"} == {"knn-cosine-exp", "knn-euclid-invdist", "ridge"}
+
+
+def test_an_encoder_of_images_without_labels_is_measured_elsewhere(made, tmp_path, monkeypatch):
+    """The pre-training data may have no labels: the target's are what counts."""
+    run, store = copy(made[0][0], tmp_path), suite.Store
+    monkeypatch.setattr(suite, "Store", lambda p, *a: (_unlabelled if p == made[1][0] else lambda s: s)(store(p, *a)))
+    content = evaluate(run, data=(made[1][1],), protocols=("knn", "overlap", "in-domain"))
+    assert {line["dataset"] for line in content["table"]} == {"shifted"}
+    assert "overlap exact" in {r["protocol"] for r in content["results"]}
 
 
 def test_compare_command(made, tmp_path, monkeypatch, capsys):

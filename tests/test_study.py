@@ -202,6 +202,11 @@ def test_numbers_come_back_as_they_were(tmp_path: Path, study: Path):
     assert {row["fraction"] for row in back} == {0.5, 1.0} and back[0]["views"] == 2
 
 
+def test_the_front_is_what_nothing_beats():
+    points = [(1.0, 9.0), (2.0, 9.5), (2.0, 7.0), (3.0, 8.0), (4.0, 7.0), (5.0, 1.0)]
+    assert report.front(points) == [(1.0, 9.0), (2.0, 7.0), (5.0, 1.0)]
+
+
 def test_a_projector_whose_grid_is_not_done_is_left_out():
     rows = [r for r in planted() if r["projector_dim"] != 1024 or r["c"] < 2]
     assert claims.values(claims.complete(rows), "projector_dim") == [64, 256]
