@@ -265,6 +265,15 @@ def convergence(study: Study, rows: list[Row], table: Path, picture: Path) -> li
     return [*text, f"At the end, on {most:.0%} of the images, test split, one clean view:", "", *markdown(head, body)]
 
 
+def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (time, error) points that no other is better than in both, in order of time."""
+    found: list[tuple[float, float]] = []
+    for time, error in sorted(points):
+        if not found or error < found[-1][1]:
+            found.append((time, error))
+    return found
+
+
 def data(rows: list[Row], picture: Path) -> list[str]:
     """Views against images at an equal budget of views; the halves and quarters of the claim; error against time."""
     fractions, vs = values(rows, "fraction"), values(rows, "views")
@@ -279,6 +288,8 @@ def data(rows: list[Row], picture: Path) -> list[str]:
         sizes = [12 + 40 * np.sqrt(r["fraction"] / fractions[-1]) for r in mine]
         errors = [100 - 100 * r["linear"] for r in mine]
         right.scatter([r["core_seconds"] for r in mine], errors, s=sizes, marker=marker, label=f"V = {v}")
+    best = front([(r["core_seconds"], 100 - 100 * r["linear"]) for r in rows])
+    right.step(*zip(*best), where="post", color="0.4", linewidth=1, zorder=0, label="Pareto front")
     left.set(
         xscale="log", xlabel="share of the training images", ylabel="linear, % (test)", title="4. Views against images"
     )
