@@ -282,13 +282,18 @@ def data(rows: list[Row], picture: Path) -> list[str]:
         return by_seed(rows, "linear", views=v, fraction=fraction)
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    points: list[tuple[float, float]] = []
     for marker, v in zip(MARKERS, vs):
         bars(left, fractions, [at(v, f) for f in fractions], f"V = {v}", marker)
-        mine = [r for r in rows if r["views"] == v]
-        sizes = [12 + 40 * np.sqrt(r["fraction"] / fractions[-1]) for r in mine]
-        errors = [100 - 100 * r["linear"] for r in mine]
-        right.scatter([r["core_seconds"] for r in mine], errors, s=sizes, marker=marker, label=f"V = {v}")
-    best = front([(r["core_seconds"], 100 - 100 * r["linear"]) for r in rows])
+        cells = [[r for r in rows if r["views"] == v and r["fraction"] == f] for f in fractions]
+        means = [(float(np.mean([r["core_seconds"] for r in c])), 100 - 100 * float(np.mean([r["linear"] for r in c])))
+                 for c in cells if c]  # fmt: skip
+        sizes = [12 + 40 * np.sqrt(c[0]["fraction"] / fractions[-1]) for c in cells if c]
+        seeds = [(r["core_seconds"], 100 - 100 * r["linear"]) for c in cells for r in c]
+        right.scatter(*zip(*seeds), s=6, marker=marker, color=f"C{vs.index(v)}", alpha=0.35, linewidths=0)
+        right.scatter(*zip(*means), s=sizes, marker=marker, color=f"C{vs.index(v)}", label=f"V = {v}")
+        points += means
+    best = front(points)  # of means: a front over single runs would be one over lucky seeds
     right.step(*zip(*best), where="post", color="0.4", linewidth=1, zorder=0, label="Pareto front")
     left.set(
         xscale="log", xlabel="share of the training images", ylabel="linear, % (test)", title="4. Views against images"
@@ -296,7 +301,9 @@ def data(rows: list[Row], picture: Path) -> list[str]:
     left.set_xticks(fractions, [f"{100 * f:g}%" for f in fractions])
     left.minorticks_off()
     left.legend()
-    right.set(xlabel="core-seconds of training", ylabel="error, %", title="Error against time (larger: more images)")
+    right.set(
+        xlabel="core-seconds of training", ylabel="error, %", title="Error against time (means; larger: more images)"
+    )
     right.legend()
     save(figure, picture)
 
