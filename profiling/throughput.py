@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Args:
     """Write results/throughput.md."""
 
-    photos: Path = Path("shards/imagenet-sample")
+    photos: Path = Path("shards/photos")
     """Shards of photographs, for 224 px views."""
     cifar: Path = Path("shards/cifar10")
     """Shards of CIFAR-10."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparisons and ceilings that any machine can measure, into results/ (studies and evaluations: results/README.md). On 2 cores about an hour; nothing else should run meanwhile.
+# The comparisons and ceilings that any machine can measure, into results/ (studies and evaluations: results/README.md). On 2 cores about two hours; nothing else should run meanwhile.
 # PHOTOS: a folder of class folders of photos (default: what is in shards/photos). SMALL: shards of small images.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,4 +15,6 @@ $python tools/profile.py peers --data shards/photos --small "$small" --views 1,2
 $python tools/profile.py objective --views 2,4,8,16 --dim 256,2048,8192 --json results/objective.json
 $python tools/theory.py
 $python tools/profile.py trainer --data "$small"
+$python tools/profile.py throughput --photos shards/photos --cifar "$small"
+$python tools/profile.py jitter --data shards/photos --small "$small" --seeds 8 --json results/jitter.json
 $python tools/profile.py plan
