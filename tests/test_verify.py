@@ -51,7 +51,7 @@ def reindex(folder: Path, edit) -> None:
     """Change columns or keys of the index and make its checksum right again: damage that only contents betray."""
     found = index.read(folder / "train.index")
     columns = {name: np.array(found[name]) for name in index.COLUMNS}
-    keys = found.keys()
+    keys = [found.key(i) for i in range(len(found))]
     edit(columns, keys)
     rows = list(zip(*(columns[name].tolist() for name in index.COLUMNS)))
     built = index.build(rows, keys)
