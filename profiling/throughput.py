@@ -124,7 +124,7 @@ STORY = """\
 - **Normalize was the largest stage of the data path** on 224 px views: its kernel repeated three numbers. It now works
   along whole rows of 3 S, with identical values, and glibc keeps the pages that a step frees instead of mapping and
   zeroing them anew. It was still 47 % of the whole, because batches of photos are larger than what glibc keeps: normalized
-  views now go into memory that is used again, a third of the cost.
+  views now go into memory that is used again, at about a quarter of the cost.
 - **Forward and backward took several times their CPU time** whenever the engine's threads, or any other process, were at
   work: idle OpenMP threads spin by default. train.py now sets `OMP_WAIT_POLICY=passive` before torch is loaded.
 - **Its own test found the profiler wrong**: slowing the plan cost twice what its ceiling said, because reading ahead plans
