@@ -28,7 +28,7 @@ from model import backbone, objective, projector
 from pipeline import engines, sheet, views
 from pipeline.errors import UserError, run
 from pipeline.loader import Loader, normalize
-from pipeline.machine import keep_memory
+from pipeline.machine import tune
 from pipeline.plan import plan
 from pipeline.store import Corrupt, Store, training_split
 from training import checkpoint, config, estimate, monitor, optim, plots
@@ -257,11 +257,7 @@ def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
     device = torch.device(wanted, int(os.environ.get("LOCAL_RANK", "0")) if wanted == "cuda" else None)  # type: ignore[arg-type]
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    else:
-        keep_memory()
+    tune(device)
     if cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size} is not divisible by {world} processes")
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":

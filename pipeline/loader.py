@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -138,8 +139,7 @@ def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], 
     Along rows of 3 S numbers: a kernel that repeats three numbers spends two to four times as long on the CPU.
     """
     width = views.shape[-1]
-    scale = torch.tensor([1 / s for s in std], device=views.device, dtype=torch.float32).repeat(width)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=views.device, dtype=torch.float32).repeat(width)
+    scale, shift = _rows_of(tuple(mean), tuple(std), width, views.device)
     pixels = views.movedim(-3, -1).flatten(-2)
     if pixels.device.type == "cpu":
         rows = torch.from_numpy(_MEMORY.empty(tuple(pixels.shape), np.float32)).copy_(pixels)
@@ -147,6 +147,14 @@ def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], 
         rows = pixels.to(torch.float32, copy=True)  # torch keeps a device's memory by itself
     torch.addcmul(shift, rows, scale, out=rows)
     return rows.unflatten(-1, (width, 3)).movedim(-1, -3).to(dtype)
+
+
+@lru_cache
+def _rows_of(mean: tuple, std: tuple, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of a row. Kept: on a GPU each would be a copy from the host, and that waits for all work queued."""
+    scale = torch.tensor([1 / s for s in std], device=device, dtype=torch.float32)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=device, dtype=torch.float32)
+    return scale.repeat(width), shift.repeat(width)
 
 
 def clean_views(store: Store, engine: Any, size: int, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:

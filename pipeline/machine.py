@@ -7,6 +7,7 @@ import os
 import sys
 import weakref
 from collections import deque
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,19 @@ def keep_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: its largest value
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def tune(device: Any) -> None:
+    """Settings of a process that trains on this `torch.device`: on CUDA the fastest convolutions, found by trial.
+
+    Plain matrix products keep torch's default, no TF32: outside autocast they are the objective's, which are fp32.
+    """
+    if device.type == "cuda":
+        import torch  # here, since the processes that convert images need none
+
+        torch.backends.cudnn.benchmark = True
+    else:
+        keep_memory()
 
 
 class Memory:

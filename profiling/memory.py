@@ -74,7 +74,8 @@ def peak(args: Args, views: int, chunk: int) -> dict[str, float]:
     """Peak bytes above the resting state, and seconds, of one step after a small warm-up step."""
     device = engines.device_of(args.device)
     trunk: Any = backbone.create(args.backbone, image_size=args.size)
-    encoder = Encoder(trunk, projector.Projector(trunk.num_features, args.projector_dim, args.projector_dim)).to(device)
+    head = projector.Projector(trunk.num_features, args.projector_dim, args.projector_dim)
+    encoder: Any = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     loss_of = objective.create("barlow")
 
@@ -86,9 +87,11 @@ def peak(args: Args, views: int, chunk: int) -> dict[str, float]:
 
     step(torch.randn(2, 2, 3, args.size, args.size, device=device))
     x = torch.randn(views, args.batch_size, 3, args.size, args.size, device=device)
+    if device.type == "cuda":
+        step(x)  # the first of a shape also loads its kernels
+        torch.cuda.synchronize()
     start = time.perf_counter()
     if device.type == "cuda":
-        torch.cuda.synchronize()
         rest = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step(x)

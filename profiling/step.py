@@ -27,7 +27,7 @@ import tyro
 from model import backbone, objective, projector
 from pipeline import engines, views
 from pipeline.loader import Loader, normalize
-from pipeline.machine import keep_memory
+from pipeline.machine import tune
 from pipeline.plan import plan
 from pipeline.store import Store
 from training import monitor, optim
@@ -70,8 +70,7 @@ def measure(args: Args) -> dict[str, Any]:
     device = engines.device_of(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
-    if device.type == "cpu":
-        keep_memory()  # as train.py
+    tune(device)
     torch.manual_seed(0)
     store = Store(args.data)
     trunk: Any = backbone.create(args.backbone, image_size=args.size)

@@ -17,7 +17,7 @@ from torch import Tensor
 from model import backbone, objective, projector
 from pipeline import engines, views
 from pipeline.loader import Loader, normalize
-from pipeline.machine import keep_memory
+from pipeline.machine import tune
 from pipeline.plan import Plan, plan
 from pipeline.store import Store, training_split
 from pipeline.views import Parameters, Policy, parameters
@@ -154,8 +154,7 @@ def build(setup: Setup, step_seconds: float) -> Workload:
 
     torch.manual_seed(setup.seed)
     device = engines.device_of(setup.device)
-    if device.type == "cpu":
-        keep_memory()
+    tune(device)
     store = Store(setup.data, setup.split or training_split(setup.data))
     size = setup.size or store.default_size()
     policy = views.policy(setup.policy, setup.views, size, views.overrides(setup.augment))
