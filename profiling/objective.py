@@ -32,6 +32,7 @@ from model import backbone, objective
 from model.projector import Projector
 from pipeline import engines
 from pipeline.errors import UserError
+from pipeline.machine import tune
 from profiling.host import Neighbours, spent
 from training.monitor import environment
 
@@ -98,6 +99,7 @@ def measure(args: Args) -> dict[str, Any]:
     views, dims = numbers("--views", args.views, 2), numbers("--dim", args.dim, 1)
     device = engines.device_of(args.device)
     torch.set_num_threads(args.threads)
+    tune(device)
     neighbors = Neighbours()
     torch.manual_seed(args.seed)
     rows: list[dict[str, Any]] = []
@@ -247,7 +249,10 @@ def embeddings(v: int, batch: int, dim: int, device: torch.device) -> list[Tenso
 
 
 def free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    torch.cuda.empty_cache()  # what earlier rows have left
+    return torch.cuda.mem_get_info(device)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -319,9 +324,7 @@ def shares(args: Args, dims: list[int], device: torch.device) -> list[dict[str, 
         trunk_ms = of_backbone(network, size, v * b, device)
         for dim in sorted({dims[0], dims[-1]}):
             head = Projector(network.num_features, dim).to(device)
-            head_ms = milliseconds(
-                partial(through, head, torch.randn(v * b, network.num_features, device=device)), device
-            )
+            head_ms = of_network(head, torch.randn(v * b, network.num_features, device=device))
             for task in tasks_of([v], dim, b, device, []):
                 if task.form not in ("ours-mean", "ours-cross", "ours-vicreg", "pairwise"):
                     continue
@@ -346,16 +349,22 @@ def shares(args: Args, dims: list[int], device: torch.device) -> list[dict[str, 
 
 
 def of_backbone(network: nn.Module, size: int, images: int, device: torch.device) -> float:
-    """Milliseconds for so many images, from 16 of them on a CPU, where all at once would not fit."""
-    piece = images if device.type == "cuda" else min(images, 16)
+    """Milliseconds for so many images, from as many of them as fit."""
+    piece = min(images, 256 if device.type == "cuda" else 16)
     pixels = torch.randn(piece, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        return milliseconds(partial(through, network, pixels), device) * images / piece
+    return of_network(network, pixels) * images / piece
 
 
-def through(network: nn.Module, x: Tensor) -> None:
-    network.zero_grad(set_to_none=True)
-    network(x).float().square().mean().backward()
+def of_network(network: nn.Module, x: Tensor) -> float:
+    """Milliseconds of forward and backward, on a GPU as train.py runs it: in bf16."""
+
+    def through() -> None:
+        network.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            z = network(x)
+        z.float().square().mean().backward()
+
+    return milliseconds(through, x.device)
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
