@@ -18,7 +18,7 @@ from pipeline.machine import Memory, cores, keep_memory
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
 
-CHUNK = 64 * 32 * 32  # pixels a call on the CPU: small enough for the cache, large enough that calling costs little
+CHUNK = 128 * 32 * 32  # pixels a call on the CPU: small enough for the cache, large enough that calling costs little
 
 
 class ResidentEngine:
