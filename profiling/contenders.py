@@ -312,7 +312,7 @@ def kornia(s: Setting) -> Iterator[Contender]:
 def decode_ceiling(s: Setting) -> Iterator[Contender]:
     """Our engine's decoding on the GPU, batches as close to each other, and nothing else: no pipeline with these pixels is
     faster at one view."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import pipeline_def
 
     from pipeline.engines.dali import DEPTH, decode
 
@@ -320,7 +320,7 @@ def decode_ceiling(s: Setting) -> Iterator[Contender]:
 
     @pipeline_def(exec_dynamic=True, exec_pipelined=False)
     def graph() -> Any:
-        return decode(fn.external_source(name="images", dtype=types.UINT8, ndim=1), s.device)
+        return decode(s.device)
 
     pipeline = graph(batch_size=s.batch, num_threads=s.threads, device_id=0, prefetch_queue_depth=DEPTH)
     pipeline.build()
