@@ -61,3 +61,22 @@ def test_scaler_skips_a_non_finite_step_and_takes_the_next(name):
         assert bool(update(loss)) is not moves
         assert torch.equal(before, model.weight) is not moves
         assert update.scaler.get_scale() == 1.0 and model.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_first_step_that_is_skipped_leaves_nothing_in_the_optimizer(name):
+    def weights(*losses: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = nn.Linear(8, 4)
+        update = Update(module, optim.create(name, module, 0.1, 0.0), torch.float32)
+        for factor in losses:
+            loss = module(torch.ones(2, 8)).square().sum() * factor
+            update.scale(loss).backward()
+            update(loss)
+        return module.weight.detach()
+
+    torch.use_deterministic_algorithms(True)  # memory that nobody has written is NaN
+    try:
+        assert torch.equal(weights(math.inf, 1.0, 1.0), weights(1.0, 1.0))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -52,5 +52,9 @@ def create(name: str, module: nn.Module, lr: float, weight_decay: float) -> torc
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(MOMENTUM, 0.999), fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=True, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=True, fused=True)
+        # torch would make them uninitialized in the first step, and where the scaler skips that one (fp16's always) use them so.
+        for p in parameters:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
     return Lars(groups, lr=lr, momentum=MOMENTUM)
