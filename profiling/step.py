@@ -44,8 +44,9 @@ class Args:
     batch_size: int = 64
     projector_dim: int = 256
     rounds: int = 30
-    """Rounds; each way runs `steps` steps a round."""
-    steps: int = 1
+    """Rounds; each way runs `steps` steps a round: several on a GPU, where in training the host works steps ahead and only
+    a log line waits. With one step a round the GPU would stand still while the host draws the next batch."""
+    steps: int = 10 if torch.cuda.is_available() else 1
     engine: str = "auto"
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = False

@@ -23,7 +23,7 @@ class Args:
     """Shards of small images."""
     out: Path = Path("results")
     rounds: int = 30
-    """Rounds of one step of each way."""
+    """Rounds, in which each way is taken once: one step of it, on a GPU ten."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 

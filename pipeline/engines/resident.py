@@ -81,7 +81,7 @@ class ResidentEngine:
         flags = (bool(p.sigma[group].any()), bool(p.solarize[group].any()))
         arrays = [np.tile(ids, views)]
         arrays += [np.concatenate(array[group]) for array in (p.box, p.flip, p.color, p.sigma, p.solarize)]
-        which, *numbers = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in arrays)
+        which, *numbers = (self._send(torch.from_numpy(array)) for array in arrays)
         if self._pool is None:
             output, work = self._render(self.images.index_select(0, which), numbers, size, *flags), []
         else:
@@ -90,6 +90,10 @@ class ResidentEngine:
             parts = zip(*(array.split(chunk) for array in (output, which, *numbers)))
             work = [self._pool.submit(self._fill, part, size, *flags) for part in parts]
         return output.unflatten(0, (views, -1)).permute(0, 1, 4, 2, 3), work
+
+    def _send(self, numbers: torch.Tensor) -> torch.Tensor:
+        """To the device. From pinned memory: CUDA may wait for all queued work before it copies 64 KB or more from other."""
+        return numbers.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else numbers
 
     @torch.inference_mode()
     def _fill(self, part: tuple[torch.Tensor, ...], *options) -> None:
