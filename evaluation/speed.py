@@ -22,6 +22,7 @@ import torch
 import tyro
 
 from evaluation import knn, linear
+from pipeline import engines
 from pipeline.errors import run
 from training.monitor import environment
 
@@ -41,6 +42,7 @@ class Config:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
+    engines.device_of(config.device)  # says what is missing before anything is made
     rows = [(name, limit, *timed(job)) for name, (limit, job) in jobs(config).items()]
     gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     table = "| what | wall s | CPU s | to stay under, s |\n| --- | --- | --- | --- |\n" + "\n".join(
