@@ -38,6 +38,7 @@ from training.run import Run
 from training.step import Encoder, Update, backward, backward_chunked, synchronize_batchnorm
 
 MAX_STREAK = 10  # skipped steps in a row
+ADVICE = "try a lower --lr, --precision fp32 or a longer --warmup"  # where losses or gradients are not finite
 
 
 def main() -> int:
@@ -216,8 +217,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
             log.log(step, loss, z, lr_at(batch.step), loader.timings, skipped, len(loader.bad))
             if int(streak) >= MAX_STREAK:
                 raise UserError(
-                    f"{int(streak)} non-finite losses or gradients in a row at step {step}: try a lower --lr, --precision"
-                    f" fp32 or a longer --warmup; the last good checkpoint is in {folder / 'checkpoints'}"
+                    f"{int(streak)} non-finite losses or gradients in a row at step {step}: {ADVICE}; "
+                    f"the last good checkpoint is in {folder / 'checkpoints'}"
                 )
         if probe and (step % eval_every == 0 or last):
             log.evaluate(step, probe, final, autocast)
@@ -230,6 +231,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
 
     # export
     if step == steps and rank == 0:
+        if int(streak):
+            log.say(f"warning: the last {int(streak)} steps were skipped, losses or gradients were not finite: {ADVICE}")
         plots.draw(folder)
         weights = folder / "backbone.safetensors"
         about = {"backbone": cfg.backbone, "stem": cfg.stem, "image_size": str(size), "source": folder.name}

@@ -273,6 +273,11 @@ def test_non_finite_losses_stop_the_run_with_advice(digits, tmp_path):
     assert all(t.isfinite().all() for t in saved["encoder"].values())
 
 
+def test_a_run_that_ends_in_a_streak_says_so(digits, tmp_path):
+    done = train(digits, tmp_path / "run", "--steps", 6, "--lr", 1e30)
+    assert done.returncode == 0 and "steps were skipped" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 def test_a_damaged_image_costs_the_probe_and_the_loop_that_image(digits, tmp_path):
     data = tmp_path / "damaged"
