@@ -120,6 +120,8 @@ def start(wanted: str) -> torch.device:
     if "RANK" in os.environ:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else every process would also hold memory of the first GPU
     return device
 
 

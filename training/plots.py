@@ -85,6 +85,7 @@ def _accuracy(run: Path, rows: list[dict[str, Any]]) -> None:
         for name, text in (("knn", "kNN"), ("linear", "linear")):
             ax.plot(x, 100 * _column(rows, name), marker="o", markersize=3, label=text)
         ax.set_xlabel(label)
+        ax.locator_params(axis="x", nbins=4)  # half a picture wide, and numbers as long as 0.0125
     axes[0].set(title="Online probes, training images", ylabel="accuracy (%)")
     axes[0].legend()
     _finish(run, "accuracy.png")
