@@ -232,7 +232,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     # export
     if step == steps and rank == 0:
         if int(streak):
-            log.say(f"warning: the last {int(streak)} steps were skipped, losses or gradients were not finite: {ADVICE}")
+            log.say(f"warning: the last {int(streak)} steps were skipped as not finite: {ADVICE}")
         plots.draw(folder)
         weights = folder / "backbone.safetensors"
         about = {"backbone": cfg.backbone, "stem": cfg.stem, "image_size": str(size), "source": folder.name}
