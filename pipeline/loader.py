@@ -66,7 +66,8 @@ class Loader:
         """Batches of steps `start` .. `stop - 1`, in order."""
         waiting: deque = deque()
         step = told = start
-        reading = self.plan.reading(start, stop)
+        # An engine that holds every image lets storage rest: pages that the system has dropped would be read again for nothing.
+        reading = iter(()) if getattr(self.engine, "holds_all", False) else self.plan.reading(start, stop)
         try:
             while step < stop or waiting:
                 while step < stop and len(waiting) < self.prefetch:

@@ -299,3 +299,11 @@ def test_storage_is_told_before_a_batch_is_read(photos, order):
     assert len(list(made.batches(2, 12))) == 10  # `remove` raises for what was not told
     assert told == []
     made.engine.close()
+
+
+def test_storage_rests_where_the_engine_holds_every_image(digits):
+    made = loader(digits, name="resident")
+    told: list[int] = []
+    made.store.prefetch = lambda ids: told.extend(ids.tolist())
+    assert len(list(made.batches(0, 3))) == 3 and told == []
+    made.engine.close()

@@ -28,7 +28,7 @@ class ResidentEngine:
     that cannot be read raises `store.Corrupt` when it is asked for. `decoded` counts images.
     """
 
-    name = "resident"
+    name, holds_all = "resident", True
 
     def __init__(self, store: Store, device: str | torch.device = "cpu", threads: int | None = None):
         self.store, self.device = store, torch.device(device)
