@@ -11,8 +11,12 @@ from conftest import command
 
 from model import backbone, objective
 from model.projector import Projector
-from pipeline.loader import normalize
+from pipeline import engines
+from pipeline.loader import Loader, normalize
 from pipeline.machine import tune
+from pipeline.plan import plan
+from pipeline.store import Store
+from pipeline.views import policy
 from training import optim
 from training.step import Encoder, Update, backward, backward_chunked
 
@@ -53,6 +57,24 @@ def test_a_step_on_the_gpu_never_waits_for_it(name, dtype):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not torch.stack(skipped).any()
+
+
+@pytest.mark.parametrize("name", ["cpu", "dali", "resident"])
+def test_making_views_for_the_gpu_never_waits_for_it(digits, name):
+    """torch's own check does not see CUDA wait before it copies from memory that is not pinned."""
+    store = Store(digits)
+    engine, _ = engines.create(name, store, GPU)
+    made = Loader(store, plan(len(store), seed=0, batch=256), policy("simclr", 8, 32), engine, seed=0)
+    batches = made.batches(0, 10)
+    for _ in range(5):
+        next(batches)  # compiled, and memory taken
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2 * 10**9)  # cycles: about a second
+    for _ in range(2):
+        next(batches)
+    assert not torch.cuda.current_stream().query()  # it still sleeps
+    torch.cuda.synchronize()
+    engine.close()
 
 
 def test_chunks_on_the_gpu_leave_the_gradient_of_the_whole():
