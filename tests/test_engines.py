@@ -313,11 +313,11 @@ from pipeline import views
 from pipeline.engines import pixels
 generator, n = np.random.default_rng(0), 3000
 images = generator.integers(0, 256, (n, 8, 8, 3), np.uint8)
-images.flags.writeable = False  # as a memory map gives them
+images.flags.writeable = False  # as the engine gives them
 drawn = views.parameters(views.policy("simclr", 2, 8, {}), 0, np.zeros(n, int), np.arange(n), *2 * [np.full(n, 8)])
 out = np.empty((2, n, 8, 8, 3), np.uint8)
-for b, image in enumerate(images):
-    pixels.render(image, b, drawn.box, drawn.flip, drawn.color, drawn.sigma, drawn.solarize, out)
+sizes = np.full((2, n), 8)
+pixels.render(images.reshape(-1), *sizes, 0, drawn.box, drawn.flip, drawn.color, drawn.sigma, drawn.solarize, out)
 print(hashlib.sha256(out).hexdigest())
 """
 

@@ -19,6 +19,8 @@ from pipeline.machine import Memory, cores
 from pipeline.store import Corrupt, Store
 from pipeline.views import Parameters
 
+PIXELS = 2**18  # of the images and views of a task, if it is more than one image: a part of what a cache holds
+
 
 class CPUEngine:
     """`engine(ids, parameters)` -> a group: uint8 (V, B, 3, S, S) on `device`, channels-last memory.
@@ -49,8 +51,10 @@ class CPUEngine:
             size = parameters.sizes[group.start]
             outputs.append(self._empty((group.stop - group.start, batch, size, size, 3)))
         arrays = [output.numpy() for output in outputs]
-        # Several images a task where they are small, so that handing out work costs little beside doing it.
-        chunk = max(1, min(batch // (4 * self.threads), 2**19 // max(1, sum(size**2 for size in parameters.sizes))))
+        # Several images a task where they are small: what holds Python's lock is then little beside what does not.
+        largest = int((self.store.heights[ids].astype(np.int64) * self.store.widths[ids]).max())
+        cost = largest + sum(size**2 for size in parameters.sizes)
+        chunk = max(1, min(batch // (4 * self.threads), PIXELS // cost))
         work = [
             self._pool.submit(self._images, ids, range(first, min(first + chunk, batch)), parameters, arrays)
             for first in range(0, batch, chunk)
@@ -63,21 +67,20 @@ class CPUEngine:
         return torch.from_numpy(self._memory.empty(shape))
 
     def _images(self, ids: np.ndarray, rows: range, p: Parameters, outputs: list[np.ndarray]) -> None:
-        spent = np.zeros(3)
-        for b in rows:
-            times = [time.perf_counter()]
-            payload = self.store.read(int(ids[b]))
-            times.append(time.perf_counter())
-            image = decoded(self.store, int(ids[b]), payload)
-            times.append(time.perf_counter())
-            image.setflags(write=False)  # one compiled version of `render`, for decoded and for stored pixels
-            for group, out in zip(p.groups, outputs):
-                render(image, b, p.box[group], p.flip[group], p.color[group], p.sigma[group], p.solarize[group], out)
-            times.append(time.perf_counter())
-            spent += np.diff(times)
+        times = [time.perf_counter()]
+        payloads = [self.store.read(int(ids[b])) for b in rows]
+        times.append(time.perf_counter())
+        images = [decoded(self.store, int(ids[b]), payload) for b, payload in zip(rows, payloads)]
+        times.append(time.perf_counter())
+        heights, widths = np.array([image.shape[:2] for image in images], np.int64).T.copy()
+        pixels = images[0].reshape(-1) if len(images) == 1 else np.concatenate([image.reshape(-1) for image in images])
+        pixels.setflags(write=False)  # one compiled version of `render`, for decoded and for stored pixels
+        for g, out in zip(p.groups, outputs):
+            render(pixels, heights, widths, rows.start, p.box[g], p.flip[g], p.color[g], p.sigma[g], p.solarize[g], out)
+        times.append(time.perf_counter())
         with self._lock:
             self.decoded += len(rows)
-            for stage, seconds in zip(self.seconds, spent):
+            for stage, seconds in zip(self.seconds, np.diff(times)):
                 self.seconds[stage] += float(seconds)
 
     def close(self) -> None:

@@ -20,17 +20,22 @@ ONE, TWO, THREE = np.uint64(1), np.uint64(2), np.uint64(3)
 
 
 @njit(cache=True, nogil=True)
-def render(image, b, box, flip, color, sigma, solarize, out):
-    """Write the views of one image, sample `b` of a batch.
+def render(pixels, heights, widths, first, box, flip, color, sigma, solarize, out):
+    """Write the views of images that lie behind each other in `pixels` (uint8, flat), samples `first`, `first` + 1 … of a batch.
 
-    `image` (H, W, 3) and `out` (V, B, S, S, 3) are uint8 and contiguous, the rest as in `views.Parameters`.
+    `heights` and `widths` are theirs, (n,) int64; `out` (V, B, S, S, 3) is uint8 and contiguous, all else as in
+    `views.Parameters`.
     """
-    size = out.shape[2]
-    for v in range(out.shape[0]):
-        view = out[v, b].reshape(size, size * 3)
-        sharp = np.empty_like(view) if sigma[v, b] > 0 else view
-        resize(image, box[v, b], flip[v, b], color[v, b], sharp)
-        _finish(sharp, sigma[v, b], solarize[v, b], view)
+    size, start = out.shape[2], 0
+    for i in range(len(heights)):
+        b, stop = first + i, start + 3 * heights[i] * widths[i]
+        rows = pixels[start:stop].reshape(heights[i], 3 * widths[i])
+        for v in range(out.shape[0]):
+            view = out[v, b].reshape(size, size * 3)
+            sharp = np.empty_like(view) if sigma[v, b] > 0 else view
+            resize(rows, box[v, b], flip[v, b], color[v, b], sharp)
+            _finish(sharp, sigma[v, b], solarize[v, b], view)
+        start = stop
 
 
 @njit(cache=True, nogil=True)
@@ -59,11 +64,10 @@ def _finish(sharp, sigma, solarize, view):
 
 
 @njit(cache=True, nogil=True, fastmath=EXACT)
-def resize(image, box, flip, color, out):
-    """`out` (S, 3 S): the box of `image`, resized, mirrored if `flip`, through the (3, 4) color map."""
+def resize(rows, box, flip, color, out):
+    """`out` (S, 3 S): the box of an image, (H, 3 W), resized, mirrored if `flip`, through the (3, 4) color map."""
     size = len(out)
     left, width = 3 * box[1], 3 * box[3]
-    rows = image.reshape(image.shape[0], image.shape[1] * 3)
     y_first, y_weight = triangle(box[2], size, False)
     x_first, x_weight = triangle(box[3], size, flip)
     line = np.empty(width, np.float32)
