@@ -54,7 +54,7 @@ class CPUEngine:
         # Several images a task where they are small: what holds Python's lock is then little beside what does not.
         largest = int((self.store.heights[ids].astype(np.int64) * self.store.widths[ids]).max())
         cost = largest + sum(size**2 for size in parameters.sizes)
-        chunk = max(1, min(batch // (4 * self.threads), PIXELS // cost))
+        chunk = max(1, min(batch // (2 * self.threads), PIXELS // cost))
         work = [
             self._pool.submit(self._images, ids, range(first, min(first + chunk, batch)), parameters, arrays)
             for first in range(0, batch, chunk)
