@@ -123,21 +123,25 @@ def slow_view(step: str, times: int) -> list:
     """One step of a view again and again on scratch memory, for the views that have it, after the real ones are made."""
     original = cpu.render
 
-    def render(image: Any, b: int, box: Any, flip: Any, color: Any, sigma: Any, solarize: Any, out: Any) -> None:
-        original(image, b, box, flip, color, sigma, solarize, out)
+    def render(*call: Any) -> None:
+        original(*call)
+        images, heights, widths, first, box, flip, color, sigma, solarize, out = call
         size = out.shape[2]
         scratch = np.empty((size, 3 * size), np.uint8)
+        parts = np.split(images, 3 * np.cumsum(heights * widths)[:-1])
         for v in range(len(out)):
-            view = out[v, b].reshape(size, 3 * size)
-            if step == "blur" and sigma[v, b] > 0:
-                repeated(pixels.blur, times - 1)(view, sigma[v, b], scratch)
-            elif step == "resize":
-                if min(box[v, b, 2:]) > 8:  # a view, and not what is left when the profiler takes the views away
-                    repeated(pixels.resize, times - 1)(image, box[v, b], flip[v, b], color[v, b], scratch)
-            elif (step == "color" and not np.array_equal(color[v, b], np.eye(3, 4))) or (
-                step == "solarize" and solarize[v, b]
-            ):
-                work(times)
+            for b, (part, height) in enumerate(zip(parts, heights), first):
+                view = out[v, b].reshape(size, 3 * size)
+                if step == "blur" and sigma[v, b] > 0:
+                    repeated(pixels.blur, times - 1)(view, sigma[v, b], scratch)
+                elif step == "resize":
+                    if min(box[v, b, 2:]) > 8:  # a view, and not what is left when the profiler takes the views away
+                        rows = part.reshape(height, -1)
+                        repeated(pixels.resize, times - 1)(rows, box[v, b], flip[v, b], color[v, b], scratch)
+                elif (step == "color" and not np.array_equal(color[v, b], np.eye(3, 4))) or (
+                    step == "solarize" and solarize[v, b]
+                ):
+                    work(times)
 
     return [patch.object(cpu, "render", render)]
 

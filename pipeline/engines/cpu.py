@@ -52,8 +52,8 @@ class CPUEngine:
             outputs.append(self._empty((group.stop - group.start, batch, size, size, 3)))
         arrays = [output.numpy() for output in outputs]
         # Several images a task where they are small: what holds Python's lock is then little beside what does not.
-        largest = int((self.store.heights[ids].astype(np.int64) * self.store.widths[ids]).max())
-        cost = largest + sum(size**2 for size in parameters.sizes)
+        largest = parameters.box[..., 2:].max((0, 1))  # box: of all the views of a batch, hardly less than an image
+        cost = int(largest.prod(dtype=np.int64)) + sum(size**2 for size in parameters.sizes)
         chunk = max(1, min(batch // (2 * self.threads), PIXELS // cost))
         work = [
             self._pool.submit(self._images, ids, range(first, min(first + chunk, batch)), parameters, arrays)
