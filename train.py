@@ -23,19 +23,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.distributed as dist
 
-from evaluation import online
-from model import backbone, objective, projector
-from pipeline import engines, sheet, views
-from pipeline.errors import UserError, run
-from pipeline.loader import Loader, normalize
-from pipeline.machine import tune
-from pipeline.plan import plan
-from pipeline.store import Corrupt, Store, training_split
-from training import checkpoint, config, estimate, monitor, optim, plots
-from training.config import Config
-from training.preemption import PREEMPTED, Stop
-from training.run import Run
-from training.step import Encoder, Update, backward, backward_chunked, synchronize_batchnorm
+from manyview.evaluation import online
+from manyview.model import backbone, objective, projector
+from manyview.pipeline import engines, sheet, views
+from manyview.pipeline.errors import UserError, run
+from manyview.pipeline.loader import Loader, normalize
+from manyview.pipeline.machine import tune
+from manyview.pipeline.plan import plan
+from manyview.pipeline.store import Corrupt, Store, training_split
+from manyview.training import checkpoint, config, estimate, monitor, optim, plots
+from manyview.training.config import Config
+from manyview.training.preemption import PREEMPTED, Stop
+from manyview.training.run import Run
+from manyview.training.step import Encoder, Update, backward, backward_chunked, synchronize_batchnorm
 
 MAX_STREAK = 10  # skipped steps in a row
 ADVICE = "try a lower --lr, --precision fp32 or a longer --warmup"  # where losses or gradients are not finite

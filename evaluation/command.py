@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from evaluation import compare, encoder, figures, finetune, report, smoke, suite, tables
-from pipeline import engines
-from pipeline.errors import UserError, nearest
-from training.monitor import environment
+from manyview.evaluation import compare, encoder, figures, finetune, report, smoke, suite, tables
+from manyview.pipeline import engines
+from manyview.pipeline.errors import UserError, nearest
+from manyview.training.monitor import environment
 
 
 @dataclass

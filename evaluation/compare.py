@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import UserError
+from manyview.pipeline.errors import UserError
 
 LEAST = 5
 FEW = 10

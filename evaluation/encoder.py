@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from model import backbone
-from pipeline import index
-from pipeline.errors import UserError, nearest
-from pipeline.store import Store
+from manyview.model import backbone
+from manyview.pipeline import index
+from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.store import Store
 
 HEADS = ("fc.", "head.", "head_dist.", "classifier.", "heads.", "last_linear.", "projector.", "prototypes.")
 PREFIXES = ("module.", "backbone.", "encoder.", "model.", "base_encoder.", "student.", "teacher.")

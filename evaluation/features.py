@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evaluation.encoder import Encoder, calibrating, frozen
-from pipeline.errors import UserError
-from pipeline.loader import normalize
-from pipeline.store import Corrupt, Store
-from pipeline.views import Parameters, Policy, clean, parameters
+from manyview.evaluation.encoder import Encoder, calibrating, frozen
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.loader import normalize
+from manyview.pipeline.store import Corrupt, Store
+from manyview.pipeline.views import Parameters, Policy, clean, parameters
 
 VERSION = "1"
 CALIBRATION, CALIBRATION_BATCH = 1024, 256  # images; fixed, so that --batch changes no number

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.scaling import zscore
-from pipeline import plan
-from pipeline.errors import UserError
+from manyview.evaluation.scaling import zscore
+from manyview.pipeline import plan
+from manyview.pipeline.errors import UserError
 
 SHOTS = (1, 5, 10, 25)
 SEEDS = (0, 1, 2)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation import compare, features, knn, label_free
-from evaluation.scaling import zscore
-from evaluation.suite import Data, Suite
-from pipeline import views
-from pipeline.store import Store
-from training.plots import STYLE
+from manyview.evaluation import compare, features, knn, label_free
+from manyview.evaluation.scaling import zscore
+from manyview.evaluation.suite import Data, Suite
+from manyview.pipeline import views
+from manyview.pipeline.store import Store
+from manyview.training.plots import STYLE
 
 TRAINED, UNTRAINED, WRONG, RIGHT = "#2563eb", "#9ca3af", "#dc2626", "#16a34a"
 POINTS = 1000  # of the 2-D embedding

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from evaluation.encoder import Encoder
-from evaluation.features import result
-from evaluation.linear import MOMENTUM, schedule
-from pipeline.errors import UserError
-from pipeline.loader import normalize
-from pipeline.store import Store
-from pipeline.views import Group, Policy, clean, parameters
+from manyview.evaluation.encoder import Encoder
+from manyview.evaluation.features import result
+from manyview.evaluation.linear import MOMENTUM, schedule
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.loader import normalize
+from manyview.pipeline.store import Store
+from manyview.pipeline.views import Group, Policy, clean, parameters
 
 LAYER_DECAY, SMOOTHING, DROP_PATH = 0.65, 0.1, 0.2
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.errors import UserError
+from manyview.pipeline.errors import UserError
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluation.metrics import score
-from pipeline.errors import UserError
+from manyview.evaluation.metrics import score
+from manyview.pipeline.errors import UserError
 
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 PAPER_RATE = 0.1

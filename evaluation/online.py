@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation import knn, label_free, linear
-from pipeline.engines.cpu import CPUEngine
-from pipeline.loader import clean_views, normalize
-from pipeline.store import Store
+from manyview.evaluation import knn, label_free, linear
+from manyview.pipeline.engines.cpu import CPUEngine
+from manyview.pipeline.loader import clean_views, normalize
+from manyview.pipeline.store import Store
 
 BANK, QUERIES = 4000, 1000
 PIXEL_BUDGET = 2**28  # bytes of uint8 pixels kept for the whole run

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluation import fewshot, knn, label_free, linear
-from evaluation.metrics import Score, score
-from evaluation.scaling import zscore, zscore_transductive
+from manyview.evaluation import fewshot, knn, label_free, linear
+from manyview.evaluation.metrics import Score, score
+from manyview.evaluation.scaling import zscore, zscore_transductive
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import html
 from itertools import product
 from pathlib import Path
 
-from evaluation import tables
-from evaluation.compare import Correlation
-from model import backbone
-from training import plots
+from manyview.evaluation import tables
+from manyview.evaluation.compare import Correlation
+from manyview.model import backbone
+from manyview.training import plots
 
 CAPTIONS = {
     "loss": "Loss and its two terms over the steps.",

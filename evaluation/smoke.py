@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model import backbone
-from pipeline import shards
-from pipeline.store import Store
+from manyview.model import backbone
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.store import Store
 
 CLASSES = ("stripes", "checks", "blob", "ring", "slope")
 NETWORKS = {"smoke-resnet": ("resnet10-narrow", 32), "smoke-vit": ("test_vit", 32)}
@@ -48,7 +49,7 @@ def pattern(label: int, size: int, generator: np.random.Generator, hue: float = 
 
 def make_shards(folder: Path, out: Path, **settings) -> Path:
     """Shards `out` of pictures that are made under `folder`."""
-    shards.write(shards.Options("folder", encoding="raw"), images(folder, **settings), out, jobs=1, quiet=True)
+    write_shards(Options("folder", encoding="raw"), images(folder, **settings), out, jobs=1, quiet=True)
     return out
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from evaluation import knn, linear
-from pipeline import engines
-from pipeline.errors import run
-from training.monitor import environment
+from manyview.evaluation import knn, linear
+from manyview.pipeline import engines
+from manyview.pipeline.errors import run
+from manyview.training.monitor import environment
 
 
 @dataclass

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation import encoder as encoders
-from evaluation import features, fewshot, finetune, knn, metrics, protocols, tables, targets
-from evaluation.encoder import Encoder
-from evaluation.features import CLEAN, Views
-from evaluation.protocols import Problem, Result
-from pipeline import engines, plan, views
-from pipeline.errors import UserError, nearest
-from pipeline.store import Store, training_split
+from manyview.evaluation import encoder as encoders
+from manyview.evaluation import features, fewshot, finetune, knn, metrics, protocols, tables, targets
+from manyview.evaluation.encoder import Encoder
+from manyview.evaluation.features import CLEAN, Views
+from manyview.evaluation.protocols import Problem, Result
+from manyview.pipeline import engines, plan, views
+from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.store import Store, training_split
 
 VERSION = 3
 QUICK = ("knn", "linear", "ridge", "label-free", "overlap")

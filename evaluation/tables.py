@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.compare import Correlation
-from evaluation.metrics import Score, lift
+from manyview.evaluation.compare import Correlation
+from manyview.evaluation.metrics import Score, lift
 
 FIRST = ("linear-sweep", "linear-paper", "knn", "ridge", "finetune", "averaged", "majority")
 

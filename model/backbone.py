@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, nearest
 
 SMALL_IMAGE = 64  # pixels, up to which stem "auto" is "small"
 STEMS = ("auto", "small", "standard")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model import backbone
-from pipeline.errors import UserError
+from manyview.model import backbone
+from manyview.pipeline.errors import UserError
 
 TOLERANCE = 1e-5  # largest difference of a feature, relative to the largest feature
 

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, nearest
 
 # beta = C / D. Constant pressure on each dimension, beta * (D - 1), means beta ~ 1 / D; the authors' tuned values over
 # D = 64 ... 8192 on CIFAR-10 fit c = 2.9 (log-log slope -1.02), on STL-10 c = 2.0 (slope -0.93).

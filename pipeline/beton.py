@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipeline import codec, index
+from manyview.pipeline import codec, index
 
 SUFFIX = ".beton"
 VERSION = 2

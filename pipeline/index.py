@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipeline import files
+from manyview.pipeline import files
 
 MAGIC = b"mvindex\0"
 VERSION = 1

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.errors import UserError
-from pipeline.machine import Memory
-from pipeline.plan import Plan
-from pipeline.store import Corrupt, Store
-from pipeline.views import Policy, clean, parameters
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.machine import Memory
+from manyview.pipeline.plan import Plan
+from manyview.pipeline.store import Corrupt, Store
+from manyview.pipeline.views import Policy, clean, parameters
 
 CATCH_UP = 4  # steps' reads asked for at a time until storage is `plan.ahead` steps ahead
 

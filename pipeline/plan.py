@@ -15,8 +15,8 @@ from functools import lru_cache
 import numpy as np
 from numba import njit
 
-from pipeline.errors import UserError, nearest
-from pipeline.philox import below, philox
+from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.philox import below, philox
 
 ORDERS = ("random", "blocks")
 BLOCK = 512  # consecutive samples read together in `blocks` order: about 55 MB of ImageNet photos

@@ -12,9 +12,9 @@ import torch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.codec import decode
-from pipeline.store import Store
-from pipeline.views import Parameters, Policy, parameters
+from manyview.pipeline.codec import decode
+from manyview.pipeline.store import Store
+from manyview.pipeline.views import Parameters, Policy, parameters
 
 Render = Callable[[np.ndarray, Parameters], list[torch.Tensor]]
 CELL, GAP, LINE, MARGIN = 168, 14, 17, 40  # pixels: a view's side, between views, a line of text, around the sheet

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
-from pipeline import codec, index, remote, shards
-from pipeline.errors import UserError
+from manyview.pipeline import bucket, codec, index, storage
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.manifest import MANIFEST, read_manifest
 
 GAP = 128 << 10  # bytes: reading over less than this is cheaper than another request
 REQUEST = 128 << 10  # bytes: the kernel cuts a longer read-ahead short without saying so
@@ -42,14 +43,14 @@ class Store:
         self.path, self.split = Path(path), split
         manifest = _manifest(self.path)
         if split not in manifest["splits"]:
-            raise UserError(f"{remote.where(path)} has no split {split!r}; it has {', '.join(manifest['splits'])}")
+            raise UserError(f"{storage.where(path)} has no split {split!r}; it has {', '.join(manifest['splits'])}")
         self.manifest, self.name, self.classes = manifest, manifest["name"], manifest["classes"]
         part = manifest["splits"][split]
         self.fingerprint: str = part["fingerprint"]
         self.mean, self.std = statistics(manifest)
         self.shards: list[dict] = part["shards"]
-        url = remote.address(path)
-        self.bucket = remote.Bucket(url, manifest, split) if url else None
+        url = storage.address(path)
+        self.bucket = bucket.Bucket(url, manifest, split) if url else None
         self._check_shards()
         self._rows = self._read_index(part)
         self.labels, self.heights, self.widths = (self._rows[name] for name in ("label", "height", "width"))
@@ -66,7 +67,7 @@ class Store:
         for shard, path, size in zip(self.shards, paths, sizes):
             if size != shard["bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-                errors.append(f"shard {remote.where(path)} {state}; make it again or copy it anew")
+                errors.append(f"shard {storage.where(path)} {state}; make it again or copy it anew")
         if errors:
             raise UserError("\n".join(errors))
 
@@ -75,9 +76,9 @@ class Store:
         try:
             rows = self.bucket.read_index(part["index"]) if self.bucket else index.read(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"index {remote.where(path)}: {error}") from None
+            raise UserError(f"index {storage.where(path)}: {error}") from None
         if len(rows) != part["count"]:
-            raise UserError(f"index {remote.where(path)} has {len(rows)} rows, the manifest {part['count']}")
+            raise UserError(f"index {storage.where(path)} has {len(rows)} rows, the manifest {part['count']}")
         return rows
 
     def __len__(self) -> int:
@@ -171,10 +172,10 @@ def training_split(path: str | Path) -> str:
 
 
 def _manifest(path: Path) -> dict:
-    manifest = shards.read_manifest(path)
+    manifest = read_manifest(path)
     if manifest is None:
-        where = remote.where(path)
-        raise UserError(f"no shards in {where} (no {shards.MANIFEST}); `make shards DATASET=… OUT={where}` writes them")
+        where = storage.where(path)
+        raise UserError(f"no shards in {where} (no {MANIFEST}); `make shards DATASET=… OUT={where}` writes them")
     return manifest
 
 

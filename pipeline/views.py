@@ -17,8 +17,8 @@ import numpy as np
 import yaml
 from numba import njit
 
-from pipeline.errors import UserError, nearest
-from pipeline.philox import below, philox, uniform
+from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.philox import below, philox, uniform
 
 
 @dataclass(frozen=True)

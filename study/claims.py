@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from study.sweep import Settings, Study, name_of
+from manyview.study.sweep import Settings, Study, name_of
 
 Row = dict[str, Any]
 

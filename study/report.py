@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from pipeline.errors import UserError
-from study import claims, sweep
-from study.claims import Estimate, Row, by_seed, difference, estimate, values
-from study.sweep import Study
-from training.plots import STYLE
+from manyview.pipeline.errors import UserError
+from manyview.study import claims, sweep
+from manyview.study.claims import Estimate, Row, by_seed, difference, estimate, values
+from manyview.study.sweep import Study
+from manyview.training.plots import STYLE
 
 POINT = 1.0  # percentage points within which two accuracies count as the same, as the paper's claims are worded
 MARGIN = 0.05  # of accuracy, by which anything trained must beat the untrained network

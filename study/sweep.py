@@ -33,10 +33,10 @@ from typing import Any
 
 import yaml
 
-from pipeline import files
-from pipeline.errors import UserError, nearest
-from study import worker
-from training import config, monitor
+from manyview.pipeline import files
+from manyview.pipeline.errors import UserError, nearest
+from manyview.study import worker
+from manyview.training import config, monitor
 
 Settings = dict[str, Any]
 RESULTS = ("held_out", "linear", "knn", "rank", "loss", "steps", "views_seen", "core_seconds", "seconds", "peak_bytes",
@@ -123,7 +123,7 @@ def run(study: Study, out: Path, folder: Path, jobs: int) -> int:
     todo = [s for s in study.runs if name_of(s) not in rows]
     print(f"{study.name}: {len(study.runs)} runs, {len(study.runs) - len(todo)} done; {jobs} at a time", flush=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["study.worker"])
+    context.set_forkserver_preload(["manyview.study.worker"])
     begun, failed = time.perf_counter(), 0
     commit = monitor.commit()  # of the code that the server is about to load, whatever the checkout becomes meanwhile
     children: set[Any] = set()

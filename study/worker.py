@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 import train
-from evaluation import encoder as encoders
-from evaluation import features, knn, linear
-from evaluation.metrics import score
-from model import backbone
-from pipeline import engines, files, plan
-from pipeline.engines.cpu import CPUEngine
-from pipeline.machine import cores
-from pipeline.store import Store
-from training import config, monitor
+from manyview.evaluation import encoder as encoders
+from manyview.evaluation import features, knn, linear
+from manyview.evaluation.metrics import score
+from manyview.model import backbone
+from manyview.pipeline import engines, files, plan
+from manyview.pipeline.engines.cpu import CPUEngine
+from manyview.pipeline.machine import cores
+from manyview.pipeline.store import Store
+from manyview.training import config, monitor
 
 
 def work(probe: dict[str, Any], flags: list[str], settings: dict[str, Any], folder: Path, jobs: int) -> None:

@@ -21,18 +21,21 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.manifest import Options
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pictures import class_folders
 
-from model import objective
-from pipeline import codec, loader, shards, views
-from pipeline.engines import cpu, pixels
-from pipeline.plan import Plan
-from pipeline.store import Store
-from profiling import ceilings, stages, verdict, workload
-from training.step import Encoder
+from manyview.bench import ceilings, stages, verdict, workload
+from manyview.model import objective
+from manyview.pipeline import codec, loader, views
+from manyview.pipeline.engines import cpu, pixels
+from manyview.pipeline.plan import Plan
+from manyview.pipeline.store import Store
+from manyview.training.step import Encoder
 
 STAGES = ("plan", "index", "parameters", "read", "decode", "dispatch", "resize", "color", "blur", "solarize", "normalize",
           "forward", "backward", "objective", "optimizer")  # fmt: skip
@@ -177,7 +180,7 @@ def slowed(stage: str, times: int) -> Iterator[None]:
 def small_data(folder: Path) -> Path:
     """Shards of 240 small photos."""
     source = class_folders(folder / "photos", per_class=80)
-    shards.write(shards.Options("folder"), source / "train", folder / "shards", quiet=True)
+    write_shards(Options("folder"), source / "train", folder / "shards", quiet=True)
     return folder / "shards"
 
 

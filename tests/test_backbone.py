@@ -7,8 +7,8 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
-from model import backbone
-from pipeline.errors import UserError
+from manyview.model import backbone
+from manyview.pipeline.errors import UserError
 
 NETWORKS = [
     ("resnet10-narrow", 28),

@@ -29,9 +29,9 @@ def parse(words: list[str]) -> Any:
     """What the tool's own parser makes of them; SystemExit where it does not understand."""
     tool, *rest = words
     if tool == "tools/profile.py":
-        return tyro.cli(importlib.import_module(f"profiling.{rest[0]}").Args, args=rest[1:])
+        return tyro.cli(importlib.import_module(f"manyview.bench.{rest[0]}").Args, args=rest[1:])
     if tool == "tools/theory.py":
-        return tyro.cli(importlib.import_module("profiling.theory").Args, args=rest)
+        return tyro.cli(importlib.import_module("manyview.bench.theory").Args, args=rest)
     spec = importlib.util.spec_from_file_location("tool", ROOT / tool)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -7,8 +7,11 @@ import pytest
 import simplejpeg
 from pictures import class_folders, jpeg, pixels
 
-from pipeline import adopt, beton, codec, shards
-from pipeline.store import Store
+from manyview.pipeline import beton, codec
+from manyview.pipeline.convert import adopt
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.store import Store
 
 
 @pytest.mark.slow
@@ -16,7 +19,7 @@ def test_stock_reader_agrees_on_every_field(tmp_path):
     from ffcv.reader import Reader
 
     class_folders(tmp_path / "in", 5, 3)
-    shards.write(shards.Options("folder", "ffcv"), tmp_path / "in", tmp_path / "out", quiet=True)
+    write_shards(Options("folder", "ffcv"), tmp_path / "in", tmp_path / "out", quiet=True)
     store = Store(tmp_path / "out")
     reader = Reader(str(tmp_path / "out" / store.shards[0]["file"]))
     assert reader.field_names == ["image", "label"] and reader.num_samples == len(store) == 15
@@ -37,7 +40,7 @@ def test_stock_loader_gives_equal_pixels(tmp_path, encoding, os_cache):
     folder.mkdir(parents=True)
     for i in range(40):  # over several pages when raw
         (folder / f"{i}.jpg").write_bytes(jpeg(i, 250, 300))
-    shards.write(shards.Options("folder", "ffcv", encoding), tmp_path / "in", tmp_path / "out", quiet=True)
+    write_shards(Options("folder", "ffcv", encoding), tmp_path / "in", tmp_path / "out", quiet=True)
     store = Store(tmp_path / "out")
     loader = Loader(
         str(tmp_path / "out" / store.shards[0]["file"]),
@@ -72,7 +75,7 @@ def test_stock_loader_hands_over_yuv420_as_bytes(tmp_path):
     folder.mkdir(parents=True)
     for i in range(12):
         (folder / f"{i}.jpg").write_bytes(jpeg(i, 90 + i, 120))
-    shards.write(shards.Options("folder", "ffcv", "yuv420"), tmp_path / "in", tmp_path / "out", quiet=True)
+    write_shards(Options("folder", "ffcv", "yuv420"), tmp_path / "in", tmp_path / "out", quiet=True)
     store, seen = Store(tmp_path / "out"), 0
     loader = Loader(
         str(tmp_path / "out" / store.shards[0]["file"]),

@@ -20,9 +20,11 @@ import pytest
 from conftest import command
 from pictures import encoded
 
-from pipeline import cluster, shards
-from pipeline.errors import UserError
-from pipeline.verify import verify
+from manyview.pipeline.convert import cluster
+from manyview.pipeline.convert.verify import verify
+from manyview.pipeline.convert.write import running, write_shards
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.manifest import Options
 
 pytestmark = pytest.mark.slow
 
@@ -80,8 +82,8 @@ def photos(tmp_path_factory) -> Path:
 
 def write(source: Path, out: Path, jobs: int, executor: str) -> dict[str, str]:
     """A digest of every file that came out, but for the stamp, which holds times."""
-    options = shards.Options("folder", shard_mb=1)
-    shards.write(options, source, out, jobs=jobs, max_rejected=0.05, quiet=True, executor=executor)
+    options = Options("folder", shard_mb=1)
+    write_shards(options, source, out, jobs=jobs, max_rejected=0.05, quiet=True, executor=executor)
     assert verify(out) == []
     files = [path for path in out.rglob("*") if path.is_file() and path.name != ".stamp.json"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -139,7 +141,7 @@ def misbehave(how: str):
     ],
 )
 def test_what_cannot_be_done_ends_with_its_cause(ray, tmp_path, how, error, text):
-    shards.running[:] = [SimpleNamespace(out=tmp_path)]
+    running[:] = [SimpleNamespace(out=tmp_path)]
     with pytest.raises(error, match=text):
         cluster.run(misbehave(how), {"a.tar": SimpleNamespace(samples=[0])}, quiet=True)
 

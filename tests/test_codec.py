@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pictures import encoded, jpeg, pixels
 from PIL import Image
 
-from pipeline import codec
+from manyview.pipeline import codec
 
 JPEG = codec.Settings()
 

@@ -21,8 +21,8 @@ import pytest
 from conftest import ROOT, command
 
 import train
-from pipeline.errors import UserError
-from training import checkpoint, config
+from manyview.pipeline.errors import UserError
+from manyview.training import checkpoint, config
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

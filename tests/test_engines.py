@@ -16,12 +16,14 @@ from conftest import ROOT
 from pictures import class_folders, pixels
 from PIL import Image
 
-from pipeline import engines, shards
-from pipeline.engines import reference, resident
-from pipeline.engines.cpu import CPUEngine
-from pipeline.errors import UserError
-from pipeline.store import Corrupt, Store
-from pipeline.views import Parameters, clean, parameters, policy
+from manyview.pipeline import engines
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.engines import reference, resident
+from manyview.pipeline.engines.cpu import CPUEngine
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.store import Corrupt, Store
+from manyview.pipeline.views import Parameters, clean, parameters, policy
 
 HAS_DALI = engines.has_dali()
 
@@ -38,7 +40,7 @@ STEPS = {"solarize": 0.3, "blur": [0.5, 1.0]}
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("photos")
-    shards.write(shards.Options("folder"), class_folders(root / "in", 8, 2), root / "out", quiet=True)
+    write_shards(Options("folder"), class_folders(root / "in", 8, 2), root / "out", quiet=True)
     return root / "out"
 
 
@@ -50,7 +52,7 @@ def tiny(tmp_path_factory) -> Path:
         folder = root / "in" / "train" / f"class{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels(i, 32, 32)).save(folder / f"{i}.png")
-    shards.write(shards.Options("folder"), root / "in", root / "out", quiet=True)
+    write_shards(Options("folder"), root / "in", root / "out", quiet=True)
     return root / "out"
 
 
@@ -64,7 +66,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def make(name: str, store: Store, threads: int = 2):
     if name == "dali gpu graph":  # the operators of the GPU's graph, run on the CPU
-        from pipeline.engines.dali import DALIEngine
+        from manyview.pipeline.engines.dali import DALIEngine
 
         engine = DALIEngine(store, threads=threads)
         engine.fused = False
@@ -244,7 +246,7 @@ def test_what_fails_twice_is_no_images_fault(photos, monkeypatch):
         pending.error = RuntimeError("out of memory")
         tried.append(pending)
 
-    monkeypatch.setattr("pipeline.engines.dali._Graph._collect_oldest", broken)
+    monkeypatch.setattr("manyview.pipeline.engines.dali._Graph._collect_oldest", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         engine(np.arange(4), drawn(store, np.arange(4)))
     assert len(tried) == 2
@@ -309,8 +311,8 @@ def test_on_real_photos(name):
 
 COMPILED = """
 import hashlib, numpy as np
-from pipeline import views
-from pipeline.engines import pixels
+from manyview.pipeline import views
+from manyview.pipeline.engines import pixels
 generator, n = np.random.default_rng(0), 3000
 images = generator.integers(0, 256, (n, 8, 8, 3), np.uint8)
 images.flags.writeable = False  # as the engine gives them

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from evaluation import compare, figures, report
-from pipeline.errors import UserError
+from manyview.evaluation import compare, figures, report
+from manyview.pipeline.errors import UserError
 
 
 def scipys(x, y) -> np.ndarray:

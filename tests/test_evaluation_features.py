@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from evaluation import encoder as encoders
-from evaluation import features, smoke
-from evaluation.features import Views
-from model import backbone
-from pipeline import engines
-from pipeline.errors import UserError
-from pipeline.store import Store
-from pipeline.views import policy
+from manyview.evaluation import encoder as encoders
+from manyview.evaluation import features, smoke
+from manyview.evaluation.features import Views
+from manyview.model import backbone
+from manyview.pipeline import engines
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.store import Store
+from manyview.pipeline.views import policy
 from tests.conftest import command
 
 

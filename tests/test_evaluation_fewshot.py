@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from evaluation import fewshot
-from pipeline.errors import UserError
+from manyview.evaluation import fewshot
+from manyview.pipeline.errors import UserError
 
 
 def test_cifar100_sizes():

@@ -6,13 +6,13 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from evaluation import encoder as encoders
-from evaluation import finetune, metrics, smoke
-from evaluation.finetune import PRESETS, Preset
-from model import backbone
-from pipeline import engines
-from pipeline.errors import UserError
-from pipeline.store import Store
+from manyview.evaluation import encoder as encoders
+from manyview.evaluation import finetune, metrics, smoke
+from manyview.evaluation.finetune import PRESETS, Preset
+from manyview.model import backbone
+from manyview.pipeline import engines
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.store import Store
 
 
 @pytest.fixture(scope="module")

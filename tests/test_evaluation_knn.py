@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from evaluation import knn
-from evaluation.scaling import zscore, zscore_transductive
-from pipeline.errors import UserError
+from manyview.evaluation import knn
+from manyview.evaluation.scaling import zscore, zscore_transductive
+from manyview.pipeline.errors import UserError
 
 
 def clusters(n: int, features: int = 24, classes: int = 7, seed: int = 0, spread: float = 1.5):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import label_free
+from manyview.evaluation import label_free
 
 GOLDEN_HARMONIC = {512: 117.27, 768: 152.05, 2048: 281.81}
 

@@ -3,9 +3,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from evaluation import linear, speed
-from evaluation.metrics import score
-from pipeline.errors import UserError
+from manyview.evaluation import linear, speed
+from manyview.evaluation.metrics import score
+from manyview.pipeline.errors import UserError
 
 
 def problem(n: int = 3000, features: int = 20, classes: int = 5, seed: int = 0, spread: float = 2.2):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import metrics, tables, targets
+from manyview.evaluation import metrics, tables, targets
 
 
 def scores_of(predictions: list[int], classes: int) -> torch.Tensor:

@@ -15,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import command as cli
-from evaluation import compare, encoder, finetune, protocols, smoke, suite
-from model import backbone
-from pipeline import engines, shards
-from pipeline.errors import UserError
+from manyview.evaluation import command as cli
+from manyview.evaluation import compare, encoder, finetune, protocols, smoke, suite
+from manyview.model import backbone
+from manyview.pipeline import engines
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.manifest import Options
 from tests.conftest import command
 
 pytestmark = pytest.mark.slow  # the whole command, again and again
@@ -294,7 +296,7 @@ def test_overlap_is_found(made, tmp_path):
     picture = np.array(Image.open(folder / "train/blob/0002.png")).astype(int)
     noisy = (picture + np.random.default_rng(0).integers(-3, 4, picture.shape)).clip(0, 255).astype(np.uint8)
     Image.fromarray(noisy).save(folder / "val/ring/0004.png")
-    shards.write(shards.Options("folder", encoding="raw"), folder, tmp_path / "twins", jobs=1, quiet=True)
+    write_shards(Options("folder", encoding="raw"), folder, tmp_path / "twins", jobs=1, quiet=True)
     run = smoke.make_run(tmp_path / "run", tmp_path / "twins", "smoke-resnet")
     found = {
         r["protocol"]: r["value"] for r in evaluate(run, protocols=("overlap",))["results"] if r["metric"] == "images"
@@ -329,7 +331,7 @@ def shards_of(folder: Path, change) -> Path:
     """Shards of pictures whose folders `change` has touched."""
     images = smoke.images(folder / "images", per_class={"train": 6, "val": 4})
     change(images)
-    shards.write(shards.Options("folder", encoding="raw"), images, folder / "shards", jobs=1, quiet=True)
+    write_shards(Options("folder", encoding="raw"), images, folder / "shards", jobs=1, quiet=True)
     return folder / "shards"
 
 

@@ -11,9 +11,9 @@ import torch
 from test_backbone import header, trained
 from torch import nn
 
-from model import backbone
-from model.export import EXPORTS, export
-from pipeline.errors import UserError
+from manyview.model import backbone
+from manyview.model.export import EXPORTS, export
+from manyview.pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

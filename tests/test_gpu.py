@@ -9,16 +9,16 @@ import pytest
 import torch
 from conftest import command
 
-from model import backbone, objective
-from model.projector import Projector
-from pipeline import engines
-from pipeline.loader import Loader, normalize
-from pipeline.machine import tune
-from pipeline.plan import plan
-from pipeline.store import Store
-from pipeline.views import policy
-from training import optim
-from training.step import Encoder, Update, backward, backward_chunked
+from manyview.model import backbone, objective
+from manyview.model.projector import Projector
+from manyview.pipeline import engines
+from manyview.pipeline.loader import Loader, normalize
+from manyview.pipeline.machine import tune
+from manyview.pipeline.plan import plan
+from manyview.pipeline.store import Store
+from manyview.pipeline.views import policy
+from manyview.training import optim
+from manyview.training.step import Encoder, Update, backward, backward_chunked
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda", 0)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import index
+from manyview.pipeline import index
 
 
 def rows(n: int) -> list[tuple]:

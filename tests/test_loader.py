@@ -18,13 +18,15 @@ import pytest
 import torch
 from pictures import class_folders
 
-from pipeline import engines, shards
-from pipeline.engines.cpu import CPUEngine
-from pipeline.errors import UserError
-from pipeline.loader import Loader, clean_views, normalize
-from pipeline.plan import plan
-from pipeline.store import Corrupt, Store
-from pipeline.views import policy
+from manyview.pipeline import engines
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.engines.cpu import CPUEngine
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.loader import Loader, clean_views, normalize
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.plan import plan
+from manyview.pipeline.store import Corrupt, Store
+from manyview.pipeline.views import policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("photos")
-    shards.write(shards.Options("folder"), class_folders(root / "in", 10, 2), root / "out", quiet=True)
+    write_shards(Options("folder"), class_folders(root / "in", 10, 2), root / "out", quiet=True)
     return root / "out"
 
 
@@ -276,7 +278,7 @@ def test_memory_is_flat_over_epochs(tmp_path):
     folder.mkdir(parents=True)
     for i in range(60):
         (folder / f"{i}.jpg").write_bytes(jpeg(i, 60 + 37 * i % 900, 80 + 53 * i % 1100))
-    shards.write(shards.Options("folder"), tmp_path / "in", tmp_path / "out", quiet=True)
+    write_shards(Options("folder"), tmp_path / "in", tmp_path / "out", quiet=True)
     made = loader(tmp_path / "out", batch=12, views=4)
     used = []
     for epoch in range(7):

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 from pictures import jpeg, pixels
 
-from pipeline import codec, moments
+from manyview.pipeline import codec
+from manyview.pipeline.convert import moments
 
 
 def exact(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from model import objective
-from pipeline.errors import UserError
+from manyview.model import objective
+from manyview.pipeline.errors import UserError
 
 FORMS: dict[str, Callable[..., objective.Loss]] = {
     "barlow-mean": partial(objective.barlow, form="mean"),

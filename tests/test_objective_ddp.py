@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import objective
+from manyview.model import objective
 
 BATCH, IN, DIM = 12, 5, 4  # 12 rows in all: 6 or 4 on each rank
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from evaluation import online
-from model import backbone
-from pipeline.store import Store
+from manyview.evaluation import online
+from manyview.model import backbone
+from manyview.pipeline.store import Store
 
 
 def state(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import plan as module
-from pipeline.errors import UserError
-from pipeline.plan import permutation, plan, shuffle_quality
+from manyview.pipeline import plan as module
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.plan import permutation, plan, shuffle_quality
 
 numbers = st.integers(1, 60)
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from profiling import objective as profiler
+from manyview.bench import objective as profiler
+from manyview.pipeline.errors import UserError
 
 CPU = torch.device("cpu")
 

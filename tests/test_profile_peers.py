@@ -7,9 +7,10 @@ import pytest
 from conftest import command
 from pictures import class_folders, jpeg
 
-from pipeline import shards
-from pipeline.errors import UserError
-from profiling import peers
+from manyview.bench import peers
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.manifest import Options
 
 
 def test_the_fit_finds_what_was_put_in():
@@ -36,7 +37,7 @@ def test_ratios_are_of_the_same_round():
 @pytest.mark.slow
 def test_the_command_measures_and_writes_its_tables(tmp_path):
     root = class_folders(tmp_path / "in", 12, 2)
-    shards.write(shards.Options("folder"), root, tmp_path / "photos", quiet=True)
+    write_shards(Options("folder"), root, tmp_path / "photos", quiet=True)
     out = tmp_path / "result.json"
     line = ["tools/profile.py", "peers", "--data", tmp_path / "photos", "--views", "1,2,3", "--size", 48, "--batch", 6]
     line = [
@@ -88,6 +89,6 @@ def test_bad_flags_are_named(digits, words, said):
 def test_large_images_are_not_small(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "photo.jpg").write_bytes(jpeg(0, 120, 130))
-    shards.write(shards.Options("folder"), tmp_path / "in", tmp_path / "photos", quiet=True)
+    write_shards(Options("folder"), tmp_path / "in", tmp_path / "photos", quiet=True)
     with pytest.raises(UserError, match=r"--small .* 120 px, more than 96"):
         peers.main(["--data", "None", "--small", str(tmp_path / "photos"), "--views", "1"])

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from conftest import ROOT, command
 
-from pipeline import remote
-from pipeline.errors import UserError
-from pipeline.plan import ORDERS, Plan
-from pipeline.store import Store
-from profiling import plan, replay
-from profiling import shards as measure_shards
-from profiling.replay import LRU, Cluster
+from manyview.bench import plan, replay
+from manyview.bench import shards as measure_shards
+from manyview.bench.replay import LRU, Cluster
+from manyview.pipeline import bucket, storage
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.plan import ORDERS, Plan
+from manyview.pipeline.store import Store
 
 
 def cluster(images: int, nodes: int, cache: float, order: str, batch: int = 512) -> Cluster:
     """Images of a 20th of a piece; `cache`: a node's, as a share of the set."""
-    size = remote.PIECE / 20
+    size = storage.PIECE / 20
     return Cluster(images, nodes, batch, size, cache * images * size, order)
 
 
@@ -38,7 +38,7 @@ def brute_force(c: Cluster, node: int, epochs: int) -> list[int]:
             return
         fetched[epoch] += 1
         if len(held) == c.limit:
-            while held and len(held) + 1 > c.limit * (1 - remote.SLACK):
+            while held and len(held) + 1 > c.limit * (1 - bucket.SLACK):
                 held.pop(0)
         held.append(piece)
 
@@ -70,7 +70,7 @@ def ten_bytes(file: BinaryIO) -> None:
 
 def test_the_policy_is_that_of_the_cache(tmp_path):
     """The same requests, to the replay and to the folder that `pipeline.remote` keeps."""
-    cache, simulated, rng = remote.Cache(tmp_path, 400), LRU(40), np.random.default_rng(0)
+    cache, simulated, rng = bucket.Cache(tmp_path, 400), LRU(40), np.random.default_rng(0)
     made = []
     for _ in range(250):
         piece, announced = int(rng.integers(60)), bool(rng.integers(2))
@@ -166,12 +166,12 @@ def test_the_command_writes_page_table_and_picture(tmp_path):
 
 def test_bandwidth_and_where_it_stops():
     args = plan.Args(
-        images=(1e6,), nodes=(1, 10), gpus=10, images_per_s=100, image_kb=remote.PIECE / 1000, storage_gb_s=2
+        images=(1e6,), nodes=(1, 10), gpus=10, images_per_s=100, image_kb=storage.PIECE / 1000, storage_gb_s=2
     )
-    c = Cluster(10**6, 10, 100, float(remote.PIECE), 1e9)
+    c = Cluster(10**6, 10, 100, float(storage.PIECE), 1e9)
     found = plan.bandwidth(c, replay.Epoch(1000, 1000, 0, 1.0), replay.Epoch(1000, 250, 0, 1.0), args)
-    assert found["first_node_gb_s"] == pytest.approx(1000 * remote.PIECE / 1e9)  # 8.4 GB/s into a node that takes 3
-    assert found["first_speed"] == pytest.approx(2 / (10 * 1000 * remote.PIECE / 1e9))  # the storage is slower still
+    assert found["first_node_gb_s"] == pytest.approx(1000 * storage.PIECE / 1e9)  # 8.4 GB/s into a node that takes 3
+    assert found["first_speed"] == pytest.approx(2 / (10 * 1000 * storage.PIECE / 1e9))  # the storage is slower still
     assert found["first_storage_gb_s"] == pytest.approx(10 * found["first_node_gb_s"])
     assert found["later_storage_gb_s"] == pytest.approx(found["first_storage_gb_s"] / 4)
     assert found["later_speed"] == pytest.approx(4 * found["first_speed"])

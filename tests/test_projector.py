@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from model import backbone, objective
-from model.projector import Projector, cost, describe
+from manyview.model import backbone, objective
+from manyview.model.projector import Projector, cost, describe
 
 
 def test_shape_and_layers():

@@ -20,14 +20,16 @@ from conftest import ROOT, command
 from pictures import encoded
 from safetensors.torch import load_file
 
-from pipeline import remote, shards
-from pipeline.engines.cpu import CPUEngine
-from pipeline.errors import UserError
-from pipeline.loader import Loader
-from pipeline.plan import plan
-from pipeline.store import Corrupt, Store, splits
-from pipeline.verify import verify
-from pipeline.views import policy
+from manyview.pipeline import bucket, storage
+from manyview.pipeline.convert.verify import verify
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.engines.cpu import CPUEngine
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.loader import Loader
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.plan import plan
+from manyview.pipeline.store import Corrupt, Store, splits
+from manyview.pipeline.views import policy
 
 PIECE = 128 << 10
 
@@ -40,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
         path = root / "in" / "train" / f"class{i % 3}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(np.random.default_rng(i).integers(0, 256, (130, 170, 3), np.uint8), "PNG"))
-    shards.write(shards.Options("folder", shard_mb=1), root / "in", root / "photos", quiet=True)
+    write_shards(Options("folder", shard_mb=1), root / "in", root / "photos", quiet=True)
     return root / "photos"
 
 
@@ -64,8 +66,8 @@ def fresh(proxy, monkeypatch, tmp_path) -> Path:
     """A calm network, a cache of this test, small pieces, no patience."""
     proxy.calm()
     monkeypatch.setenv("MANYVIEW_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "PIECE", PIECE)
-    monkeypatch.setattr(remote, "FIRST", 0.01)
+    monkeypatch.setattr(storage, "PIECE", PIECE)
+    monkeypatch.setattr(storage, "FIRST", 0.01)
     return tmp_path / "cache"
 
 
@@ -200,9 +202,9 @@ def test_a_damaged_object_is_that_samples_fault(folder, proxy, tmp_path):
 
 READER = """
 import sys, numpy as np
-from pipeline import remote
-remote.PIECE, remote.STREAMS = {piece}, 3
-from pipeline.store import Store
+from manyview.pipeline import storage
+storage.PIECE, bucket.STREAMS = {piece}, 3
+from manyview.pipeline.store import Store
 store = Store(sys.argv[1])
 order = np.random.default_rng(int(sys.argv[2])).permutation(len(store))
 print("ready", flush=True)
@@ -268,7 +270,7 @@ def test_a_random_order_beyond_the_cache_fetches_samples_not_pieces(proxy, url, 
 
 
 def test_what_was_asked_for_longest_ago_goes_first(fresh):
-    cache = remote.Cache(fresh / "pieces", 1000)
+    cache = bucket.Cache(fresh / "pieces", 1000)
     for name in "abcdefgh":
         assert cache.add(f"x/{name}", lambda file: file.write(b"." * 120))
     assert cache.touch("x/a")
@@ -277,7 +279,7 @@ def test_what_was_asked_for_longest_ago_goes_first(fresh):
     assert held(fresh) <= 950
     dead = fresh / "pieces" / "x" / "dead.part"  # of a process that was killed
     dead.write_bytes(b"." * 500)
-    with remote._locked(fresh / "pieces" / "x" / "alive.part"):  # and of one that is at work
+    with bucket._locked(fresh / "pieces" / "x" / "alive.part"):  # and of one that is at work
         for name in "jklmnopq":
             assert cache.add(f"x/{name}", lambda file: file.write(b"." * 120))
         assert (fresh / "pieces" / "x" / "alive.part").exists()
@@ -393,7 +395,7 @@ def test_credentials_are_one_line_and_not_tried_again(proxy, url, monkeypatch):
 
 
 def test_a_storage_that_stays_away_is_given_up_in_one_line(proxy, url, monkeypatch, capfd):
-    monkeypatch.setattr(remote, "TRIES", 5)
+    monkeypatch.setattr(storage, "TRIES", 5)
     store = Store(url)
     proxy.fault = lambda method, path: "503"
     before = len(proxy.log)
@@ -404,7 +406,7 @@ def test_a_storage_that_stays_away_is_given_up_in_one_line(proxy, url, monkeypat
 
 @pytest.mark.parametrize("where", ["s3", "file"])
 def test_an_object_that_was_cut_off_for_good_is_one_line(where, proxy, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "TRIES", 3)
+    monkeypatch.setattr(storage, "TRIES", 3)
     (tmp_path / "cut").mkdir()
     address = f"file://{tmp_path}/cut" if where == "file" else "s3://bucket/cut"
     store = Store(upload(folder, address))
@@ -418,7 +420,7 @@ def test_an_object_that_was_cut_off_for_good_is_one_line(where, proxy, folder, t
 
 
 def test_an_answer_that_is_always_cut_off_is_one_line(proxy, url, monkeypatch):
-    monkeypatch.setattr(remote, "TRIES", 3)
+    monkeypatch.setattr(storage, "TRIES", 3)
     store = Store(url)
     proxy.fault = lambda method, path: "truncated" if ".tar" in path else None
     with pytest.raises(UserError, match=r"^s3://bucket/photos/train-\d+\.tar: .* \(3 tries\)$"):
@@ -455,26 +457,26 @@ def test_a_disk_that_takes_no_more_is_one_line(url, fresh):
 
 
 def test_addresses():
-    assert remote.address("shards/x") is None and remote.address(Path("/data/x")) is None
-    assert remote.address(Path("s3://bucket/a/b/")) == remote.address("s3://bucket/a/b") == "s3://bucket/a/b"
-    assert remote.address(Path("file:///data/x")) == "file:///data/x" and remote.address("timm:resnet18") is None
+    assert storage.address("shards/x") is None and storage.address(Path("/data/x")) is None
+    assert storage.address(Path("s3://bucket/a/b/")) == storage.address("s3://bucket/a/b") == "s3://bucket/a/b"
+    assert storage.address(Path("file:///data/x")) == "file:///data/x" and storage.address("timm:resnet18") is None
     for chained in ("simplecache::s3://bucket/a", "zip://*.tar::file:///a.zip"):
         for path in (chained, Path(chained)):
             with pytest.raises(UserError, match="addresses chained by :: are not read here"):
-                remote.address(path)
-    assert remote.address("a::b/c") is None
-    assert remote.where(Path("s3://bucket/a")) == "s3://bucket/a" and remote.where(Path("a/b")) == "a/b"
+                storage.address(path)
+    assert storage.address("a::b/c") is None
+    assert storage.where(Path("s3://bucket/a")) == "s3://bucket/a" and storage.where(Path("a/b")) == "a/b"
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 TRAINER = """
 import sys
-from pipeline import plan, remote
-remote.PIECE = 1 << 18
+from manyview.pipeline import plan, storage
+storage.PIECE = 1 << 18
 plan.BLOCK, plan.MIXED = 32, 32 * plan.WINDOW
 import train
-from pipeline.errors import run
+from manyview.pipeline.errors import run
 run(train.main)
 """
 
@@ -519,7 +521,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def write(address: str, source: Path, **options) -> dict:
-    return shards.write(shards.Options("folder", shard_mb=1), source, Path(address), quiet=True, **options)
+    return write_shards(Options("folder", shard_mb=1), source, Path(address), quiet=True, **options)
 
 
 @pytest.mark.slow
@@ -537,7 +539,7 @@ def test_a_bucket_gets_what_a_folder_gets_through_a_bad_network(proxy, folder, s
     assert write("s3://bucket/made/photos", source) == manifest
     assert objects("s3://bucket/made/photos") == files_of(folder)
     with pytest.raises(UserError, match=r"^s3://bucket/made/photos holds shards made otherwise"):
-        shards.write(shards.Options("folder", shard_mb=2), source, Path("s3://bucket/made/photos"), quiet=True)
+        write_shards(Options("folder", shard_mb=2), source, Path("s3://bucket/made/photos"), quiet=True)
     with pytest.raises(UserError, match="executor ray writes to a folder"):
         write("s3://bucket/made/other", source, executor="ray")
 

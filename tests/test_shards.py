@@ -20,10 +20,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import class_folders, encoded, jpeg, pixels
 
-from pipeline import pool, shards, sources, stamp
-from pipeline.errors import UserError
-from pipeline.store import Store
-from pipeline.verify import verify
+from manyview.pipeline import codec
+from manyview.pipeline.convert import pool, source_state
+from manyview.pipeline.convert.sources import datasets
+from manyview.pipeline.convert.verify import verify
+from manyview.pipeline.convert.write import (
+    CHECKS,
+    FORMATS,
+    KEY_LENGTH,
+    SAFE,
+    WORK,
+    check_options,
+    plan_shards,
+    safe_keys,
+    shuffled,
+    write_shards,
+)
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.manifest import MANIFEST, Options
+from manyview.pipeline.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = [sys.executable, str(ROOT / "tools" / "shards.py")]
@@ -31,13 +46,13 @@ TOOL = [sys.executable, str(ROOT / "tools" / "shards.py")]
 
 def digests(out: Path) -> dict[str, str]:
     """Every file of a folder but the stamp, which holds times."""
-    files = [path for path in out.rglob("*") if path.is_file() and path.name != stamp.NAME]
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != source_state.NAME]
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def write(source: Path, out: Path, jobs: int = 2, max_rejected: float = 0.01, **options) -> dict:
     options = {"dataset": "folder", "shard_mb": 1, **options}
-    return shards.write(shards.Options(**options), source, out, jobs=jobs, max_rejected=max_rejected, quiet=True)
+    return write_shards(Options(**options), source, out, jobs=jobs, max_rejected=max_rejected, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,37 +78,37 @@ def _noisy(seed: int) -> np.ndarray:
 @given(st.lists(st.binary(min_size=1, max_size=120).filter(lambda name: b"\0" not in name), unique=True, max_size=30))
 def test_keys_are_safe_and_unique_for_any_file_names(raw):
     names = [os.fsdecode(name) + ".jpg" for name in raw]
-    keys = shards.safe_keys(names)
+    keys = safe_keys(names)
     assert len(set(keys)) == len(keys) == len(names)
     for key in keys:
-        assert shards.SAFE.fullmatch(key) and len(key) <= shards.KEY_LENGTH
+        assert SAFE.fullmatch(key) and len(key) <= KEY_LENGTH
 
 
 def test_keys_are_the_names_wherever_they_can_be():
     names = ["n01/n01_3.JPEG", "a/x.jpg", "a/x.png", "with space.jpg", "dots.in.name.jpg", "../up.jpg", "/root.jpg"]
-    keys = shards.safe_keys(names)
+    keys = safe_keys(names)
     assert keys[0] == "n01/n01_3" and keys[1] != keys[2] and all(key.startswith("a/x-") for key in keys[1:3])
     assert keys[3].startswith("with_space-") and keys[4].startswith("dots_in_name-")
     assert not any(part in ("..", ".", "") for key in keys for part in key.split("/"))
-    assert keys == shards.safe_keys(names)
+    assert keys == safe_keys(names)
 
 
 def test_a_file_named_like_anothers_hash_is_no_collision():
-    first = shards.safe_keys(["x.jpg", "x.png"])
-    keys = shards.safe_keys(["x.jpg", "x.png", f"{first[0]}.jpg"])
+    first = safe_keys(["x.jpg", "x.png"])
+    keys = safe_keys(["x.jpg", "x.png", f"{first[0]}.jpg"])
     assert len(set(keys)) == 3
 
 
 def test_the_order_is_a_permutation_that_never_changes():
-    assert shards.order(10, 0, "train").tolist() == [2, 5, 9, 6, 1, 8, 0, 4, 7, 3]
-    assert sorted(shards.order(1000, 3, "val")) == list(range(1000))
-    assert shards.order(1000, 3, "val").tolist() != shards.order(1000, 4, "val").tolist()
+    assert shuffled(10, 0, "train").tolist() == [2, 5, 9, 6, 1, 8, 0, 4, 7, 3]
+    assert sorted(shuffled(1000, 3, "val")) == list(range(1000))
+    assert shuffled(1000, 3, "val").tolist() != shuffled(1000, 4, "val").tolist()
 
 
 def test_shards_are_of_about_equal_size_and_hold_everything_once(photos):
-    source = sources.load("folder", photos)
-    keys = [shards.safe_keys(split.names) for split in source.splits]
-    rows = shards.plan(shards.Options("folder", shard_mb=1), source, keys)
+    source = datasets.load("folder", photos)
+    keys = [safe_keys(split.names) for split in source.splits]
+    rows = plan_shards(Options("folder", shard_mb=1), source, keys)
     for number, split in enumerate(source.splits):
         mine = [row for row in rows if row.split == number]
         assert sorted(np.concatenate([row.samples for row in mine])) == list(range(len(split.names)))
@@ -105,7 +120,7 @@ def test_shards_are_of_about_equal_size_and_hold_everything_once(photos):
 # --- what comes out -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", shards.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_bytes_labels_and_statistics_are_those_of_the_source(photos, tmp_path, format):
     manifest = write(photos, tmp_path / "out", format=format)
     store = Store(tmp_path / "out")
@@ -115,7 +130,7 @@ def test_bytes_labels_and_statistics_are_those_of_the_source(photos, tmp_path, f
         path = photos / "train" / f"{store.key(i)}.jpg"
         assert store.read(i).tobytes() == path.read_bytes()
         assert store.classes[store.labels[i]] == path.parent.name
-        everything.append(shards.codec.decode(store.read(i)).reshape(-1, 3))
+        everything.append(codec.decode(store.read(i)).reshape(-1, 3))
     values = np.concatenate(everything)
     # Of most photos only an eighth of the size is looked at (see `moments`); these are pure noise, the worst there is.
     assert np.allclose(store.mean, values.mean(0), atol=0.2) and np.allclose(store.std, values.std(0), rtol=0.01)
@@ -130,7 +145,7 @@ def test_statistics_of_what_is_stored_as_pixels_are_exact(photos, tmp_path):
 
 
 def test_checking_headers_alone_makes_the_same_shards(photos, tmp_path):
-    one, other = (write(photos, tmp_path / check, check=check) for check in shards.CHECKS)
+    one, other = (write(photos, tmp_path / check, check=check) for check in CHECKS)
     assert (
         one["fingerprint"] == other["fingerprint"]
         and one["splits"]["train"]["shards"] == other["splits"]["train"]["shards"]
@@ -141,7 +156,7 @@ def test_checking_headers_alone_makes_the_same_shards(photos, tmp_path):
 
 @pytest.mark.slow
 def test_both_formats_are_the_same_samples(photos, tmp_path):
-    one, other = (write(photos, tmp_path / name, format=name) for name in shards.FORMATS)
+    one, other = (write(photos, tmp_path / name, format=name) for name in FORMATS)
     assert one["fingerprint"] == other["fingerprint"]
     assert write(photos, tmp_path / "raw", encoding="raw")["fingerprint"] != one["fingerprint"]
 
@@ -212,7 +227,7 @@ def test_arrays_that_were_rewritten_are_noticed(tmp_path, monkeypatch):
     source, out = fashion(tmp_path / "in", 0), tmp_path / "out"
     time.sleep(0.06)  # the stamp's tick
     before = write(source, out, dataset="fashion-mnist")
-    monkeypatch.setattr(sources, "load", lambda *_: sys.exit("untouched, and yet it was listed"))
+    monkeypatch.setattr(datasets, "load", lambda *_: sys.exit("untouched, and yet it was listed"))
     assert write(source, out, dataset="fashion-mnist") == before
     monkeypatch.undo()
     fashion(source, 0)  # copied anew
@@ -225,7 +240,7 @@ def test_arrays_that_were_rewritten_are_noticed(tmp_path, monkeypatch):
 def test_an_interrupted_run_does_not_mix_old_arrays_with_new(tmp_path, monkeypatch):
     source, out = fashion(tmp_path / "in", 0), tmp_path / "out"
     time.sleep(0.06)
-    monkeypatch.setattr(shards, "_finish", lambda *_: sys.exit(9))
+    monkeypatch.setattr("manyview.pipeline.convert.write._finish", lambda *_: sys.exit(9))
     with pytest.raises(SystemExit):
         write(source, out, dataset="fashion-mnist")
     monkeypatch.undo()
@@ -259,7 +274,7 @@ def test_shards_of_others_are_neither_removed_nor_overwritten(photos, tmp_path):
     before = digests(out)
     with pytest.raises(UserError, match=r"out holds train-00000\.tar and no manifest\.json"):
         write(photos, out)
-    assert digests(out) == before and not (out / shards.WORK).exists()
+    assert digests(out) == before and not (out / WORK).exists()
     for path in out.glob("*-*"):
         path.unlink()
     write(photos, out)
@@ -271,18 +286,18 @@ def test_shards_are_not_imported_into_their_own_folder(photos, tmp_path):
     write(photos, source)
     before = digests(source)
     for out in (source, source / "new", tmp_path / "x" / ".." / "source"):
-        for format in shards.FORMATS:
+        for format in FORMATS:
             with pytest.raises(UserError, match="its own folder"):
                 write(source, out, dataset="shards", format=format)
     with pytest.raises(UserError, match="its own folder"):
         write(source / "train-00001.tar", source, dataset="shards")
-    (source / shards.MANIFEST).unlink()
-    (source / shards.WORK).mkdir()
-    (source / shards.WORK / "lock").touch()  # as if a run of ours had been interrupted
+    (source / MANIFEST).unlink()
+    (source / WORK).mkdir()
+    (source / WORK / "lock").touch()  # as if a run of ours had been interrupted
     with pytest.raises(UserError, match="its own folder"):
         write(source / "train-00001.tar", source, dataset="shards")
-    assert digests(source) == {name: value for name, value in before.items() if name != shards.MANIFEST} | {
-        f"{shards.WORK}/lock": hashlib.sha256(b"").hexdigest()
+    assert digests(source) == {name: value for name, value in before.items() if name != MANIFEST} | {
+        f"{WORK}/lock": hashlib.sha256(b"").hexdigest()
     }
 
 
@@ -300,7 +315,7 @@ def test_with_a_shard_lost_another_source_is_still_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ['"x"', "[]", '{"version": 1}', '{"version": 1, "splits": {"train": 3}}', "5"])
 def test_a_manifest_that_is_not_ours_is_one_line(photos, tmp_path, text):
-    (tmp_path / shards.MANIFEST).write_text(text)
+    (tmp_path / MANIFEST).write_text(text)
     for use in (Store, verify, lambda path: write(photos, path)):
         with pytest.raises(UserError, match=r"manifest\.json is no manifest of shards"):
             use(tmp_path)
@@ -323,7 +338,7 @@ def test_a_file_rewritten_before_an_interrupted_run_goes_on_is_read_again(photos
     source, out = tmp_path / "in", tmp_path / "out"
     shutil.copytree(photos, source)
     time.sleep(0.06)  # the stamp's tick
-    monkeypatch.setattr(shards, "_finish", lambda *_: sys.exit(9))
+    monkeypatch.setattr("manyview.pipeline.convert.write._finish", lambda *_: sys.exit(9))
     with pytest.raises(SystemExit):
         write(source, out)
     monkeypatch.undo()
@@ -349,7 +364,7 @@ def test_a_lost_shard_is_made_again(photos, tmp_path):
 
 def test_every_bad_option_is_named_at_once():
     with pytest.raises(UserError) as error:
-        shards.check(shards.Options("folder", "webdatset", "jpg", -1, 0, seed=-1, shard_mb=-1), jobs=-1)
+        check_options(Options("folder", "webdatset", "jpg", -1, 0, seed=-1, shard_mb=-1), jobs=-1)
     lines = str(error.value).splitlines()
     assert len(lines) == 7 and "nearest: webdataset" in lines[0]
 
@@ -423,12 +438,12 @@ KILLS = 10  # a format
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", shards.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_killed_at_random_points_it_ends_as_if_undisturbed(photos, tmp_path, format):
     """Folders that are killed again and again, anywhere between the first moment and the last, until there were ten kills."""
     source = many(photos, tmp_path / "in")
     process = start(source, tmp_path / "whole" / "x", "--format", format)
-    wait_for((tmp_path / "whole" / "x" / shards.WORK / "lock").exists, process)
+    wait_for((tmp_path / "whole" / "x" / WORK / "lock").exists, process)
     began = time.time()
     process.communicate()
     took = time.time() - began
@@ -449,7 +464,7 @@ def test_killed_at_random_points_it_ends_as_if_undisturbed(photos, tmp_path, for
 def start_and_kill(photos: Path, out: Path, format: str, delay: float) -> bool:
     """SIGKILL to the parent alone; whether it was still running. Its workers must go with it."""
     process = start(photos, out, "--format", format)
-    wait_for((out / shards.WORK / "lock").exists, process)
+    wait_for((out / WORK / "lock").exists, process)
     time.sleep(delay)
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.kill()
@@ -468,23 +483,25 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 def test_finished_shards_are_not_made_twice(photos, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(shards, "_finish", lambda *_: sys.exit(9))  # as if killed before the manifest
+    monkeypatch.setattr(
+        "manyview.pipeline.convert.write._finish", lambda *_: sys.exit(9)
+    )  # as if killed before the manifest
     with pytest.raises(SystemExit):
         write(photos, out)
     monkeypatch.undo()
     times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert len(times) > 5 and not (out / shards.MANIFEST).exists()
+    assert len(times) > 5 and not (out / MANIFEST).exists()
     (out / ".train-00001.tar.77.tmp").write_bytes(b"half")
     victim = sorted(times)[0]
     victim.write_bytes(victim.read_bytes()[:-1])
     write(photos, out)
     assert {path for path in times if path.stat().st_mtime_ns != times[path]} == {victim}
-    assert verify(out) == [] and not list(out.glob(".*.tmp")) and not (out / shards.WORK).exists()
+    assert verify(out) == [] and not list(out.glob(".*.tmp")) and not (out / WORK).exists()
 
 
 def test_leftovers_of_another_plan_are_removed(photos, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(shards, "_finish", lambda *_: sys.exit(9))
+    monkeypatch.setattr("manyview.pipeline.convert.write._finish", lambda *_: sys.exit(9))
     with pytest.raises(SystemExit):
         write(photos, out)
     monkeypatch.undo()
@@ -494,7 +511,7 @@ def test_leftovers_of_another_plan_are_removed(photos, tmp_path, monkeypatch):
 
 def test_shards_of_an_interrupted_run_with_other_settings_are_not_taken(photos, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(shards, "_finish", lambda *_: sys.exit(9))
+    monkeypatch.setattr("manyview.pipeline.convert.write._finish", lambda *_: sys.exit(9))
     with pytest.raises(SystemExit):
         write(photos, out, encoding="raw")
     monkeypatch.undo()
@@ -506,8 +523,8 @@ def test_two_writers_of_one_folder_exclude_each_other(photos, tmp_path):
     import fcntl
 
     out = tmp_path / "out"
-    (out / shards.WORK).mkdir(parents=True)
-    with open(out / shards.WORK / "lock", "w") as lock:
+    (out / WORK).mkdir(parents=True)
+    with open(out / WORK / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process"):
             write(photos, out)
@@ -566,7 +583,7 @@ def test_a_full_disk_ends_the_run_with_its_cause(photos, tmp_path):
     assert time.time() - began < 10
     assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr, done.stderr
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert out / "train-00000.tar" in kept and not list(out.glob(".*.tmp")) and not (out / shards.MANIFEST).exists()
+    assert out / "train-00000.tar" in kept and not list(out.glob(".*.tmp")) and not (out / MANIFEST).exists()
     write(source, out)
     assert verify(out) == [] and all(path.stat().st_mtime_ns == at for path, at in kept.items())
 

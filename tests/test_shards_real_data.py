@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import codec, shards
-from pipeline.store import Store
-from pipeline.verify import verify
+from manyview.pipeline import codec
+from manyview.pipeline.convert.verify import verify
+from manyview.pipeline.convert.write import FORMATS, safe_keys, write_shards
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.store import Store
 
 
 def real(name: str) -> Path:
@@ -22,14 +24,14 @@ def real(name: str) -> Path:
 def files(root: Path) -> dict[str, Path]:
     """By key: a few of the photos' names have apostrophes."""
     names = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
-    return {key: root / name for key, name in zip(shards.safe_keys(names), names)}
+    return {key: root / name for key, name in zip(safe_keys(names), names)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", shards.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_photos_keep_every_byte_and_label(tmp_path, format):
     source = real("MANYVIEW_PHOTO_FOLDERS")
-    shards.write(shards.Options("folder", format), source, tmp_path / "out", quiet=True)
+    write_shards(Options("folder", format), source, tmp_path / "out", quiet=True)
     store, originals = Store(tmp_path / "out"), files(source / "train")
     assert len(store) == len(originals) and verify(tmp_path / "out") == []
     same = 0
@@ -44,10 +46,10 @@ def test_photos_keep_every_byte_and_label(tmp_path, format):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", shards.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_cifar10_keeps_every_pixel_and_label(tmp_path, format):
     source = real("MANYVIEW_CIFAR10")
-    shards.write(shards.Options("cifar10", format), source, tmp_path / "out", quiet=True)
+    write_shards(Options("cifar10", format), source, tmp_path / "out", quiet=True)
     assert verify(tmp_path / "out") == []
     for split, folder, count in (("train", "train", 50_000), ("val", "test", 10_000)):
         store, originals = Store(tmp_path / "out", split), files(source / folder)

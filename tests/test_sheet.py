@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.engines import reference
-from pipeline.engines.cpu import CPUEngine
-from pipeline.sheet import CELL, contact_sheet, describe, factors
-from pipeline.store import Store
-from pipeline.views import clean, color_map, policy
+from manyview.pipeline.engines import reference
+from manyview.pipeline.engines.cpu import CPUEngine
+from manyview.pipeline.sheet import CELL, contact_sheet, describe, factors
+from manyview.pipeline.store import Store
+from manyview.pipeline.views import clean, color_map, policy
 
 factor = st.floats(0.2, 1.8)
 

@@ -12,18 +12,18 @@ import pytest
 from conftest import command
 from pictures import class_folders, encoded, jpeg, pixels
 
-from pipeline import archives, sources
-from pipeline.errors import UserError
+from manyview.pipeline.convert.sources import Source, arrays, datasets, imagenet, shards
+from manyview.pipeline.errors import UserError
 
 
-def names(source: sources.Source) -> dict[str, list[str]]:
+def names(source: Source) -> dict[str, list[str]]:
     return {split.name: split.names for split in source.splits}
 
 
 def test_class_folders_with_splits(tmp_path):
     class_folders(class_folders(tmp_path, 2, 2), 1, 3, split="test")
     (tmp_path / "train" / "class0" / "notes.txt").write_text("no image")
-    found = sources.load("folder", tmp_path)
+    found = datasets.load("folder", tmp_path)
     assert found.classes == ["class0", "class1", "class2"] and found.ignored == 1
     assert names(found)["train"] == [f"class{label}/photo{i}.jpg" for label in (0, 1) for i in (0, 1)]
     assert found.splits[0].labels.tolist() == [0, 0, 1, 1] and found.splits[1].name == "val"
@@ -37,23 +37,23 @@ def test_a_tree_without_class_folders_has_no_labels(tmp_path):
     for name in ("a.jpg", "b.png"):
         (tmp_path / name).write_bytes(jpeg(1))
     (tmp_path / "empty").mkdir()
-    found = sources.load("folder", tmp_path)
+    found = datasets.load("folder", tmp_path)
     assert names(found) == {"train": ["a.jpg", "b.png"]}
     assert found.classes == [] and (found.splits[0].labels == -1).all() and not found.problems
     class_folders(tmp_path / "other", 1, 2)
-    assert (sources.load("folder", tmp_path / "other", unlabelled=True).splits[0].labels == -1).all()
+    assert (datasets.load("folder", tmp_path / "other", unlabelled=True).splits[0].labels == -1).all()
 
 
 def test_an_image_beside_the_class_folders_is_a_problem_and_the_others_keep_their_labels(tmp_path):
     (class_folders(tmp_path, 1, 2) / "train" / "stray.jpg").write_bytes(jpeg(1))
     (class_folders(tmp_path, 1, 2, split="val") / "val" / "class1" / "deep").mkdir()
     (tmp_path / "val" / "class1" / "deep" / "x.jpg").write_bytes(jpeg(2))
-    found = sources.load("folder", tmp_path)
+    found = datasets.load("folder", tmp_path)
     assert names(found)["train"] == ["class0/photo0.jpg", "class1/photo0.jpg"]
     assert [split.labels.tolist() for split in found.splits] == [[0, 1], [0, 1, 1]]
     assert [(item["split"], item["name"]) for item in found.problems] == [("train", "stray.jpg")]
     assert "beside the class folders" in found.problems[0]["reason"] and "--unlabelled" in found.problems[0]["reason"]
-    everything = sources.load("folder", tmp_path, unlabelled=True)
+    everything = datasets.load("folder", tmp_path, unlabelled=True)
     assert names(everything)["train"][-1] == "stray.jpg" and not everything.problems and everything.classes == []
 
 
@@ -64,18 +64,18 @@ def test_a_class_named_like_a_split_is_asked_about(tmp_path):
     with pytest.raises(
         UserError, match=r"holds train and also images in bus, car: splits or classes\? Move them apart"
     ):
-        sources.load("folder", tmp_path)
+        datasets.load("folder", tmp_path)
     (tmp_path / "car").rename(tmp_path / ".car")
     (tmp_path / "bus").rename(tmp_path / "lost+found")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "readme.txt").write_text("no image")
-    assert names(sources.load("folder", tmp_path)) == {"train": ["x.jpg"]}
+    assert names(datasets.load("folder", tmp_path)) == {"train": ["x.jpg"]}
 
 
 def test_beside_val_the_test_split_is_left_out_and_two_of_val_are_refused(tmp_path, capsys):
     for split in ("train", "valid", "test"):
         class_folders(tmp_path, 1, 2, split=split)
-    found = sources.load("folder", tmp_path)
+    found = datasets.load("folder", tmp_path)
     assert [split.name for split in found.splits] == ["train", "val"]
     path = tmp_path / "valid" / "class0" / "photo0.jpg"
     path.write_bytes(jpeg(99))
@@ -83,7 +83,7 @@ def test_beside_val_the_test_split_is_left_out_and_two_of_val_are_refused(tmp_pa
     assert capsys.readouterr().err == f"note: {tmp_path}/test is left out, val is {tmp_path}/valid\n"
     class_folders(tmp_path, 1, 2, split="val")
     with pytest.raises(UserError, match="holds val and valid: which of them is val"):
-        sources.load("folder", tmp_path)
+        datasets.load("folder", tmp_path)
 
 
 def test_links_are_followed_once_and_loops_end(tmp_path):
@@ -95,7 +95,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "x.jpg").write_bytes(jpeg(2))
     (train / "class2").symlink_to(tmp_path / "elsewhere")
-    found = sources.load("folder", tmp_path / "set")
+    found = datasets.load("folder", tmp_path / "set")
     assert names(found)["train"] == ["class0/photo0.jpg", "class1/photo0.jpg", "class2/x.jpg"]
     assert {item["name"] for item in found.problems} == {"class0/back", "class0/self.jpg", "class0/gone.jpg"}
 
@@ -115,12 +115,12 @@ def test_an_unreadable_folder_is_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"class1 cannot be read \(Permission denied\): make it readable or move it away"
     ):
-        sources.load("folder", tmp_path)
+        datasets.load("folder", tmp_path)
     denied = denied.rename(tmp_path / "train" / "lost+found")
-    assert sources.load("folder", tmp_path).classes == ["class0"]
+    assert datasets.load("folder", tmp_path).classes == ["class0"]
     denied = denied.rename(tmp_path / "beside")
     with pytest.raises(UserError, match="beside cannot be read"):
-        sources.load("folder", tmp_path)
+        datasets.load("folder", tmp_path)
 
 
 def test_names_that_are_not_text_survive(tmp_path):
@@ -130,14 +130,14 @@ def test_names_that_are_not_text_survive(tmp_path):
     for name in raw:
         with open(os.fsencode(folder) + b"/" + name, "wb") as file:
             file.write(jpeg(3))
-    split = sources.load("folder", tmp_path).splits[0]
+    split = datasets.load("folder", tmp_path).splits[0]
     assert sorted(os.fsencode(name) for name in split.names) == sorted(b"one/" + name for name in raw)
     assert all(split.read(i).tobytes() == jpeg(3) for i in range(5))
 
 
 def test_a_file_that_vanishes_is_a_value_error(tmp_path):
     class_folders(tmp_path, 1, 1)
-    split = sources.load("folder", tmp_path).splits[0]
+    split = datasets.load("folder", tmp_path).splits[0]
     (tmp_path / "train" / "class0" / "photo0.jpg").unlink()
     with pytest.raises(ValueError, match="cannot be read"):
         split.read(0)
@@ -159,16 +159,16 @@ def test_a_file_that_vanishes_is_a_value_error(tmp_path):
 )
 def test_bad_requests_are_user_errors(tmp_path, dataset, source, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.").replace("(", r"\(")):
-        sources.load(dataset, source and (Path(source) if ":" in source else tmp_path / source))
+        datasets.load(dataset, source and (Path(source) if ":" in source else tmp_path / source))
 
 
 def test_imagenet100_is_the_pinned_list(tmp_path):
-    classes = sources.imagenet100_classes()
+    classes = imagenet.imagenet100_classes()
     assert len(classes) == 100 and {"n02869837", "n02090622", "n01558993"} <= classes
     for wnid in [*classes, "n01440764"]:
         (tmp_path / "train" / wnid).mkdir(parents=True)
         (tmp_path / "train" / wnid / f"{wnid}_1.JPEG").write_bytes(jpeg(1))
-    found = sources.load("imagenet100", tmp_path)
+    found = datasets.load("imagenet100", tmp_path)
     assert found.classes == sorted(classes) and len(found.splits[0].names) == 100
 
 
@@ -193,15 +193,15 @@ def official(root: Path, folder: Path) -> None:
     train = {wnid: {f"{wnid}_{i}.JPEG": jpeg(10 * n + i) for i in range(3)} for n, wnid in enumerate(wnids)}
     val = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(50 + i) for i in range(1, 5)}
     truth = [3, 1, 2, 2]
-    (root / archives.TRAIN).write_bytes(tar_of({f"{wnid}.tar": tar_of(images) for wnid, images in train.items()}))
-    (root / archives.VAL).write_bytes(tar_of(dict(reversed(val.items()))))
+    (root / imagenet.TRAIN).write_bytes(tar_of({f"{wnid}.tar": tar_of(images) for wnid, images in train.items()}))
+    (root / imagenet.VAL).write_bytes(tar_of(dict(reversed(val.items()))))
     synsets = np.zeros(3, [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")])
     for i, wnid in enumerate(wnids):
         synsets[i] = (i + 1, wnid, "a thing")
     meta = io.BytesIO()
     savemat(meta, {"synsets": synsets})
     kit = {"data/meta.mat": meta.getvalue(), "data/ILSVRC2012_validation_ground_truth.txt": b"3\n1\n2\n2\n"}
-    (root / archives.DEVKIT).write_bytes(gzip.compress(tar_of(kit)))
+    (root / imagenet.DEVKIT).write_bytes(gzip.compress(tar_of(kit)))
     for wnid, images in train.items():
         for name, data in images.items():
             (folder / "train" / wnid).mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ def test_official_archives_are_read_without_unpacking_and_equal_the_folders(tmp_
         (tmp_path / name).mkdir()
     official(tmp_path / "tars", tmp_path / "folders")
     before = sorted((tmp_path / "tars").iterdir())
-    one, other = (sources.load("imagenet", tmp_path / name) for name in ("tars", "folders"))
+    one, other = (datasets.load("imagenet", tmp_path / name) for name in ("tars", "folders"))
     assert one.classes == other.classes == ["n01", "n02", "n03"]
     assert one.fingerprint() == other.fingerprint() and names(one) == names(other)
     for a, b in zip(one.splits, other.splits):
@@ -228,18 +228,18 @@ def test_official_archives_are_read_without_unpacking_and_equal_the_folders(tmp_
 def test_damaged_official_archives_are_refused_by_name(tmp_path):
     (tmp_path / "f").mkdir()
     official(tmp_path, tmp_path / "f")
-    (tmp_path / archives.DEVKIT).rename(tmp_path / "kit")
-    with pytest.raises(UserError, match=archives.DEVKIT):
-        sources.load("imagenet", tmp_path)
+    (tmp_path / imagenet.DEVKIT).rename(tmp_path / "kit")
+    with pytest.raises(UserError, match=imagenet.DEVKIT):
+        datasets.load("imagenet", tmp_path)
     for kit in (b"<html>not found</html>", (tmp_path / "kit").read_bytes()[:-40]):
-        (tmp_path / archives.DEVKIT).write_bytes(kit)
-        with pytest.raises(UserError, match=rf"{archives.DEVKIT} is no whole \.tar\.gz"):
-            sources.load("imagenet", tmp_path)
-    (tmp_path / "kit").rename(tmp_path / archives.DEVKIT)
-    data = (tmp_path / archives.TRAIN).read_bytes()
-    (tmp_path / archives.TRAIN).write_bytes(data[:9000])
-    with pytest.raises(UserError, match=archives.TRAIN):
-        sources.load("imagenet", tmp_path)
+        (tmp_path / imagenet.DEVKIT).write_bytes(kit)
+        with pytest.raises(UserError, match=rf"{imagenet.DEVKIT} is no whole \.tar\.gz"):
+            datasets.load("imagenet", tmp_path)
+    (tmp_path / "kit").rename(tmp_path / imagenet.DEVKIT)
+    data = (tmp_path / imagenet.TRAIN).read_bytes()
+    (tmp_path / imagenet.TRAIN).write_bytes(data[:9000])
+    with pytest.raises(UserError, match=imagenet.TRAIN):
+        datasets.load("imagenet", tmp_path)
 
 
 def test_members_that_climb_out_or_link_are_set_aside(tmp_path):
@@ -250,7 +250,7 @@ def test_members_that_climb_out_or_link_are_set_aside(tmp_path):
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    found = sources.load("shards", tmp_path)
+    found = datasets.load("shards", tmp_path)
     assert names(found) == {"train": ["good.jpg"]} and found.splits[0].labels.tolist() == [4]
     assert [item["reason"] for item in found.problems] == ["its name climbs out of the archive"] * 2 + ["is a link"]
 
@@ -272,7 +272,7 @@ def test_samples_of_foreign_tars_that_make_no_sense_are_set_aside_one_by_one(tmp
         "whole.npy": npy(pixels(1)),
     }  # fmt: skip
     (tmp_path / "x.tar").write_bytes(tar_of({**images, **arrays}))
-    found = sources.load("shards", tmp_path)
+    found = datasets.load("shards", tmp_path)
     reasons = {item["name"]: item["reason"] for item in found.problems}
     assert set(reasons) == {"id", "many", "below"} and all("is no class's number" in text for text in reasons.values())
     (split,) = found.splits
@@ -288,7 +288,7 @@ def test_samples_of_foreign_tars_that_make_no_sense_are_set_aside_one_by_one(tmp
 def test_where_nothing_can_be_used_the_first_reason_is_given(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_of({"a.jpg": jpeg(1), "a.cls": b"-7"}))
     with pytest.raises(UserError, match=r"not one of 1 images in .* the first is 'a': label -7 is no class's number"):
-        sources.load("shards", tmp_path)
+        datasets.load("shards", tmp_path)
 
 
 # --- existing shards ------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_shards_of_webdataset_are_a_source(tmp_path):
         for i in range(9):
             image = {"jpg": jpeg(i)} if i % 3 else {"png": encoded(pixels(i), "PNG")}
             writer.write({"__key__": f"s{i % 4}", **image, "json": {"label": "cat" if i % 2 else "ant"}})
-    split = sources.load("shards", tmp_path).splits[0]
+    split = datasets.load("shards", tmp_path).splits[0]
     assert len(split.names) == 9 and "some-000/s0.png" in split.names  # keys that begin anew in every shard
     assert split.labels.tolist() == [0, 1, 0, 1] * 2 + [0]
     assert split.read(split.names.index("some-001/s1.jpg")).tobytes() == jpeg(5)
@@ -312,14 +312,14 @@ def test_shards_of_webdataset_are_a_source(tmp_path):
     [("train-0001.tar", "train"), ("imagenet_val_3.tar", "val"), ("test/00.tar", "val"), ("carnival.tar", "train")],
 )
 def test_the_path_tells_the_split(tmp_path, path, split):
-    assert archives.split_of(tmp_path / path, tmp_path) == split
+    assert shards.split_of(tmp_path / path, tmp_path) == split
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------
 
 
 def test_digits_are_all_there():
-    found = sources.load("digits", None)
+    found = datasets.load("digits", None)
     assert [len(split.names) for split in found.splits] == [1438, 359]
     assert found.splits[0].read(0).shape == (8, 8)
     assert max(int(found.splits[0].read(i).max()) for i in range(50)) == 255
@@ -334,7 +334,7 @@ def test_fashion_mnist_from_idx_files(tmp_path, packed):
         for name, values in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
             data = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
             (tmp_path / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(data) if packed else data)
-    found = sources.load("fashion-mnist", tmp_path)
+    found = datasets.load("fashion-mnist", tmp_path)
     assert_watched(found, tmp_path, 4)
     assert [len(split.names) for split in found.splits] == [7, 3] and found.classes[0] == "T-shirt/top"
     assert np.array_equal(found.splits[1].read(2), images[2]) and found.splits[1].labels.tolist() == labels.tolist()
@@ -343,20 +343,20 @@ def test_fashion_mnist_from_idx_files(tmp_path, packed):
     stored = cut.read_bytes()
     cut.write_bytes(gzip.compress(whole[:-1]) if packed else whole[:-1])
     with pytest.raises(UserError, match="cut off"):
-        sources.load("fashion-mnist", tmp_path)
+        datasets.load("fashion-mnist", tmp_path)
     if packed:
         cut.write_bytes(stored[: len(stored) // 2])
         with pytest.raises(UserError, match="is no whole gzip file"):
-            sources.load("fashion-mnist", tmp_path)
+            datasets.load("fashion-mnist", tmp_path)
     cut.write_bytes(stored)
     few = tmp_path / ("train-labels-idx1-ubyte" + (".gz" if packed else ""))
     data = bytes([0, 0, 8, 1, 0, 0, 0, 5]) + bytes(5)
     few.write_bytes(gzip.compress(data) if packed else data)
     with pytest.raises(UserError, match="has 7 images and 5 labels"):
-        sources.load("fashion-mnist", tmp_path)
+        datasets.load("fashion-mnist", tmp_path)
 
 
-def assert_watched(found: sources.Source, folder: Path, files: int) -> None:
+def assert_watched(found: Source, folder: Path, files: int) -> None:
     """The files that the arrays came from are watched, and each image is as young as the youngest of its own."""
     paths = [Path(path) for path in found.watch]
     assert len(set(paths)) == files and {path.parent for path in paths} == {folder.resolve()}
@@ -377,9 +377,9 @@ def test_fetching_without_a_network_is_one_line(tmp_path, dataset):
 
 def test_fashion_mnist_nowhere_names_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr(arrays, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
-        sources.load("fashion-mnist", None)
+        datasets.load("fashion-mnist", None)
 
 
 def unchecked(monkeypatch, kind, **lists) -> None:
@@ -390,10 +390,10 @@ def unchecked(monkeypatch, kind, **lists) -> None:
 
 
 def test_cifar_by_torchvision(tmp_path, monkeypatch):
-    from torchvision import datasets
+    from torchvision import datasets as torchvision_datasets
 
     rng = np.random.default_rng(1)
-    root = tmp_path / datasets.CIFAR10.base_folder
+    root = tmp_path / torchvision_datasets.CIFAR10.base_folder
     root.mkdir()
     blocks = {}
     for name, n in (("data_batch_1", 6), ("test_batch", 4)):
@@ -401,10 +401,10 @@ def test_cifar_by_torchvision(tmp_path, monkeypatch):
         (root / name).write_bytes(pickle.dumps(blocks[name]))
     (root / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     unchecked(
-        monkeypatch, datasets.CIFAR10, train_list=[["data_batch_1", None]], test_list=[["test_batch", None]],
+        monkeypatch, torchvision_datasets.CIFAR10, train_list=[["data_batch_1", None]], test_list=[["test_batch", None]],
         meta={"filename": "batches.meta", "key": "label_names", "md5": None},
     )  # fmt: skip
-    found = sources.load("cifar10", tmp_path)
+    found = datasets.load("cifar10", tmp_path)
     assert_watched(found, root, 3)
     assert found.classes == list("abcdefghij") and [len(split.names) for split in found.splits] == [6, 4]
     expected = blocks["test_batch"]["data"][3].reshape(3, 32, 32).transpose(1, 2, 0)
@@ -412,9 +412,9 @@ def test_cifar_by_torchvision(tmp_path, monkeypatch):
 
 
 def test_stl10_keeps_its_unlabelled_images_apart(tmp_path, monkeypatch):
-    from torchvision import datasets
+    from torchvision import datasets as torchvision_datasets
 
-    root = tmp_path / datasets.STL10.base_folder
+    root = tmp_path / torchvision_datasets.STL10.base_folder
     root.mkdir()
     sizes = {"train": 5, "test": 4, "unlabeled": 6}
     for part, n in sizes.items():
@@ -423,8 +423,8 @@ def test_stl10_keeps_its_unlabelled_images_apart(tmp_path, monkeypatch):
         if part != "unlabeled":
             (np.arange(n, dtype=np.uint8) % 10 + 1).tofile(root / f"{part}_y.bin")
     (root / "class_names.txt").write_text("\n".join(f"name{i}" for i in range(10)))
-    unchecked(monkeypatch, datasets.STL10)
-    found = sources.load("stl10", tmp_path)
+    unchecked(monkeypatch, torchvision_datasets.STL10)
+    found = datasets.load("stl10", tmp_path)
     assert_watched(found, root, 6)
     assert {split.name: len(split.names) for split in found.splits} == {"train": 5, "val": 4, "unlabelled": 6}
     by_name = {split.name: split for split in found.splits}
@@ -434,4 +434,4 @@ def test_stl10_keeps_its_unlabelled_images_apart(tmp_path, monkeypatch):
 
 def test_cifar_from_class_folders(tmp_path):
     class_folders(class_folders(tmp_path, 1, 2), 1, 2, split="test")
-    assert sources.load("cifar10", tmp_path).classes == ["class0", "class1"]
+    assert datasets.load("cifar10", tmp_path).classes == ["class0", "class1"]

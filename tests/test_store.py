@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from pictures import class_folders, encoded, jpeg, pixels
 
-from pipeline import adopt, codec, shards
-from pipeline.errors import UserError
-from pipeline.store import Corrupt, Store, splits
-from pipeline.verify import verify
+from manyview.pipeline import codec
+from manyview.pipeline.convert import adopt
+from manyview.pipeline.convert.verify import verify
+from manyview.pipeline.convert.write import FORMATS, write_shards
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.store import Corrupt, Store, splits
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +29,11 @@ def source(tmp_path_factory) -> Path:
     return class_folders(class_folders(tmp_path_factory.mktemp("in"), 8, 3), 2, 3, seed=50, split="val")
 
 
-@pytest.fixture(scope="module", params=[(f, e) for f in shards.FORMATS for e in codec.ENCODINGS], ids="-".join)
+@pytest.fixture(scope="module", params=[(f, e) for f in FORMATS for e in codec.ENCODINGS], ids="-".join)
 def folder(request, source, tmp_path_factory) -> Path:
     format, encoding = request.param
     out = tmp_path_factory.mktemp("out") / "x"
-    shards.write(shards.Options("folder", format, encoding), source, out, quiet=True)
+    write_shards(Options("folder", format, encoding), source, out, quiet=True)
     return out
 
 
@@ -98,7 +101,7 @@ def test_cut_and_missing_shards_are_named_all_at_once(source, tmp_path):
         path = tmp_path / "in" / "train" / "a" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(np.random.default_rng(i).integers(0, 256, (200, 300, 3), np.uint8), "PNG"))
-    shards.write(shards.Options("folder", shard_mb=1), tmp_path / "in", tmp_path / "out", quiet=True)
+    write_shards(Options("folder", shard_mb=1), tmp_path / "in", tmp_path / "out", quiet=True)
     shard = tmp_path / "out" / "train-00003.tar"
     shard.write_bytes(shard.read_bytes()[:-600])
     (tmp_path / "out" / "train-00004.tar").unlink()
@@ -174,10 +177,10 @@ def test_only_folders_are_indexed(tmp_path, monkeypatch):
 
 
 def test_our_shards_are_imported_into_the_other_format(folder, tmp_path):
-    for format in shards.FORMATS:
+    for format in FORMATS:
         encoding = json.loads((folder / "manifest.json").read_text())["encoding"]
-        options = shards.Options("shards", format, encoding)
-        shards.write(options, folder, tmp_path / format, quiet=True)
+        options = Options("shards", format, encoding)
+        write_shards(options, folder, tmp_path / format, quiet=True)
         ours, theirs = Store(tmp_path / format), Store(folder)
         known = {theirs.key(i): i for i in range(len(theirs))}
         for i in range(len(ours)):
@@ -204,7 +207,7 @@ def test_prefetch_brings_samples_into_memory(tmp_path):
     for i in range(12):
         noise = np.random.default_rng(i).integers(0, 256, (500, 500, 3), np.uint8)
         (tmp_path / "in" / f"{i}.jpg").write_bytes(encoded(noise))
-    shards.write(shards.Options("folder"), tmp_path / "in", tmp_path / "out", quiet=True)
+    write_shards(Options("folder"), tmp_path / "in", tmp_path / "out", quiet=True)
     store = Store(tmp_path / "out")
     path = store.path / store.shards[0]["file"]
     with open(path, "rb") as file:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
-from study import claims, report, sweep
+from manyview.pipeline.errors import UserError
+from manyview.study import claims, report, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = """

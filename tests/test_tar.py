@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from pictures import class_folders, jpeg, pixels
 
-from pipeline import shards, tar
-from pipeline.store import Store
+from manyview.pipeline import tar
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,7 @@ def photos(tmp_path_factory) -> Path:
     """JPEG shards, several a split."""
     root = tmp_path_factory.mktemp("tars")
     class_folders(class_folders(root / "in", 20, 3), 4, 3, seed=90, split="val")
-    shards.write(shards.Options("folder"), root / "in", root / "out", quiet=True)
+    write_shards(Options("folder"), root / "in", root / "out", quiet=True)
     return root / "out"
 
 

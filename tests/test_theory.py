@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import objective
-from profiling import theory
+from manyview.bench import theory
+from manyview.model import objective
 
 graphs = st.tuples(st.integers(3, 12), st.integers(2, 6), st.integers(0, 2**31))
 quick = settings(deadline=None, max_examples=40)

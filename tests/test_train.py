@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from torchvision import datasets
 
 import train as main_program
-from pipeline import shards, views
-from pipeline.store import Store
-from training import checkpoint, config, run
+from manyview.pipeline import views
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.store import Store
+from manyview.training import checkpoint, config, run
 
 SMALL = [
     "--backbone",
@@ -306,7 +308,7 @@ def test_unlabelled_images_are_trained_on_and_the_labelled_ones_probe(tmp_path, 
             (np.arange(n, dtype=np.uint8) % 10 + 1).tofile(root / f"{part}_y.bin")
     (root / "class_names.txt").write_text("\n".join(f"name{i}" for i in range(10)))
     monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
-    shards.write(shards.Options("stl10"), tmp_path / "source", tmp_path / "stl10", jobs=1, quiet=True)
+    write_shards(Options("stl10"), tmp_path / "source", tmp_path / "stl10", jobs=1, quiet=True)
     out = tmp_path / "run"
     done = train(tmp_path / "stl10", out, "--steps", 3, "--eval-every", 3, "--batch-size", 16, "--size", 32)
     assert done.returncode == 0, done.stderr

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from training import checkpoint
+from manyview.pipeline.errors import UserError
+from manyview.training import checkpoint
 
 
 def state(step: int) -> dict:

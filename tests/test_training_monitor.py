@@ -8,8 +8,8 @@ import signal
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from training import monitor, plots
+from manyview.pipeline.errors import UserError
+from manyview.training import monitor, plots
 
 
 def test_metrics_are_cut_at_the_step_resumed_from(tmp_path):

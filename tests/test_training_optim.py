@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from training import optim
-from training.step import Update
+from manyview.training import optim
+from manyview.training.step import Update
 
 
 @given(st.integers(1, 500), st.integers(0, 100), st.floats(0, 1))

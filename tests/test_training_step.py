@@ -15,10 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from model import backbone, objective
-from model.projector import Projector
-from pipeline.errors import UserError
-from training.step import (
+from manyview.model import backbone, objective
+from manyview.model.projector import Projector
+from manyview.pipeline.errors import UserError
+from manyview.training.step import (
     Encoder,
     GlobalBatchNorm,
     RunningStatistics,

@@ -13,24 +13,26 @@ import numpy as np
 import pytest
 from pictures import class_folders
 
-from pipeline import beton, index, shards, tar
-from pipeline.errors import UserError
-from pipeline.store import Corrupt, Store
-from pipeline.verify import verify
+from manyview.pipeline import beton, index, tar
+from manyview.pipeline.convert.verify import verify
+from manyview.pipeline.convert.write import FORMATS, write_shards
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.store import Corrupt, Store
 
-SUFFIX = {name: module.SUFFIX for name, module in shards.FORMATS.items()}
+SUFFIX = {name: module.SUFFIX for name, module in FORMATS.items()}
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     class_folders(root / "in", 4, 3)
-    for format in shards.FORMATS:
-        shards.write(shards.Options("folder", format), root / "in", root / format, quiet=True)
+    for format in FORMATS:
+        write_shards(Options("folder", format), root / "in", root / format, quiet=True)
     return root
 
 
-@pytest.fixture(params=shards.FORMATS)
+@pytest.fixture(params=FORMATS)
 def folder(request, originals, tmp_path) -> Path:
     """A copy to break."""
     shutil.copytree(originals / request.param, tmp_path / request.param)
@@ -204,7 +206,7 @@ def test_an_allocation_that_crosses_or_overlaps_is_found(originals, tmp_path):
 
 
 def test_a_label_changed_in_the_archive_is_found(originals, tmp_path):
-    for format in shards.FORMATS:
+    for format in FORMATS:
         folder = tmp_path / format
         shutil.copytree(originals / format, folder)
         store = Store(folder)
@@ -230,7 +232,7 @@ def test_a_wrong_dali_index_is_found(originals, tmp_path):
     assert any("train-00000.idx: does not fit" in line for line in verify(folder))
     path.unlink()
     assert verify(folder) == ["train: train-00000.tar: train-00000.idx: is missing"]
-    shards.write(shards.Options("folder"), originals / "in", folder, quiet=True)
+    write_shards(Options("folder"), originals / "in", folder, quiet=True)
     assert verify(folder) == []
 
 

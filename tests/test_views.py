@@ -10,10 +10,10 @@ from scipy.stats import ks_2samp, kstest
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from pipeline import views
-from pipeline.errors import UserError
-from pipeline.philox import philox
-from pipeline.views import clean, color_map, overrides, parameters, policy
+from manyview.pipeline import views
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.philox import philox
+from manyview.pipeline.views import clean, color_map, overrides, parameters, policy
 
 N = 4000
 SURE = 1e-4  # a right implementation fails one test in 10,000 seeds, and the seed is fixed

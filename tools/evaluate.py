@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and like there before torch is loaded
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from evaluation.command import main
-from pipeline.errors import run
+from manyview.evaluation.command import main
+from manyview.pipeline.errors import run
 
 if __name__ == "__main__":
     run(main)

@@ -3,15 +3,16 @@
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from model.export import export
-from pipeline import errors
+from manyview.model.export import export
+from manyview.pipeline import errors
 
 
 @dataclass

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 # This folder must not be on the path: torch imports cProfile, which imports `profile`, and that must not be this file.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and like there before torch is loaded
 
-from pipeline.errors import UserError, nearest, run
+from manyview.pipeline.errors import UserError, nearest, run
 
 NAMES = (
     "bucket",
@@ -39,7 +40,7 @@ def main() -> int | None:
     name = sys.argv[1]
     if name not in NAMES:
         raise UserError(nearest("measurement", name, NAMES))
-    return importlib.import_module(f"profiling.{name}").main(sys.argv[2:])
+    return importlib.import_module(f"manyview.bench.{name}").main(sys.argv[2:])
 
 
 if __name__ == "__main__":

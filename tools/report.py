@@ -6,12 +6,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
 
-from pipeline.errors import run
-from study import report
+from manyview.pipeline.errors import run
+from manyview.study import report
 
 
 @dataclass

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.manifest import Options, read_manifest
+
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
 
-from pipeline import adopt, errors, remote, shards, store, verify
-from pipeline.errors import UserError
+from manyview.pipeline import errors, storage, store
+from manyview.pipeline.convert import adopt, verify
+from manyview.pipeline.errors import UserError
 
 
 @dataclass
@@ -57,13 +62,13 @@ class Write:
     """local: processes of this machine. ray: a Ray cluster whose nodes share source and output (RAY_ADDRESS)."""
 
     def run(self) -> int:
-        options = shards.Options(
+        options = Options(
             self.dataset, self.format, self.encoding, self.size, self.quality, self.max_pixels, self.seed, self.shard_mb,
             self.unlabelled, self.check,
         )  # fmt: skip
         out = self.out or Path("shards") / self.dataset
         start = time.perf_counter()
-        manifest = shards.write(
+        manifest = write_shards(
             options, self.source, out, jobs=self.jobs, max_rejected=fraction(self.max_rejected), download=self.download,
             executor=self.executor,
         )  # fmt: skip
@@ -82,7 +87,7 @@ class Verify:
         problems = verify.verify(self.path)
         for line in problems:
             print(line)
-        manifest = shards.read_manifest(self.path)
+        manifest = read_manifest(self.path)
         print(f"{summary(self.path, manifest or {})}: {len(problems)} problems")
         return 1 if problems else 0
 
@@ -178,9 +183,7 @@ def summary(out: Path, manifest: dict) -> str:
     parts = [f"{split['count']:,} {name}" for name, split in manifest["splits"].items()]
     ignored = manifest["source"].get("ignored", 0)  # older shards did not count them
     others = f", {ignored} files of other types ignored" if ignored else ""
-    return (
-        f"{remote.where(out)}: {', '.join(parts)} images, {manifest['format']}, {manifest['rejected']} rejected{others}"
-    )
+    return f"{storage.where(out)}: {', '.join(parts)} images, {manifest['format']}, {manifest['rejected']} rejected{others}"
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -13,14 +13,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
 
-from pipeline import errors
-from pipeline.errors import UserError
-from training import config
-from training.preemption import PREEMPTED
+from manyview.pipeline import errors
+from manyview.pipeline.errors import UserError
+from manyview.training import config
+from manyview.training.preemption import PREEMPTED
 
 
 @dataclass

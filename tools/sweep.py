@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and like there before torch is loaded
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
 
-from pipeline.errors import UserError, run
-from study import sweep
+from manyview.pipeline.errors import UserError, run
+from manyview.study import sweep
 
 
 @dataclass

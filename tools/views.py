@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import tyro
 
-from pipeline import engines, errors, sheet
-from pipeline.engines import reference
-from pipeline.plan import plan
-from pipeline.store import Store
-from pipeline.views import overrides, policy
+from manyview.pipeline import engines, errors, sheet
+from manyview.pipeline.engines import reference
+from manyview.pipeline.plan import plan
+from manyview.pipeline.store import Store
+from manyview.pipeline.views import overrides, policy
 
 
 @dataclass

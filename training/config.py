@@ -14,9 +14,9 @@ from typing import Any
 import tyro
 import yaml
 
-from pipeline import remote
-from pipeline.errors import UserError, nearest
-from training.monitor import TRACKERS
+from manyview.pipeline import storage
+from manyview.pipeline.errors import UserError, nearest
+from manyview.training.monitor import TRACKERS
 
 CHOICES = {
     "form": ("auto", "mean", "cross", "pairs", "view", "pooled"),
@@ -269,7 +269,7 @@ def check(config: Config) -> list[str]:
         errors.append("--view-chunk needs --bn view: statistics pooled over views cannot be cut into chunks exactly")
     if config.resume and config.overwrite:
         errors.append("--resume and --overwrite exclude each other")
-    if remote.address(config.data) is None and not (config.data / "manifest.json").is_file():
+    if storage.address(config.data) is None and not (config.data / "manifest.json").is_file():
         errors.append(
             f"--data {config.data}: no shards there; make some: make shards DATASET={config.data.name} OUT={config.data}"
         )
@@ -279,8 +279,8 @@ def check(config: Config) -> list[str]:
 
 def _check_names(config: Config) -> list[str]:
     """Names that the data and model packages know best."""
-    from model import backbone, objective
-    from pipeline import views
+    from manyview.model import backbone, objective
+    from manyview.pipeline import views
 
     errors = []
     for flag, test in (
@@ -324,7 +324,7 @@ def to_json(config: Config) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         plain[field.name] = (
-            remote.where(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            storage.where(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         )
     return plain
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from training import checkpoint
+from manyview.training import checkpoint
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from pipeline import files
-from pipeline.errors import UserError
+from manyview.pipeline import files
+from manyview.pipeline.errors import UserError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 

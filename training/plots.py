@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from training.monitor import read_metrics
+from manyview.training.monitor import read_metrics
 
 STYLE: Any = {
     "figure.figsize": (6.4, 3.8),

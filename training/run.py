@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation import online
-from model.objective import Loss
-from training import monitor, plots
-from training.config import Config, to_json
+from manyview.evaluation import online
+from manyview.model.objective import Loss
+from manyview.training import monitor, plots
+from manyview.training.config import Config, to_json
 
 
 class Run:

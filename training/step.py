@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
-from model.objective import Loss
-from pipeline.errors import UserError
+from manyview.model.objective import Loss
+from manyview.pipeline.errors import UserError
 
 Objective = Callable[..., Loss]
 

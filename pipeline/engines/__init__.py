@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.errors import UserError, nearest
-from pipeline.store import Store
+from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.store import Store
 
 NAMES = ("auto", "cpu", "dali", "resident")
 SMALL = 96  # pixels a side up to which dense resize matrices beat reading and decoding
@@ -49,13 +49,13 @@ def create(
     if name == "dali":
         if not has_dali():
             raise UserError(f"--engine dali: DALI is not installed; {INSTALL}")
-        from pipeline.engines.dali import DALIEngine as Engine
+        from manyview.pipeline.engines.dali import DALIEngine as Engine
     elif name == "resident":
         if not_resident := _not_resident(store, device):
             raise UserError(f"--engine resident: {not_resident}; use cpu or dali")
-        from pipeline.engines.resident import ResidentEngine as Engine  # type: ignore[assignment]
+        from manyview.pipeline.engines.resident import ResidentEngine as Engine  # type: ignore[assignment]
     else:
-        from pipeline.engines.cpu import CPUEngine as Engine  # type: ignore[assignment]
+        from manyview.pipeline.engines.cpu import CPUEngine as Engine  # type: ignore[assignment]
     return Engine(store, device, threads), reason
 
 

@@ -13,11 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
-from pipeline.codec import decode
-from pipeline.engines.pixels import render
-from pipeline.machine import Memory, cores
-from pipeline.store import Corrupt, Store
-from pipeline.views import Parameters
+from manyview.pipeline.codec import decode
+from manyview.pipeline.engines.pixels import render
+from manyview.pipeline.machine import Memory, cores
+from manyview.pipeline.store import Corrupt, Store
+from manyview.pipeline.views import Parameters
 
 PIXELS = 2**18  # of the images and views of a task, if it is more than one image: a part of what a cache holds
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
 
-from pipeline.engines.cpu import decoded
-from pipeline.engines.pixels import finish
-from pipeline.machine import cores
-from pipeline.store import Corrupt, Store
-from pipeline.views import Parameters
+from manyview.pipeline.engines.cpu import decoded
+from manyview.pipeline.engines.pixels import finish
+from manyview.pipeline.machine import cores
+from manyview.pipeline.store import Corrupt, Store
+from manyview.pipeline.views import Parameters
 
 HARDWARE_SHARE = 0.65  # of a batch, for the GPU's JPEG hardware: 46 % faster than DALI's default (results/cuda.md)
 DEPTH = 3  # batches inside DALI at a time: one being fed, one being made, one ready

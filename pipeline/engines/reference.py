@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.codec import decode
-from pipeline.store import Store
-from pipeline.views import Parameters
+from manyview.pipeline.codec import decode
+from manyview.pipeline.store import Store
+from manyview.pipeline.views import Parameters
 
 
 def render(image: np.ndarray, p: Parameters, v: int, b: int) -> torch.Tensor:

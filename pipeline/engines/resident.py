@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
-from pipeline.engines.cpu import decoded
-from pipeline.machine import Memory, cores, keep_memory
-from pipeline.store import Corrupt, Store
-from pipeline.views import Parameters
+from manyview.pipeline.engines.cpu import decoded
+from manyview.pipeline.machine import Memory, cores, keep_memory
+from manyview.pipeline.store import Corrupt, Store
+from manyview.pipeline.views import Parameters
 
 CHUNK = 128 * 32 * 32  # pixels a call on the CPU: small enough for the cache, large enough that calling costs little
 

@@ -1,0 +1,207 @@
+"""Who converts photos to shards in `bench.shards`, ours and its peers, each by one call on the same photos."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from manyview.pipeline.convert.sources import folders
+from manyview.pipeline.convert.write import CHECKS, Contents, _moments, write_shards
+from manyview.pipeline.manifest import Options
+
+if TYPE_CHECKING:
+    from manyview.bench.shards import Args
+
+
+def photos(source: Path) -> list[tuple[str, int]]:
+    """(path, label), in one fixed shuffled order: what every contender is given."""
+
+    split = folders.folder(source).splits[0]
+    root = source / "train" if (source / "train").is_dir() else source
+    order = np.random.default_rng(0).permutation(len(split.names))
+    return [(str(root / split.names[i]), int(split.labels[i])) for i in order]
+
+
+def decode(data: bytes) -> np.ndarray:
+    import simplejpeg
+
+    return simplejpeg.decode_jpeg(data, "RGB")
+
+
+def ours(format: str, check: str) -> Callable:
+    def prepare(args: Args, target: Path) -> Callable:
+        import cv2  # noqa: F401  (what the workers would import)
+        import numpy.random  # noqa: F401
+        import tqdm  # noqa: F401
+
+        options = Options("folder", format, check=check)
+        return lambda: write_shards(options, args.source, target, jobs=args.jobs, quiet=True)
+
+    return prepare
+
+
+def shardwriter(work: Callable | None = None, post: Callable | None = None) -> Callable:
+    """`work`: done to each image's bytes; `post`: to each finished tar."""
+
+    def prepare(args: Args, target: Path) -> Callable:
+        import cv2
+        import webdataset
+
+        def part(files: list[tuple[str, int]], number: int) -> None:
+            cv2.setNumThreads(0)
+            pattern = str(target / f"{number}-%05d.tar")
+            with webdataset.ShardWriter(pattern, maxcount=80, verbose=0, post=post) as writer:
+                for i in range(number, len(files), args.jobs):
+                    path, label = files[i]
+                    data = Path(path).read_bytes()
+                    if work is not None:
+                        work(data)
+                    writer.write({"__key__": f"{i:08d}", "jpg": data, "cls": label})
+
+        return lambda: forked(part, photos(args.source), args.jobs)
+
+    return prepare
+
+
+def as_ours(check: str) -> Callable:
+    """What our converter does to an image's bytes, but for laying them down."""
+    from isal.isal_zlib import crc32
+
+    from manyview.pipeline import codec
+    from manyview.pipeline.convert import moments
+
+    contents = Contents([], [], [], moments.nothing())
+
+    def work(data: bytes) -> None:
+        found = codec.convert(np.frombuffer(data, np.uint8), codec.Settings(), CHECKS[check])
+        contents.moments += _moments(found, contents)
+        crc32(found.payload)
+
+    return work
+
+
+def seal(path: str) -> None:
+    """Checksum and sync of a finished tar."""
+    from manyview.pipeline import index
+
+    with open(path, "rb") as file:
+        index.sha256(file)
+        os.fsync(file.fileno())
+
+
+def forked(work: Callable, files: list, jobs: int) -> None:
+    """webdataset has no parallel writer: one in each of several processes is the best its user can do."""
+    children = []
+    for number in range(jobs):
+        child = os.fork()
+        if child == 0:
+            work(files, number)
+            os._exit(0)
+        children.append(child)
+    if any(os.waitpid(child, 0)[1] for child in children):
+        raise RuntimeError("a writing process failed")
+
+
+class Photos:
+    """What `ffcv.writer.DatasetWriter` takes."""
+
+    def __init__(self, files: list[tuple[str, int]]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return decode(Path(self.files[i][0]).read_bytes()), self.files[i][1]
+
+
+def datasetwriter(args: Args, target: Path) -> Callable:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
+    writer = DatasetWriter(str(target / "x.beton"), fields, num_workers=args.jobs)
+    return lambda: writer.from_indexed_dataset(Photos(photos(args.source)), chunksize=20)
+
+
+def checked(item: tuple[str, int]) -> dict:
+    data = Path(item[0]).read_bytes()
+    decode(data)
+    return {"image": data, "label": item[1]}
+
+
+def copied(item: tuple[str, int]) -> dict:
+    return {"image": Path(item[0]).read_bytes(), "label": item[1]}
+
+
+def litdata(function: Callable) -> Callable:
+    def prepare(args: Args, target: Path) -> Callable:
+        import litdata
+
+        return lambda: litdata.optimize(
+            fn=function, inputs=photos(args.source), output_dir=str(target / "x"), num_workers=args.jobs,
+            chunk_bytes="8MB", verbose=False,
+        )  # fmt: skip
+
+    return prepare
+
+
+def cp(args: Args, target: Path) -> Callable:
+    return lambda: subprocess.run(["cp", "-r", str(args.source), str(target)], check=True)
+
+
+@dataclass(frozen=True)
+class Contender:
+    group: str
+    name: str
+    does: str
+    prepare: Callable[[Args, Path], Callable]
+
+
+CONTENDERS = {
+    "tar-checked": Contender(
+        "checked",
+        "manyview, WebDataset",
+        "decode at an eighth, a 16th completely; statistics, CRCs, SHA-256, indexes, fsync",
+        ours("webdataset", "decode"),
+    ),
+    "beton-checked": Contender(
+        "checked",
+        "manyview, FFCV",
+        "decode at an eighth, a 16th completely; statistics, CRCs, SHA-256, index, fsync",
+        ours("ffcv", "decode"),
+    ),
+    "shardwriter-checked": Contender("checked", "webdataset.ShardWriter", "decode", shardwriter(decode)),
+    "shardwriter-checked-as-ours": Contender(
+        "checked",
+        "webdataset.ShardWriter, by hand",
+        "decode at an eighth, a 16th completely; statistics, CRCs, SHA-256, fsync",
+        shardwriter(as_ours("decode"), seal),
+    ),
+    "litdata-checked": Contender("checked", "litdata.optimize", "decode", litdata(checked)),
+    "datasetwriter": Contender("checked", "ffcv.DatasetWriter", "decode, encode again at quality 90", datasetwriter),
+    "tar-copied": Contender(
+        "copied",
+        "manyview, WebDataset",
+        "headers, a 16th decoded, CRCs, SHA-256, indexes, fsync",
+        ours("webdataset", "headers"),
+    ),
+    "beton-copied": Contender(
+        "copied", "manyview, FFCV", "headers, a 16th decoded, CRCs, SHA-256, index, fsync", ours("ffcv", "headers")
+    ),
+    "shardwriter-copied": Contender("copied", "webdataset.ShardWriter", "nothing", shardwriter()),
+    "shardwriter-copied-as-ours": Contender(
+        "copied",
+        "webdataset.ShardWriter, by hand",
+        "headers, a 16th decoded, CRCs, SHA-256, fsync",
+        shardwriter(as_ours("headers"), seal),
+    ),
+    "litdata-copied": Contender("copied", "litdata.optimize", "nothing", litdata(copied)),
+    "cp": Contender("copied", "cp -r", "nothing, and no shards: the limit", cp),
+}

@@ -1,0 +1,1 @@
+"""What tools/profile.py measures: one module a subcommand."""

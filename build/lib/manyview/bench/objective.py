@@ -1,0 +1,473 @@
+"""What an objective costs: python tools/profile.py objective --views 2,4,8,16 --dim 256,2048,8192 --json FILE
+
+Forward and backward on random embeddings (V, B, D): ours in every form (`ours-...`), and beside them
+`pairwise`   Barlow Twins (its algorithm 1) summed over pairs of views, as one would write it
+`leave-one-out`   Barlow Twins of each view with the mean of the others, in a loop: the paper's authors' code
+`lightly-pairs`   lightly's BarlowTwinsLoss summed over pairs of views
+All of one D are taken in turn, round after round, so that a noisy neighbor hits all of them. Then, what share of a
+training step the projector and the objective take with a real backbone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from manyview.bench.host import Neighbours, spent
+from manyview.model import backbone, objective
+from manyview.model.projector import Projector
+from manyview.pipeline import engines
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.machine import tune
+from manyview.training.monitor import environment
+
+BETA = 1e-3  # any: it costs the same
+PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+CLAIMED_DIM = 2048  # where the growth from 2 to 8 views is told
+SLOW_SECONDS = 8.0  # something slower is run once
+
+OURS: dict[str, Callable[..., objective.Loss]] = {
+    "ours-mean": partial(objective.barlow, beta=BETA, form="mean"),
+    "ours-cross": partial(objective.barlow, beta=BETA, form="cross"),
+    "ours-pairs": partial(objective.barlow, beta=BETA, form="pairs"),
+    "ours-vicreg": objective.vicreg,
+    "ours-vicreg-pooled": partial(objective.vicreg, form="pooled"),
+    "ours-spectral": objective.spectral,
+    "ours-paper": partial(objective.paper, beta=BETA),
+}
+
+
+@dataclass
+class Args:
+    views: str = "2,4,8,16"
+    """Numbers of views V, separated by commas."""
+    dim: str = "256,2048,8192"
+    """Embedding dimensions D, separated by commas."""
+    batch_size: int = 256
+    """Images B; on a CPU fewer where B * D would pass 2^19, and the row says so."""
+    rounds: int = 7
+    """Rounds; what takes longer than 8 s is run once."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    threads: int = 1
+    """Threads of the CPU. With one, no thread waits for another, and core time hardly feels the neighbors."""
+    backbone: str = "resnet50"
+    """Backbone of the step whose share is told; `none` leaves that out."""
+    sizes: str = "224,32"
+    """View sides (pixels) of that step."""
+    seed: int = 0
+    json: Path | None = None
+    """Where to write the result; its tables go into the file of the same name in .md."""
+
+
+def main(argv: list[str]) -> None:
+    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py objective")
+    result = measure(args)
+    text = page(result)
+    print(text)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.with_suffix(".md").write_text(text + "\n")
+
+
+def numbers(flag: str, text: str, least: int) -> list[int]:
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        values = []
+    if not values or values[0] < least:
+        raise UserError(f"{flag} takes whole numbers from {least} on, separated by commas, got {text!r}")
+    return values
+
+
+def measure(args: Args) -> dict[str, Any]:
+    views, dims = numbers("--views", args.views, 2), numbers("--dim", args.dim, 1)
+    device = engines.device_of(args.device)
+    torch.set_num_threads(args.threads)
+    tune(device)
+    neighbors = Neighbours()
+    torch.manual_seed(args.seed)
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    for dim in dims:
+        tasks = list(tasks_of(views, dim, batch_size(args, dim, device), device, left_out))
+        run(tasks, args.rounds, device)
+        rows += [task.row() for task in tasks]
+    share = shares(args, dims, device) if args.backbone != "none" else []
+    return {
+        "environment": environment(device),
+        "seed": args.seed,
+        "clock": "ms" if device.type == "cuda" else "core_ms",
+        "neighbors": round(neighbors.share(), 3),
+        "rows": rows,
+        "share": share,
+        "left_out": left_out,
+    }
+
+
+def batch_size(args: Args, dim: int, device: torch.device) -> int:
+    return args.batch_size if device.type == "cuda" else max(2, min(args.batch_size, 2**19 // dim))
+
+
+# --------------------------------------------------------------------------------------------------------- what is timed
+
+# A form takes the views, (V, B, D) or V times (B, D), and gives the loss in one or more terms that are to be added up.
+Terms = Iterable[Tensor]
+
+
+def barlow_twins(a: Tensor, b: Tensor) -> Tensor:
+    """Two views' Barlow Twins as its paper's algorithm 1 states it."""
+    a, b = ((x - x.mean(0)) / x.std(0) for x in (a, b))
+    c = a.T @ b / len(a)
+    difference = (c - torch.eye(len(c), device=c.device)).square()
+    off = ~torch.eye(len(c), dtype=torch.bool, device=c.device)
+    return torch.where(off, BETA * difference, difference).sum()
+
+
+def pairwise(views: list[Tensor]) -> Iterator[Tensor]:
+    return (barlow_twins(a, b) for a, b in itertools.combinations(views, 2))
+
+
+def leave_one_out(views: list[Tensor]) -> Iterator[Tensor]:
+    for i, view in enumerate(views):
+        others = torch.stack(views[:i] + views[i + 1 :]).mean(0)
+        yield barlow_twins(view, others) / len(views)
+
+
+def peers(left_out: list[str]) -> dict[str, Callable[[list[Tensor]], Terms]]:
+    forms: dict[str, Callable[[list[Tensor]], Terms]] = {"pairwise": pairwise, "leave-one-out": leave_one_out}
+    try:
+        from lightly.loss import BarlowTwinsLoss
+    except ImportError:
+        left_out.append("lightly-pairs: pip install lightly")
+        return forms
+    loss = BarlowTwinsLoss(lambda_param=BETA)
+    return {**forms, "lightly-pairs": lambda views: (loss(a, b) for a, b in itertools.combinations(views, 2))}
+
+
+@dataclass(eq=False)
+class Task:
+    """One form at one (V, B, D), with what was measured of it."""
+
+    form: str
+    terms: Callable[[Any], Terms]
+    leaves: list[Tensor]  # one (V, B, D) for ours, V times (B, D) for the peers, which is the cheapest for each
+    views: int
+    dim: int
+    batch: int
+    at_once: bool  # one backward at the end, or one after each term, where the whole graph would not fit
+    seconds: list[tuple[float, float, float]] = field(default_factory=list)  # wall, core, wall of the forward
+    product_ms: float = float("inf")
+    peak_bytes: int = 0
+    product_flops: int | None = None  # not counted where a step is slow
+    notes: list[str] = field(default_factory=list)
+
+    def step(self) -> None:
+        """Forward and backward."""
+        self.forward_wall = 0.0
+        whole = torch.zeros((), device=self.leaves[0].device)
+        terms = iter(self.terms(self.leaves[0] if len(self.leaves) == 1 else self.leaves))
+        while (term := self.forward(terms)) is not None:
+            if self.at_once:
+                whole = whole + term
+            else:
+                term.backward()
+        if self.at_once:
+            whole.backward()
+
+    def forward(self, terms: Iterator[Tensor]) -> Tensor | None:
+        box: list[Tensor | None] = []
+        self.forward_wall += spent(lambda: box.append(next(terms, None)), self.leaves[0].device).wall
+        return box[0]
+
+    def clear(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def timed(self, device: torch.device) -> float:
+        self.clear()
+        taken = spent(self.step, device)
+        self.seconds.append((taken.wall, taken.core, self.forward_wall))
+        return taken.wall
+
+    def row(self) -> dict[str, Any]:
+        wall, core, forward = (1e3 * median(values) for values in zip(*self.seconds))
+        return {
+            "form": self.form,
+            "views": self.views,
+            "dim": self.dim,
+            "batch": self.batch,
+            "ms": round(wall, 3),
+            "core_ms": round(core, 3),
+            "forward_ms": round(forward, 3),
+            "backward_ms": round(wall - forward, 3),
+            "product_ms": round(self.product_ms, 3),
+            "product_flops": self.product_flops,
+            "peak_bytes": self.peak_bytes,
+            "repeats": len(self.seconds),
+            "note": "; ".join(self.notes),
+        }
+
+
+def tasks_of(views: list[int], dim: int, batch: int, device: torch.device, left_out: list[str]) -> Iterator[Task]:
+    forms: dict[str, Callable[[Any], Terms]] = {n: partial(lambda f, z: [f(z).total], f) for n, f in OURS.items()}
+    others = peers(left_out)
+    for v, name in itertools.product(views, [*forms, *others]):
+        n_products = {"leave-one-out": v}.get(name, v * (v - 1) // 2) if name in others or name == "ours-pairs" else 1
+        fits = 4 * n_products * 4 * dim**2 < free_bytes(device) / 2  # four D x D tensors each, kept for the backward
+        if not fits and name not in others:
+            left_out.append(f"{name} at V={v}, D={dim}: about {16 * n_products * dim**2 / 2**30:.0f} GB")
+            continue
+        leaves = embeddings(v, batch, dim, device)
+        z = [torch.stack(leaves)] if name in forms else leaves
+        task = Task(name, {**forms, **others}[name], [x.requires_grad_() for x in z], v, dim, batch, fits)
+        if not fits:
+            task.notes.append("backward after each term: the whole graph does not fit")
+        if batch * dim == 2**19 and dim > 2048:
+            task.notes.append(f"batch {batch}, for this machine's sake")
+        yield task
+
+
+def embeddings(v: int, batch: int, dim: int, device: torch.device) -> list[Tensor]:
+    shared = torch.randn(batch, dim, device=device)
+    return [shared + torch.randn(batch, dim, device=device) for _ in range(v)]
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    torch.cuda.empty_cache()  # what earlier rows have left
+    return torch.cuda.mem_get_info(device)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def run(tasks: list[Task], rounds: int, device: torch.device) -> None:
+    """Peak memory and time in products of every task, then rounds over all of them; slow ones take part once."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of its every start otherwise
+    bar = partial(tqdm, leave=False, disable=None)  # no bar in a file
+    slow = [
+        task for task in bar(tasks, f"D = {tasks[0].dim}, memory and products") if inspect(task, device) > SLOW_SECONDS
+    ]
+    for n in range(rounds):
+        for task in bar([task for task in tasks if task not in slow], f"D = {tasks[0].dim}, round {n + 1} of {rounds}"):
+            task.timed(device)
+
+
+def inspect(task: Task, device: torch.device) -> float:
+    """Look at one step (fast ones: the best of three) under the profiler; returns its wall seconds."""
+    wall = look(task, device)
+    if wall > SLOW_SECONDS:
+        task.notes.append("run once, under the profiler")
+        return wall
+    task.seconds.clear()
+    for _ in range(2):
+        look(task, device)
+    task.seconds.clear()
+    with FlopCounterMode(display=False) as counter:
+        task.clear()
+        task.step()
+    task.product_flops = counter.get_total_flops()
+    return wall
+
+
+def look(task: Task, device: torch.device) -> float:
+    cuda = device.type == "cuda"
+    task.clear()  # not inside: memory that is given back would count as less than nothing
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with profile(activities=activities, profile_memory=not cuda) as profiler:
+        wall = task.timed(device)
+    task.peak_bytes = torch.cuda.max_memory_allocated(device) - before if cuda else peak_of(profiler)
+    averages = [event for event in profiler.key_averages() if event.key in PRODUCTS]
+    of_products = sum(event.device_time_total if cuda else event.self_cpu_time_total for event in averages)
+    task.product_ms = min(task.product_ms, of_products / 1e3)
+    return wall
+
+
+def peak_of(profiler: profile) -> int:
+    """Most bytes allocated at once during the run, on top of what was there before it."""
+    inner: Any = profiler.profiler
+    memory = [event for event in inner.kineto_results.events() if event.name() == "[memory]"]
+    memory.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in memory), initial=0))
+
+
+# ------------------------------------------------------------------------------------------------- share of a whole step
+
+
+def shares(args: Args, dims: list[int], device: torch.device) -> list[dict[str, Any]]:
+    """Projector's and objective's share of a training step at V = 4: forward and backward, without data or optimizer."""
+    v, b = 4, args.batch_size
+    rows = []
+    for size in numbers("--sizes", args.sizes, 1):
+        network: Any = backbone.create(args.backbone, image_size=size)
+        network.to(device, memory_format=torch.channels_last)
+        trunk_ms = of_backbone(network, size, v * b, device)
+        for dim in sorted({dims[0], dims[-1]}):
+            head = Projector(network.num_features, dim).to(device)
+            head_ms = of_network(head, torch.randn(v * b, network.num_features, device=device))
+            for task in tasks_of([v], dim, b, device, []):
+                if task.form not in ("ours-mean", "ours-cross", "ours-vicreg", "pairwise"):
+                    continue
+                ms = milliseconds(partial(task.timed, device), device)
+                whole = trunk_ms + head_ms + ms
+                rows.append(
+                    {
+                        "backbone": args.backbone,
+                        "size": size,
+                        "form": task.form,
+                        "views": v,
+                        "dim": dim,
+                        "batch": b,
+                        "backbone_ms": round(trunk_ms, 1),
+                        "projector_ms": round(head_ms, 1),
+                        "objective_ms": round(ms, 1),
+                        "projector_share": round(head_ms / whole, 5),
+                        "objective_share": round(ms / whole, 5),
+                    }
+                )
+    return rows
+
+
+def of_backbone(network: nn.Module, size: int, images: int, device: torch.device) -> float:
+    """Milliseconds for so many images, from as many of them as fit."""
+    piece = min(images, 256 if device.type == "cuda" else 16)
+    pixels = torch.randn(piece, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    return of_network(network, pixels) * images / piece
+
+
+def of_network(network: nn.Module, x: Tensor) -> float:
+    """Milliseconds of forward and backward, on a GPU as train.py runs it: in bf16."""
+
+    def through() -> None:
+        network.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            z = network(x)
+        z.float().square().mean().backward()
+
+    return milliseconds(through, x.device)
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Core time of a CPU, wall time of another device; the median of three calls after the first, if that was quick."""
+    cost = lambda: getattr(spent(call, device), clock(device))  # noqa: E731
+    first = cost()
+    return 1e3 * (first if first > SLOW_SECONDS else median(cost() for _ in range(3)))
+
+
+def clock(device: torch.device) -> str:
+    return "wall" if device.type == "cuda" else "core"
+
+
+# -------------------------------------------------------------------------------------------------------------- the page
+
+
+CLOCKS = {"ms": "wall time", "core_ms": "time of the cores"}
+
+
+def page(result: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    rows, clock, where = result["rows"], result["clock"], result["environment"]
+    lines = ["# What an objective costs", ""]
+    lines += [
+        f"`python {where['command']}`, commit {where['commit']}, torch {where['versions']['torch']}, {where['device']}, "
+        f"{where['threads']} threads, seed {result['seed']}; others used {result['neighbors']:.0%} of the cores.",
+        "Forward and backward in fp32 on random embeddings (V views, B images, D dimensions); medians of rounds taken in "
+        f"turn, of the {CLOCKS[clock]}. In brackets: times the same form at the smallest V. `peak` is what is "
+        "allocated at once on top of the embeddings, gradients included.",
+        "",
+        "In one process the norm of a D x D correlation of n rows is taken from its n x n twin where n < D, since "
+        "|z^T z| = |z z^T|: `mean`, `paper` and `vicreg` do at every V here where B < D; `vicreg-pooled` and `spectral` "
+        "(n = V B) up to V B = D, from where on they cost what the D x D product costs. `cross` needs D x D.",
+        "",
+    ]
+    for dim in sorted({row["dim"] for row in rows}):
+        lines += table([row for row in rows if row["dim"] == dim], clock)
+    lines += verdicts(rows, clock) + share_table(result["share"])
+    if result["left_out"]:
+        lines += ["", "Left out: " + "; ".join(result["left_out"]) + "."]
+    return "\n".join(lines)
+
+
+def table(rows: list[dict[str, Any]], clock: str) -> list[str]:
+    views = sorted({row["views"] for row in rows})
+    lines = [f"## D = {rows[0]['dim']}, B = {rows[0]['batch']}", ""]
+    lines += [
+        "| form | " + " | ".join(f"V = {v}: ms | peak MB" for v in views) + " |",
+        "|---|" + "--:|" * 2 * len(views),
+    ]
+    for form in dict.fromkeys(row["form"] for row in rows):
+        cells, first = [f"`{form}`"], None
+        for v in views:
+            row = next((row for row in rows if (row["form"], row["views"]) == (form, v)), None)
+            if row is None:
+                cells += ["-", "-"]
+                continue
+            first = first or row[clock]
+            mark = " *" if row["note"].count("run once") or row["note"].count("each term") else ""
+            cells += [f"{row[clock]:.1f} ({row[clock] / first:.1f}x){mark}", f"{row['peak_bytes'] / 1e6:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = dict.fromkeys(note for row in rows for note in row["note"].split("; ") if note)
+    return [*lines, "", *(["\\* " + "; ".join(notes) + ".", ""] if notes else [])]
+
+
+def verdicts(rows: list[dict[str, Any]], clock: str) -> list[str]:
+    """The claims, each with its number, at one D from V = 2 to V = 8 where those were measured."""
+    at = {(row["form"], row["views"]): row for row in rows if row["dim"] == CLAIMED_DIM}
+    if ("ours-mean", 2) not in at or ("ours-mean", 8) not in at:
+        return []
+    grow = lambda form, key: at[form, 8][key] / at[form, 2][key]  # noqa: E731
+    pair = at["pairwise", 8][clock] / at["ours-mean", 8][clock]
+    claims = [
+        ("`mean`: matrix product at V = 8 over V = 2", f"{grow('ours-mean', 'product_ms'):.2f}x", "at most 1.3x"),
+        ("the same, multiplications counted", f"{grow('ours-mean', 'product_flops'):.2f}x", "1x"),
+        ("`mean` against `pairwise` at V = 8, all of it", f"1/{pair:.0f}", "at most 1/6"),
+        ("`cross` at V = 8 over V = 2", f"{grow('ours-cross', clock):.1f}x", "at most 4x (linear)"),
+        ("`vicreg` at V = 8 over V = 2", f"{grow('ours-vicreg', clock):.1f}x", "at most 4x (linear)"),
+        ("`pairwise` at V = 8 over V = 2", f"{grow('pairwise', clock):.1f}x", "28 pairs for 1"),
+    ]
+    for form in ("cross", "vicreg"):
+        each = {v: at[f"ours-{form}", v][clock] / v for v in sorted({view for _, view in at})}
+        what = f"`{form}`, ms a view at V = {', '.join(map(str, each))}"
+        claims.append(
+            (what, ", ".join(f"{ms:.1f}" for ms in each.values()), "constant, but that few views stay in cache")
+        )
+    lines = [f"## D = {CLAIMED_DIM}, from 2 to 8 views", "", "| | measured | meant |", "|---|--:|--:|"]
+    return [*lines, *(f"| {what} | {value} | {meant} |" for what, value, meant in claims), ""]
+
+
+def share_table(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    first = rows[0]
+    lines = [f"## Share of a {first['backbone']} step, V = {first['views']}, B = {first['batch']}", ""]
+    lines += [
+        "Forward and backward of backbone, projector (hidden width D) and objective; no data path, no optimizer.",
+        "",
+        "| view side | D | objective | backbone ms | projector ms | objective ms | projector | objective |",
+        "|--:|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        times = " | ".join(f"{row[f'{part}_ms']:.0f}" for part in ("backbone", "projector", "objective"))
+        shares = " | ".join(f"{row[f'{part}_share']:.2%}" for part in ("projector", "objective"))
+        lines.append(f"| {row['size']} px | {row['dim']} | `{row['form']}` | {times} | {shares} |")
+    return lines

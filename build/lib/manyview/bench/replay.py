@@ -1,0 +1,155 @@
+"""What a node fetches from a bucket: the real plan, step by step, against the cache that `pipeline/storage.py` keeps.
+
+A node announces images as the loader does (`Plan.reading`, a window ahead of need) and reads them as they come
+(`Plan.batch`). What its cache does not hold is fetched, a piece of a shard at a time; what was announced longest ago goes.
+Nothing here has a clock: bytes are counted, and what they take follows from the bandwidths that one names.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from manyview.pipeline.bucket import SLACK
+from manyview.pipeline.plan import BLOCK, MIXED, Plan
+from manyview.pipeline.storage import PIECE
+
+LIMIT = 2_500_000  # images of a node that are replayed an epoch; of a longer epoch the first so many
+
+
+class LRU:
+    """The policy of `bucket.Cache` over pieces of one size: `limit` of them; beyond that those announced longest ago go,
+    and `SLACK` more, so that evictions are rare."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held, self.fetched = limit, OrderedDict[int, None](), 0
+
+    def announce(self, piece: int) -> None:
+        """It is wanted soon: fetched if it is not there, and in any case the last to go."""
+        if piece in self.held:
+            self.held.move_to_end(piece)
+        else:
+            self.read(piece)
+
+    def read(self, piece: int) -> None:
+        """It is wanted now: fetched if it is not there, else left as it is."""
+        if piece in self.held:
+            return
+        self.fetched += 1
+        if len(self.held) + 1 > self.limit:
+            while self.held and len(self.held) + 1 > self.limit * (1 - SLACK):
+                self.held.popitem(last=False)
+        self.held[piece] = None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The data and the machines. `batch`: images a step over all nodes."""
+
+    images: int
+    nodes: int
+    batch: int
+    image_bytes: float
+    cache_bytes: float
+    order: str = "blocks"
+
+    @property
+    def per_piece(self) -> int:
+        """Images in a piece."""
+        return max(1, round(PIECE / self.image_bytes))
+
+    @property
+    def piece_bytes(self) -> float:
+        return self.per_piece * self.image_bytes
+
+    @property
+    def pieces(self) -> int:
+        return -(-self.images // self.per_piece)
+
+    @property
+    def limit(self) -> int:
+        """Pieces that a node's cache holds."""
+        return max(1, int(self.cache_bytes / self.piece_bytes))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one node did in one epoch, or in the part of it that was replayed."""
+
+    images: int  # read by the node
+    fetched: int  # pieces
+    late: int  # of them, those that had been announced, fetched and evicted again before they were read
+    share: float  # of the epoch that was replayed
+
+    @property
+    def hits(self) -> float:
+        """Share of the announced images for which nothing had to be fetched."""
+        return 1 - (self.fetched - self.late) / self.images
+
+
+def replay(cluster: Cluster, epochs: int = 2, seed: int = 0, limit: int = LIMIT) -> list[Epoch]:
+    """Epochs of the node in the middle, through the plan that training uses. The ranks of a node have neighbouring parts of
+    each batch, so together they are what one rank of as many as there are nodes would be."""
+    c = cluster
+    order = Plan(c.images, seed, c.batch, c.nodes, c.nodes // 2, c.order)
+    an_epoch = max(1, c.images // c.batch)
+    steps = min(an_epoch, max(order.ahead, limit * c.nodes // c.batch))
+    cache, found = LRU(c.limit), []
+    for epoch in range(epochs):
+        ahead, late = run(order, cache, c.per_piece, epoch * an_epoch, epoch * an_epoch + steps)
+        found.append(Epoch(steps * (c.batch // c.nodes), ahead + late, late, steps / an_epoch))
+    return found
+
+
+def run(order: Plan, cache: LRU, per_piece: int, start: int, stop: int) -> tuple[int, int]:
+    """Steps `start` .. `stop - 1`, each announced `order.ahead` steps before it is read. Returns the pieces that were fetched
+    when they were announced, and when they were read."""
+    told, ahead, late = order.reading(start, stop), 0, 0
+    for step in range(start - order.ahead, stop):
+        before = cache.fetched
+        for piece in _pieces(next(told, None), per_piece):
+            cache.announce(piece)
+        ahead, before = ahead + cache.fetched - before, cache.fetched
+        for piece in _pieces(order.batch(step)[0] if step >= start else None, per_piece):
+            cache.read(piece)
+        late += cache.fetched - before
+    return ahead, late
+
+
+def _pieces(ids: np.ndarray | None, per_piece: int) -> list[int]:
+    """The pieces of these samples (ascending), each once."""
+    if ids is None:
+        return []
+    pieces = ids // per_piece
+    return pieces[np.r_[True, pieces[1:] != pieces[:-1]]].tolist()
+
+
+def formula(cluster: Cluster) -> tuple[float, float]:
+    """Pieces that a node fetches in its first and in its third epoch, from averages.
+
+    In every visit (a window in `blocks` order, a batch in random order) the node asks for `asked` pieces, from a part of the
+    set that is its share and a margin of two standard deviations on both sides, since where a batch is cut is a matter of
+    chance, among `blocks` the more so. Of what it asks for, it has the share of its part that its cache holds.
+    """
+    c, p = cluster, 1 / cluster.nodes
+    margin = 2.0 if c.nodes > 1 else 0.0  # four standard deviations of a fair coin's share: a cut in the middle
+    if c.order == "blocks":
+        visit = min(c.images, max(MIXED, c.batch))
+        samples = visit * min(1.0, p + margin * sqrt(1 / c.batch - 1 / visit))
+        asked = samples / c.per_piece * (1 + (c.per_piece - 1) / BLOCK)
+        part = min(1.0, p + margin / sqrt(visit / BLOCK))
+        visits, held = c.images / visit, part * c.pieces
+        an_epoch = min(1.0, visits * asked / held)  # visits of an epoch have no block in common
+    else:
+        part = min(1.0, p + margin / sqrt(c.batch))
+        visits, held = c.images / c.batch, part * c.pieces
+        asked = held * (1 - (1 - 1 / held) ** (c.batch * p))
+        an_epoch = 1 - (1 - asked / held) ** visits
+    seen = [held * (1 - (1 - an_epoch) ** epochs) for epochs in (1, 2, 3)]
+    if c.limit >= held:
+        return seen[0], seen[2] - seen[1]
+    again = visits * asked * (1 - c.limit / held)
+    return max(again, min(c.limit, seen[0])), again

@@ -1,0 +1,243 @@
+"""Find the bottleneck: python tools/profile.py stages --data shards/NAME --views 8 --backbone resnet50
+
+Measures every stage alone, then everything together, and says what holds the run back, what a change would bring and
+how far the hardware's limits are. Writes profile.json, waterfall.png and report.html. `--backbone none` profiles the
+data path alone; `--run runs/NAME` asks a finished run what held it back, from the timings that training always keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import tyro
+
+from manyview.bench import expected, limits, page, runs, terminal, waterfall
+from manyview.bench.ceilings import Ceilings, Cost
+from manyview.bench.composed import Composed, trace
+from manyview.bench.host import LOAD_LIMIT, SPREAD_LIMIT, Neighbours
+from manyview.bench.sweep import Sweep
+from manyview.bench.verdict import compare, sentence
+from manyview.bench.workload import Setup, Workload, build
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.machine import cores
+from manyview.training import monitor
+
+SCHEMA = 1
+
+
+@dataclass(kw_only=True)
+class Args(Setup):
+    """Find the bottleneck."""
+
+    seconds: float = 70.0
+    """Time to spend on measuring; starting up comes on top."""
+    out: Path | None = None
+    """Folder of profile.json, waterfall.png and report.html; default runs/profile-DATA-vV."""
+    baseline: Path | None = None
+    """profile.json of an earlier run: the verdict also says which stage has changed, and what undoing it would bring."""
+    trace: Path | None = None
+    """Also write a torch.profiler trace of the composed run here (.json.gz), for ui.perfetto.dev."""
+    run: Path | None = None
+    """A run directory of train.py to ask, instead of measuring."""
+
+
+def main(argv: list[str]) -> int:
+    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py stages")
+    check(args)
+    if args.run:
+        print(runs.ask(args.run))
+        return 0
+    baseline = read(args.baseline) if args.baseline else None
+    report = measure(args, progress=lambda text: print(text, end="\r", flush=True) if terminal.tty() else None)
+    if baseline:
+        report["baseline"] = compare(baseline, report)
+        report["verdict"] = sentence(report)
+    folder = args.out or Path("runs") / f"profile-{args.data.name}-v{args.views}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "profile.json").write_text(json.dumps(report, indent=1) + "\n")
+    waterfall.draw(report, folder / "waterfall.png")
+    (folder / "report.html").write_text(page.html(report))
+    print(terminal.table(report))
+    print(f"\n{report['verdict']}")
+    print(f"\nprofile.json, waterfall.png and report.html are in {folder}")
+    return 0
+
+
+LEAST = {
+    "views": 1,
+    "size": 0,
+    "batch_size": 2,
+    "projector_dim": 2,
+    "threads": 0,
+    "prefetch": 1,
+    "seed": 0,
+    "seconds": 1,
+}
+
+
+def check(args: Args) -> None:
+    """UserError with one line for every number that cannot be."""
+    errors = [
+        f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}"
+        for name, least in LEAST.items()
+        if not getattr(args, name) >= least
+    ]
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A profile.json. UserError where it is none, or of another version."""
+    try:
+        report = json.loads(path.read_text())
+        schema = report["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no profile; `python tools/profile.py stages` writes one (profile.json): {error}"
+        ) from None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this program reads {SCHEMA}; measure again")
+    parts = (
+        "settings",
+        "environment",
+        "data",
+        "shape",
+        "stages",
+        "composed",
+        "loads",
+        "bottleneck",
+        "what_if",
+        "noise",
+    )
+    if missing := [part for part in parts if part not in report]:
+        raise UserError(f"{path} is no whole profile, without {', '.join(missing)}; measure again")
+    return report
+
+
+def measure(args: Args, progress: Any = lambda text: None, extras: bool = True) -> dict[str, Any]:
+    """The whole report, as JSON-ready data. Without `extras` there is no sweep and no limit: stages and verdict alone."""
+    imported = time.time() - psutil.Process().create_time()
+    neighbours, begun = Neighbours(), time.perf_counter()
+    cold = limits.disk(args) if extras else None
+    opened = time.perf_counter()
+    work = build(args, max(0.06, args.seconds / 150))
+    startup = {"imports_s": imported, "build_s": time.perf_counter() - opened}
+    network = limits.all_reduce() if extras and work.training else None
+    ceilings = Ceilings(work, args.seconds / 300)
+    startup |= first_batch(work)
+    composed, sweep = (
+        Composed(work),
+        Sweep(work, max(work.batch, min(args.batch_size, ceilings.images))) if extras else None,
+    )
+    for part in range(3):  # ceilings and composed run by turns: what the machine does meanwhile hits both
+        progress(f"part {part + 1} of 3: every stage alone   ")
+        rounds(ceilings, 0.4 * args.seconds / 3)
+        progress(f"part {part + 1} of 3: everything together ")
+        composed.block(0.3 * args.seconds / 3)
+        if sweep:
+            progress(f"part {part + 1} of 3: other settings      ")
+            sweep.round(0.3 * args.seconds / 3 / len(sweep.points))
+    ceilings.close()
+    others = neighbours.share()
+    report = assemble(args, work, ceilings, composed, cores() * (1 - others))
+    report["startup"] = startup
+    if sweep and cold:
+        sweep.close()
+        report["sweep"] = sweep.result()
+        report["limits"] = limits.measure(work, cold, network)
+        report["limits"]["shares"] = limits.shares(report["limits"], report["composed"]["images_per_s"])
+    if args.trace:
+        trace(work, args.trace)
+    report["noise"] = noise(report["composed"], others)
+    report["peak_bytes"] = monitor.peak_memory(work.device)
+    report["took_s"] = time.perf_counter() - begun
+    report["verdict"] = sentence(report)
+    work.close()
+    return report
+
+
+def rounds(ceilings: Ceilings, seconds: float) -> None:
+    """One round, and more as long as another one fits in."""
+    begun, done = time.perf_counter(), 0
+    while done == 0 or (time.perf_counter() - begun) * (done + 1) / done < seconds:
+        ceilings.round()
+        done += 1
+
+
+def first_batch(work: Workload) -> dict[str, float]:
+    """Seconds from a new loader to its first batch."""
+    begun = time.perf_counter()
+    batches = work.loader().batches(0, 1)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    return {"first_batch_s": time.perf_counter() - begun}
+
+
+def assemble(args: Args, work: Workload, ceilings: Ceilings, composed: Composed, free: float) -> dict[str, Any]:
+    """Everything that follows from the ceilings and the composed run, on a machine with `free` cores."""
+    together = composed.result()
+    on_device = work.device.type == "cuda" and work.engine.name != "cpu"
+    shape = expected.Shape(work.policy.views, work.batch, free, parallel(ceilings, free), on_device)
+    costs, observed = ceilings.costs, together["images_per_s"]
+    together["expected_images_per_s"] = 1e3 / expected.milliseconds(costs, shape)
+    together["expected_core_ms"] = expected.core_ms(costs, shape)
+    together["efficiency"] = observed / together["expected_images_per_s"]
+    full = replace(shape, batch=args.batch_size)
+    faster = expected.milliseconds(costs, shape) / expected.milliseconds(costs, full)
+    together["full_batch_images_per_s"] = observed * faster
+    resource, stage = expected.bottleneck(costs, shape)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+    return {
+        "schema": SCHEMA, "settings": settings, "environment": monitor.environment(work.device),
+        "data": describe(work), "shape": asdict(shape), "stages": stages(costs, shape), "composed": together,
+        "loads": {k: sum(v.values()) for k, v in expected.loads(costs, shape).items()},
+        "bottleneck": {"resource": resource, "stage": stage},
+        "what_if": expected.removed(costs, shape, observed),
+    }  # fmt: skip
+
+
+def parallel(ceilings: Ceilings, free: float) -> float:
+    """Cores that the engine alone fills: an upper quartile, since whatever else runs takes some away."""
+    return float(np.clip(np.quantile(ceilings.parallel, 0.75), 0.1, free))
+
+
+def stages(costs: list[Cost], shape: expected.Shape) -> list[dict[str, Any]]:
+    rows = []
+    for cost in costs:
+        rate = expected.ceiling(cost, shape)
+        units = cost.units(shape.views, shape.batch)
+        low, high = (x * units for x in cost.to_json()["core_interval"])
+        rows.append(cost.to_json() | {
+            "images_per_s": rate, "views_per_s": rate * shape.views,
+            "core_ms_image": cost.core_ms * units, "core_ms_image_interval": (low, high), "wall_ms_image": cost.wall_ms * units,
+        })  # fmt: skip
+    return rows
+
+
+def describe(work: Workload) -> dict[str, Any]:
+    store = work.store
+    return {
+        "name": store.name, "images": len(store), "encoding": store.manifest["encoding"], "format": store.manifest["format"],
+        "bytes_per_image": store.nbytes() / len(store), "fingerprint": store.fingerprint,
+        "pixels_per_image": float((store.heights.astype(float) * store.widths).mean()),
+        "engine": work.engine.name, "engine_reason": work.engine_reason, "threads": work.threads, "batch": work.batch,
+        "sizes": [g.size for g in work.policy.groups], "device": str(work.device),
+        "precision": work.training.precision if work.training else None,
+    }  # fmt: skip
+
+
+def noise(together: dict[str, Any], others: float) -> dict[str, Any]:
+    """Whether the numbers may be quoted, and if not why."""
+    reasons = []
+    others = max(others, together["others"])
+    if others > LOAD_LIMIT:
+        reasons.append(f"other processes used {others:.0%} of the cores (limit {LOAD_LIMIT:.0%})")
+    if together["core_ms_spread"] > SPREAD_LIMIT:
+        reasons.append(f"repeats differ by {together['core_ms_spread']:.0%} in core-ms (limit {SPREAD_LIMIT:.0%})")
+    return {"others": others, "certified": not reasons, "reasons": reasons}

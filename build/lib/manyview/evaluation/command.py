@@ -1,0 +1,263 @@
+"""The command line of tools/evaluate.py."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from manyview.evaluation import compare, encoder, figures, finetune, report, smoke, suite, tables
+from manyview.pipeline import engines
+from manyview.pipeline.errors import UserError, nearest
+from manyview.training.monitor import environment
+
+
+@dataclass
+class Config:
+    """Evaluate encoders: accuracies with intervals, the untrained network beside them, plots and a report."""
+
+    targets: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run directories, their checkpoints (.pt), .safetensors files, timm:NAME or torchvision:NAME; or the word `compare`
+    and run directories."""
+    data: tuple[Path, ...] = ()
+    """Shards to evaluate on; default: those that the run was trained on."""
+    protocols: tuple[str, ...] = ("quick",)
+    """knn, linear, ridge, label-free, overlap (these five: quick), lidar, averaged, in-domain, fewshot, full (these ten:
+    all), transductive."""
+    limit: int | None = None
+    """At most this many training images and half as many test images, class-balanced; 0 = all. Default: 5000 where every
+    protocol is of the quick five, else all."""
+    seed: int = 0
+    """Of sub-samples, heads, held-out splits and the untrained network."""
+    epochs: int = 100
+    """Of the linear probes."""
+    preset: str = "byol2"
+    """Of few-shot fine-tuning: byol2, byol1, swav, barlowtwins."""
+    finetune_bn: bool = False
+    """A BatchNorm before the head in fine-tuning."""
+    finetune_epochs: int = 0
+    """Of few-shot and full fine-tuning; 0 = the presets' 30 and 100."""
+    batch: int = 256
+    """Images a forward pass."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    engine: str = "auto"
+    """What decodes the images: auto, cpu, dali, resident."""
+    threads: int | None = None
+    """Of the engine."""
+    weights: Path | None = None
+    """A local file with the weights of a timm or torchvision target, instead of the download."""
+    weights_key: str | None = None
+    """Which network inside a file of several."""
+    image_size: int | None = None
+    """Pixels for a timm or torchvision target; default: its own."""
+    out: Path | None = None
+    """Where to write; default: the run directory (runs/TARGET for public weights, runs/comparison for `compare`)."""
+    write: Path | None = None
+    """Also write the tables of all targets as Markdown, with command, commit, versions and hardware."""
+    notes: tuple[str, ...] = ()
+    """What has to be known about a dataset, as `NAME: text`; stands beside its numbers."""
+    plots: bool = True
+    """Draw the pictures and write report.html."""
+    smoke: bool = False
+    """Every protocol on a tiny ResNet and a tiny ViT with made-up images, in about a minute."""
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    if config.smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            runs, data = smoke.prepare(Path(folder))
+            for made in runs:
+                asked = replace(config, data=tuple(data), protocols=("all",), finetune_epochs=1, epochs=20)
+                evaluate(str(made), asked, torch.device("cpu"))
+        return
+    if not config.targets:
+        raise UserError("nothing to evaluate: give a run directory, as in `python tools/evaluate.py runs/NAME`")
+    if config.targets[0] == "compare":
+        compare_runs(config)
+        return
+    check(config)
+    device = start(config.device)
+    if dist.is_initialized() and not embed_together(config, device):
+        return
+    contents = [evaluate(target, config, device) for target in config.targets]
+    if config.write:
+        write_markdown(config.write, contents, device)
+
+
+LEAST = {"limit": 0, "seed": 0, "epochs": 1, "finetune_epochs": 0, "batch": 1, "threads": 1, "image_size": 8}
+
+
+def check(config: Config) -> None:
+    """UserError with one line for every flag that cannot be."""
+    values = {name: getattr(config, name) for name in LEAST}
+    errors = [
+        f"--{name.replace('_', '-')} must be at least {LEAST[name]}, not {value}"
+        for name, value in values.items()
+        if value is not None and value < LEAST[name]
+    ]
+    if config.limit == 1:
+        errors.append("--limit 1 leaves no test image: it must be 0 (all) or at least 2")
+    if config.out and len(config.targets) > 1:
+        errors.append(f"--out is the folder of one target, and these are {len(config.targets)}")
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+def start(wanted: str) -> torch.device:
+    """The device, and the process group where torchrun started several."""
+    device = engines.device_of(wanted)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else every process would also hold memory of the first GPU
+    return device
+
+
+def embed_together(config: Config, device: torch.device) -> bool:
+    """With torchrun: all features of all targets, each process its share. True in the one process that then goes on
+    alone, with the features from the cache: probes are small beside them, and only one may write."""
+    first = dist.get_rank() == 0
+    try:
+        for target in config.targets:
+            work, datasets, own, _ = prepare(target, config, device, print if first else lambda _: None)
+            try:
+                for data in datasets:
+                    work.embed(data, own)
+            finally:
+                work.close()
+    finally:
+        dist.destroy_process_group()
+    return first
+
+
+def prepare(
+    target: str, config: Config, device: torch.device, say: Callable[[str], None] = print
+) -> tuple[suite.Suite, list[suite.Data], suite.Data | None, Path | None]:
+    """(the work to do, the datasets, the one the encoder was trained on if it is here, the run directory if any)."""
+    trained = encoder.load(target, weights=config.weights, key=config.weights_key, image_size=config.image_size)
+    run = run_directory(target)
+    settings = encoder.facts(run, "config.json") if run else {}
+    own_path = Path(settings["data"]) if "data" in settings else None
+    paths = list(config.data) or ([own_path] if own_path else [])
+    if not paths:
+        raise UserError(f"{target}: say what to evaluate on, as in `--data shards/cifar10`")
+    asked = suite.choose(config.protocols)
+    quick = set(asked) <= set(suite.QUICK)
+    options = suite.Options(
+        protocols=asked, limit=config.limit if config.limit is not None else suite.QUICK_LIMIT if quick else 0,
+        seed=config.seed, batch=config.batch, epochs=config.epochs, preset=few_shot_preset(config.preset),
+        finetune_bn=config.finetune_bn, finetune_epochs=config.finetune_epochs,
+        engine=config.engine, device=str(device), threads=config.threads, policy=settings.get("policy", "simclr"),
+        augment=tuple(settings.get("augment", ())),
+    )  # fmt: skip
+    datasets = opened(paths, options)
+    annotate(datasets, config.notes)
+    own = next((d for d in datasets if own_path and d.path.resolve() == own_path.resolve()), None)
+    if own is None and own_path and own_path.is_dir():
+        own = suite.open_data(own_path, replace(options, protocols=("overlap",)))  # it may have no labels
+    work = suite.Suite(trained, config.out or directory_for(target, run), options, say)
+    return work, datasets, own, run
+
+
+def evaluate(target: str, config: Config, device: torch.device) -> dict:
+    """One target; returns the content of its eval.json."""
+    begun = time.perf_counter()
+    work, datasets, own, run = prepare(target, config, device)
+    try:
+        drawn = []
+        for data in datasets:
+            work.run(data, own)
+            drawn += figures.draw(work, data) if config.plots else []
+    finally:
+        work.close()
+    if own is None and "overlap" in work.options.protocols:
+        print("overlap with the pre-training data: not checked, that data is not here")
+    work.write()
+    content = work.content()
+    print(tables.console(content))
+    written = [work.file, report.write(work.out, content, run, drawn)] if config.plots else [work.file]
+    print(f"\n{', '.join(map(str, written))}: {time.perf_counter() - begun:.0f} s")
+    return content
+
+
+def annotate(datasets: list[suite.Data], notes: tuple[str, ...]) -> None:
+    """Add the user's notes `NAME: text` to their datasets."""
+    named = {data.name: data for data in datasets}
+    for note in notes:
+        name, _, text = note.partition(":")
+        if name not in named:
+            raise UserError(f"--notes {note!r}: {nearest('dataset', name, named)}; a note is `NAME: text`")
+        named[name].notes.append(text.strip())
+
+
+def few_shot_preset(name: str) -> str:
+    known = sorted({p.partition("-")[0] for p in finetune.PRESETS} - {"full"})
+    if name not in known:
+        raise UserError(nearest("preset", name, known))
+    return name
+
+
+def opened(paths: list[Path], options: suite.Options) -> list[suite.Data]:
+    """All datasets, or every reason why not at once."""
+    found, errors = [], []
+    for path in paths:
+        try:
+            found.append(suite.open_data(path, options))
+        except UserError as error:
+            errors.append(str(error))
+    names = [d.name for d in found]
+    errors += [
+        f"two sets of shards are called {name}: write one under another name"
+        for name in set(names)
+        if names.count(name) > 1
+    ]
+    if errors:
+        raise UserError("\n".join(errors))
+    return found
+
+
+def run_directory(target: str) -> Path | None:
+    """The run that a target belongs to."""
+    path = Path(target)
+    if path.is_dir():
+        return path
+    return next((p for p in path.parents if (p / "config.json").is_file()), None) if path.is_file() else None
+
+
+def directory_for(target: str, run: Path | None) -> Path:
+    path = Path(target)
+    if run is None:
+        return Path("runs") / target.replace(":", "-").replace("/", "-")
+    return run if path.is_dir() or path.name == "backbone.safetensors" else run / f"eval-{path.stem}"
+
+
+def compare_runs(config: Config) -> None:
+    out = config.out or Path("runs") / "comparison"
+    rows = compare.read([Path(t) for t in config.targets[1:]])
+    found = compare.write(rows, out, seed=config.seed)
+    pictures = figures.comparison(rows, found, out)
+    page = report.comparison(out, found, compare.averages(found), pictures)
+    print(tables.correlations(found))
+    print(f"\n{out / 'results.csv'}, {out / 'correlations.csv'}, {page}")
+
+
+def write_markdown(path: Path, contents: list[dict], device: torch.device) -> None:
+    """Tables that can be made again by the command they begin with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = environment(device)
+    words = [Path(sys.argv[0]).as_posix(), *sys.argv[1:]]
+    words[0] = "tools/evaluate.py"
+    path.write_text(tables.markdown(contents, f"python {shlex.join(words)}", facts))
+    print(f"wrote {path}")

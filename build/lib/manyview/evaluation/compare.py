@@ -1,0 +1,270 @@
+"""How well one evaluation predicts another, over runs and checkpoints that were pre-trained on the same data.
+
+Three coefficients with intervals from a bootstrap that draws whole runs, because checkpoints of one run are not
+independent. n is beside every number; with fewer than 5 models there is no coefficient, with fewer than 10 a warning.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from manyview.pipeline.errors import UserError
+
+LEAST = 5
+FEW = 10
+RESAMPLES = 2000
+KINDS = ("spearman", "pearson", "kendall")
+COLUMNS = ("run", "checkpoint", "step", "backbone", "method", "pretrained_on", "dataset", "mode", "protocol", "norm",
+           "seed", "weights", "metric", "value", "low", "high", "n", "n_train")  # fmt: skip
+Model = tuple[str, str, str, str]  # run, checkpoint, backbone, pretrained_on
+
+
+def coefficients(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Spearman, Pearson and Kendall tau-b of x (n,) and y (n,): (3,), or (R, 3) for weights (R, n), the number of
+    times each point is drawn in R resamples. NaN where one of them is constant. Ties get their mean rank."""
+    counts = np.ones((1, len(x))) if weights is None else np.asarray(weights, float)
+    order_x, order_y = (np.sign(v[:, None] - v[None, :]) for v in (x, y))
+    # The rank among the drawn points is half the sum of the signs, up to a constant, ties included.
+    result = np.stack(
+        [
+            _pearson(counts @ order_x.T, counts @ order_y.T, counts),
+            _pearson(np.broadcast_to(x, counts.shape), np.broadcast_to(y, counts.shape), counts),
+            _kendall(order_x, order_y, counts),
+        ],
+        axis=1,
+    )
+    return result[0] if weights is None else result
+
+
+def _pearson(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:
+    total = w.sum(1, keepdims=True)
+    x, y = (v - (w * v).sum(1, keepdims=True) / total for v in (x, y))
+    spread = np.sqrt((w * x * x).sum(1)) * np.sqrt((w * y * y).sum(1))
+    # A resample of equal values has a spread of rounding errors only.
+    constant = spread <= 1e-13 * np.abs(w * x * y).sum(1) + 1e-300
+    return np.where(constant, np.nan, np.clip((w * x * y).sum(1) / np.where(constant, 1, spread), -1, 1))
+
+
+def _kendall(order_x: np.ndarray, order_y: np.ndarray, w: np.ndarray) -> np.ndarray:
+    both, only_x, only_y = (((w @ m) * w).sum(1) for m in (order_x * order_y, order_x**2, order_y**2))
+    spread = np.sqrt(only_x) * np.sqrt(only_y)
+    return np.where(spread == 0, np.nan, np.clip(both / np.where(spread == 0, 1, spread), -1, 1))
+
+
+def bootstrap(
+    x: np.ndarray, y: np.ndarray, runs: list[str], *, seed: int = 0, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """95 % percentile intervals (3, 2) of the coefficients, drawing whole runs. NaN with fewer than 3 runs."""
+    names = sorted(set(runs))
+    if len(names) < 3:
+        return np.full((3, 2), np.nan)
+    member = np.array([[run == name for run in runs] for name in names], float)
+    draws = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), size=resamples)
+    return np.nanpercentile(coefficients(x, y, draws @ member), [2.5, 97.5], axis=0).T
+
+
+def analytic(r: float, n: int, kind: str) -> tuple[float, float]:
+    """95 % interval by Fisher's z, as a check on the bootstrap: independent models are assumed. NaN for Kendall."""
+    if kind == "kendall" or n <= 3 or not math.isfinite(r):
+        return math.nan, math.nan
+    spread = 1.0 if kind == "pearson" else math.sqrt(1 + r * r / 2)
+    z, half = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))), 1.959964 * spread / math.sqrt(n - 3)
+    return math.tanh(z - half), math.tanh(z + half)
+
+
+def fisher_mean(values: list[float]) -> float:
+    """The mean coefficient over datasets, through Fisher's z (a perfect one counts as 0.999999)."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return math.nan
+    return math.tanh(sum(math.atanh(max(-0.999999, min(0.999999, v))) for v in finite) / len(finite))
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Of a column measured on the pre-training data with one measured on another dataset."""
+
+    pretrained_on: str
+    group: str  # "all", or a backbone
+    predictor: str
+    dataset: str
+    target: str
+    n: int  # models: pairs of a run and a checkpoint
+    runs: int
+    kind: str
+    r: float | None
+    low: float | None
+    high: float | None
+    analytic_low: float | None
+    analytic_high: float | None
+    note: str
+
+
+def read(paths: list[Path]) -> list[dict]:
+    """The result rows of these run directories, their checkpoints included (or of eval.json files), in an order that does
+    not depend on theirs. Runs of one name are told apart by their paths.
+
+    UserError: no such path, a damaged eval.json, nothing to compare, runs that were measured on other images.
+    """
+    rows: list[dict] = []
+    absent = [path for path in paths if not path.exists()]
+    if absent:
+        raise UserError("\n".join(f"{path}: no such run" for path in absent))
+    missing: list[str] = []
+    homes: dict[str, set[Path]] = {}
+    for path in sorted(set(paths)):
+        if path.is_dir():
+            files = [f for f in (path / "eval.json", *sorted(path.glob("eval-*/eval.json"))) if f.is_file()]
+        else:
+            files = [path] if path.suffix == ".json" else []  # runs/* may hold a table beside the runs
+        found = [row for file in files for row in _results(file)]
+        rows += found
+        for row in found:
+            homes.setdefault(row["run"], set()).add(path)
+            row["home"] = path.as_posix()
+        if not found and path.is_dir() and not (path / "correlations.csv").exists():
+            missing.append(f"{path}: no eval.json there; make it with `python tools/evaluate.py {path}`")
+    if not rows:
+        raise UserError(
+            "\n".join(missing) or "no run directories given, as in `python tools/evaluate.py compare runs/*`"
+        )
+    for line in missing:
+        print(f"left out: {line}")
+    for row in rows:
+        home = row.pop("home")
+        row["run"] = home if len(homes[row["run"]]) > 1 else row["run"]
+    _same_images(rows)
+    return rows
+
+
+def _results(file: Path) -> list[dict]:
+    try:
+        found = json.loads(file.read_text())["results"]
+        wanted = {"run", "checkpoint", "backbone", "pretrained_on", "dataset", "mode", "protocol", "norm", "weights", "metric",
+                  "value", "n", "n_train"}  # fmt: skip
+        if all(wanted <= row.keys() for row in found):
+            return found
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{file}: not an eval.json of this version; make it again with `python tools/evaluate.py`")
+
+
+def _same_images(rows: list[dict]) -> None:
+    """UserError where a dataset's accuracies are of different numbers of images: they do not compare."""
+    sizes: dict[str, dict[tuple[int, int], str]] = {}
+    for row in filter(_ranked, rows):
+        sizes.setdefault(row["dataset"], {}).setdefault((row["n_train"], row["n"]), row["run"])
+    errors = [
+        f"{dataset} was measured with other numbers of images: "
+        + ", ".join(f"{run} with {n_train:,} and {n:,}" for (n_train, n), run in sorted(found.items()))
+        + "; evaluate with the same --limit"
+        for dataset, found in sorted(sizes.items())
+        if len(found) > 1
+    ]
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda r: tuple(str(r.get(c, "")) for c in COLUMNS)))
+
+
+def _ranked(row: dict) -> bool:
+    return row["metric"] == "top1" and row["weights"] == "trained" and row["mode"] == "retrained"
+
+
+def table(rows: list[dict]) -> dict[tuple[str, str], dict[Model, float]]:
+    """{(dataset, column): {model: top-1, mean over seeds}}."""
+    found: dict = {}
+    for row in filter(_ranked, rows):
+        column = f"{row['protocol']} ({row['norm']})"
+        model = (row["run"], row["checkpoint"], row["backbone"], row["pretrained_on"])
+        found.setdefault((row["dataset"], column), {}).setdefault(model, []).append(row["value"])
+    return {key: {m: math.fsum(v) / len(v) for m, v in sorted(models.items())} for key, models in sorted(found.items())}
+
+
+def correlate(rows: list[dict], *, seed: int = 0) -> list[Correlation]:
+    """Every column of the pre-training data against every column of every other dataset, over all models pre-trained on it
+    and within each backbone. Where nothing was measured outside it, its columns are held against each other.
+    """
+    columns = table(rows)
+    own = sorted({model[3] for models in columns.values() for model in models if model[3]})
+    return [found for data in own for found in _of_one_pretraining(data, columns, seed)]
+
+
+def _of_one_pretraining(data: str, columns: dict, seed: int) -> Iterator[Correlation]:
+    columns = {key: {m: v for m, v in models.items() if m[3] == data} for key, models in columns.items()}
+    inside = {c: m for (d, c), m in columns.items() if d == data and m}
+    outside = {(d, c): m for (d, c), m in columns.items() if d != data and m}
+    alone = not outside
+    if alone:
+        outside = {(data, c): m for c, m in inside.items()}
+    groups = ["all", *sorted({model[2] for models in columns.values() for model in models})]
+    for group in groups if len(groups) > 2 else groups[:1]:
+        for predictor, x in inside.items():
+            for (dataset, target), y in outside.items():
+                if not alone or predictor < target:
+                    yield from _pair((data, group, predictor, dataset, target), x, y, seed)
+
+
+def _pair(columns: tuple[str, str, str, str, str], x: dict, y: dict, seed: int) -> list[Correlation]:
+    """`columns`: as a Correlation begins."""
+    models = [m for m in sorted(x.keys() & y.keys()) if columns[1] in ("all", m[2])]
+    runs = [m[0] for m in models]
+    n, count = len(models), len(set(runs))
+    made = partial(Correlation, *columns, n, count)
+    if n < LEAST:
+        note = f"n = {n}: too few models for a coefficient (at least {LEAST})"
+        return [made(kind, None, None, None, None, None, note) for kind in KINDS]
+    a, b = np.array([x[m] for m in models]), np.array([y[m] for m in models])
+    values, intervals = coefficients(a, b), bootstrap(a, b, runs, seed=seed)
+    few = [f"n = {n} is small: the interval says little"] if n < FEW else []
+    few += [f"{count} run{'s' * (count != 1)}: no interval from drawing runs"] if count < 3 else []
+    result = []
+    for kind, value, (low, high) in zip(KINDS, values, intervals):
+        first, last = map(_plain, analytic(value, n, kind))
+        result.append(made(kind, _plain(value), _plain(low), _plain(high), first, last, "; ".join(few)))
+    return result
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def averages(found: list[Correlation]) -> list[dict]:
+    """For each pre-training set, group and predictor: the Fisher-z mean over the other datasets of its coefficient with the
+    same protocol on each."""
+    result = []
+    for key in sorted({(c.pretrained_on, c.group, c.predictor, c.kind) for c in found}):
+        same = [c for c in found if (c.pretrained_on, c.group, c.predictor, c.kind) == key and c.target == c.predictor]
+        per_dataset = {c.dataset: c.r for c in same if c.r is not None and c.dataset != c.pretrained_on}
+        if per_dataset:
+            names = dict(zip(("pretrained_on", "group", "predictor", "kind"), key))
+            n = min(c.n for c in same if c.dataset in per_dataset)
+            result.append(names | {"mean": fisher_mean(list(per_dataset.values())), "n": n, "per_dataset": per_dataset})
+    return result
+
+
+def write(rows: list[dict], out: Path, *, seed: int = 0) -> list[Correlation]:
+    """results.csv (every row), correlations.csv and correlations.json in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(rows, out / "results.csv")
+    found = correlate(rows, seed=seed)
+    with (out / "correlations.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(Correlation.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(c) for c in found)
+    content = {"correlations": [asdict(c) for c in found], "averages": averages(found)}
+    (out / "correlations.json").write_text(json.dumps(content, indent=1) + "\n")
+    return found

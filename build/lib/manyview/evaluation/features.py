@@ -1,0 +1,219 @@
+"""Features: computed once through the project's shards and engines, kept on disk, refused when stale.
+
+A cache file is one safetensors file whose header is the manifest: weights, data, ids, transform, pooling, type. A
+file whose manifest or content differs from what is asked for is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from manyview.evaluation.encoder import Encoder, calibrating, frozen
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.loader import normalize
+from manyview.pipeline.store import Corrupt, Store
+from manyview.pipeline.views import Parameters, Policy, clean, parameters
+
+VERSION = "1"
+CALIBRATION, CALIBRATION_BATCH = 1024, 256  # images; fixed, so that --batch changes no number
+
+
+class Stale(Exception):
+    """A cache file that belongs to something else; the text says what differs."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the network is shown of each image: the clean view, then one random view for each of `policy`'s."""
+
+    clean: bool = True
+    policy: Policy | None = None  # of one group, at the encoder's size
+    seed: int = 0
+
+    @property
+    def text(self) -> str:
+        drawn = f"{self.policy} with seed {self.seed}" if self.policy else ""
+        return " + ".join(filter(None, ["1 clean view" if self.clean else "", drawn]))
+
+    def draw(self, size: int, crop_ratio: float, ids: np.ndarray, store: Store) -> list[Parameters]:
+        heights, widths = store.heights[ids], store.widths[ids]
+        made = [clean(size, heights, widths, crop_ratio)] if self.clean else []
+        if self.policy is not None:
+            made.append(parameters(self.policy, self.seed, np.zeros(len(ids)), ids, heights, widths))
+        return made
+
+
+CLEAN = Views()
+
+
+def describe(encoder: Encoder, store: Store, ids: np.ndarray, views: Views = CLEAN) -> dict[str, str]:
+    """The manifest: everything the features depend on."""
+    return {
+        "version": VERSION,
+        "weights": encoder.checkpoint,
+        "data": f"{store.name} {store.split} {store.fingerprint}",
+        "ids": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+        "transform": f"centre square of {encoder.crop_ratio:g} of the short side, {encoder.image_size} px",
+        "normalization": json.dumps([encoder.mean, encoder.std]),
+        "views": views.text,
+        "layer": "the network's pooled output",
+        "dtype": "float32",
+    }
+
+
+def calibrate(
+    encoder: Encoder, store: Store, ids: np.ndarray, engine: Any, *, device: str | torch.device = "cpu"
+) -> None:
+    """Measure an untrained encoder's batch-norm statistics on clean views of these images; no weight changes.
+
+    Fresh layers pretend that every activation has mean 0 and variance 1. Random weights make neither true, so the
+    features would be dominated by a few channels, and whatever is held against them would look better than it is.
+    """
+    module = encoder.module.to(device).to(memory_format=torch.channels_last)
+    # In a seeded order: the samples lie class by class, and a batch of one class has too small a variance.
+    order = np.random.default_rng(0).permutation(ids)
+    batches = np.array_split(order, math.ceil(len(ids) / CALIBRATION_BATCH))
+    with calibrating(module), torch.no_grad():
+        for images in _images(encoder, store, batches, engine, CLEAN):
+            _forward(encoder, images, device)
+    if dist.is_initialized():
+        for value in module.buffers():
+            dist.broadcast(value, 0)
+
+
+def embed(
+    encoder: Encoder,
+    store: Store,
+    ids: np.ndarray,
+    engine: Any,
+    *,
+    batch: int = 256,
+    device: str | torch.device = "cpu",
+    views: Views = CLEAN,
+) -> Tensor:
+    """Features (N, V, F) float32 of these samples, in their order, on the CPU of every rank.
+
+    In evaluation mode, and the encoder is checked to be unchanged after. With several processes each takes every
+    world-th batch, so that the batches, and with them the features, are the same as with one.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    batches = [ids[i : i + batch] for i in range(0, len(ids), batch)]
+    module = encoder.module.to(device).to(memory_format=torch.channels_last)
+    with frozen(module), torch.inference_mode():
+        mine = [_forward(encoder, x, device) for x in _images(encoder, store, batches[rank::world], engine, views)]
+    if world > 1:
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, mine)
+        mine = [gathered[i % world][i // world] for i in range(len(batches))]
+    return torch.cat(mine)
+
+
+def _images(encoder: Encoder, store: Store, batches: list[np.ndarray], engine: Any, views: Views):
+    """(V, B, 3, S, S) uint8 of each batch; the next one is under way while this one is used."""
+    waiting: deque = deque()
+    for ids in [*batches, None]:
+        if ids is not None:
+            drawn = views.draw(encoder.image_size, encoder.crop_ratio, ids, store)
+            waiting.append([engine.submit(ids, p) for p in drawn])
+        while len(waiting) > (0 if ids is None else 1):
+            yield torch.cat([result(pending, store) for pending in waiting.popleft()])
+
+
+def result(pending: Any, store: Store) -> Tensor:
+    """The one group of views (V, B, 3, S, S) of a batch under way; `UserError` for a damaged sample."""
+    try:
+        (group,) = pending.result()
+    except Corrupt as error:
+        raise UserError(
+            f"{store.path} {store.split}: sample {error.key} is damaged ({error.reason}); a score over the others would "
+            "not be comparable: write the shards again"
+        ) from None
+    return group
+
+
+def _forward(encoder: Encoder, images: Tensor, device: str | torch.device) -> Tensor:
+    """(V, B, 3, S, S) -> (B, V, F) on the CPU."""
+    parts = []
+    for view in images:  # one by one: V views of a batch need no more memory than one
+        x = normalize(view.to(device), encoder.mean, encoder.std, torch.float32)
+        parts.append(encoder.module(x.contiguous(memory_format=torch.channels_last)).float())
+        if parts[-1].ndim != 2:
+            raise UserError(f"{encoder.run}: its output is {tuple(parts[-1].shape)}, not (N, F): no pooled features")
+    return torch.stack(parts, 1).cpu()
+
+
+def save(path: Path, manifest: dict[str, str], features: Tensor) -> None:
+    """Write atomically; the manifest gets the content's own hash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = features.contiguous()
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"features": features}, temporary, manifest | {"content": _content(features)})
+    os.replace(temporary, path)
+
+
+def _content(features: Tensor) -> str:
+    return hashlib.sha256(features.numpy().data).hexdigest()
+
+
+def load(path: Path, manifest: dict[str, str]) -> Tensor:
+    """The features of this manifest. `Stale` where the file is of another, or damaged; FileNotFoundError."""
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        with safe_open(path, "pt") as file:
+            found = dict(file.metadata() or {})
+            features = file.get_tensor("features")
+    except (SafetensorError, OSError) as error:
+        raise Stale(f"it is damaged ({error})") from None
+    other = [name for name, value in manifest.items() if found.get(name) != value]
+    if other:
+        raise Stale(f"it was made with other {', '.join(other)}")
+    if found.get("content") != _content(features):
+        raise Stale("its content does not match its hash")
+    return features
+
+
+def cached(path: Path, manifest: dict[str, str], make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+    """(features, whether they were on disk). A stale file is named, refused, and replaced.
+
+    With several processes all call it: all have the file or all make, and the first one writes.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    found: Tensor | None = None
+    try:
+        found = load(path, manifest)
+    except FileNotFoundError:
+        pass
+    except Stale as reason:
+        if first:
+            print(f"{path}: not used, {reason}; computing the features again")
+    if _everyone(found is not None) and found is not None:
+        return found, True
+    features = make()
+    if first:
+        save(path, manifest, features)
+    return features, False
+
+
+def _everyone(mine: bool) -> bool:
+    """Whether this holds in every process."""
+    if not dist.is_initialized():
+        return mine
+    answers = [mine] * dist.get_world_size()
+    dist.all_gather_object(answers, mine)
+    return all(answers)

@@ -1,0 +1,209 @@
+"""Fine-tuning of the whole network, on few labels or all: SGD, momentum 0.9, no weight decay, cosine to 0 by epoch.
+
+Crops and flips only. The headline is the last epoch: the test set is scored once, after it.
+ViTs get layer decay 0.65, label smoothing 0.1 and drop path 0.2; ResNets none of them (Knott et al. 2024).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from manyview.evaluation.encoder import Encoder
+from manyview.evaluation.features import result
+from manyview.evaluation.linear import MOMENTUM, schedule
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.loader import normalize
+from manyview.pipeline.store import Store
+from manyview.pipeline.views import Group, Policy, clean, parameters
+
+LAYER_DECAY, SMOOTHING, DROP_PATH = 0.65, 0.1, 0.2
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Learning rates per 256 samples a step. `batch` in samples."""
+
+    backbone_rate: float
+    head_rate: float
+    epochs: int
+    warmup: int = 0
+    batch: int = 256
+
+
+PRESETS = {
+    "byol2": Preset(0.1, 0.1, 30),
+    "byol1": Preset(0.01, 0.01, 30),
+    "swav-1%": Preset(0.02, 5.0, 20),
+    "swav-10%": Preset(0.01, 0.2, 20),
+    "barlowtwins": Preset(0.005, 0.5, 20),  # as its own README; the benchmarking code has the two swapped
+    "full": Preset(0.1, 0.1, 100, 5),
+}
+
+
+class Classifier(nn.Module):
+    """Backbone, a BatchNorm if asked for, and a linear head from N(0, 0.01)."""
+
+    def __init__(self, backbone: nn.Module, features: int, classes: int, *, bn: bool, seed: int):
+        super().__init__()
+        self.backbone = backbone
+        self.norm = nn.BatchNorm1d(features) if bn else nn.Identity()
+        self.head = nn.Linear(features, classes)
+        with torch.no_grad():
+            self.head.weight.copy_(0.01 * torch.randn(classes, features, generator=torch.Generator().manual_seed(seed)))
+            self.head.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.backbone(x)))
+
+
+def classifier(encoder: Encoder, classes: int, *, bn: bool, seed: int) -> Classifier:
+    """A trainable copy of the encoder with a head; a ViT gets its drop path. The encoder itself is left alone."""
+    module = copy.deepcopy(encoder.module).requires_grad_(True)
+    # A copy that shares no statistics: the width is asked of it in evaluation mode, so that BatchNorm sees nothing.
+    with torch.no_grad():
+        parameter = next(module.parameters())
+        probe = torch.zeros(1, 3, encoder.image_size, encoder.image_size, device=parameter.device)
+        features = module.eval()(probe).shape[1]
+    if is_vit(module):
+        set_drop_path(module, DROP_PATH)
+    return Classifier(module, features, classes, bn=bn, seed=seed)
+
+
+def is_vit(module: nn.Module) -> bool:
+    return hasattr(module, "blocks") and hasattr(module, "patch_embed")
+
+
+def set_drop_path(vit: Any, rate: float) -> None:
+    """Drop path rising linearly from 0 to `rate` over the blocks, as timm sets it at construction."""
+    blocks = list(vit.blocks)
+    for i, block in enumerate(blocks):
+        places = [name for name in ("drop_path1", "drop_path2", "drop_path") if hasattr(block, name)]
+        if not places:
+            raise UserError(
+                f"{type(block).__name__} has no place for drop path: fine-tuning does not know this network"
+            )
+        for name in places:
+            setattr(block, name, DropPath(rate * i / max(1, len(blocks) - 1)))
+
+
+def layer(name: str, depth: int) -> int:
+    """The layer of a ViT's parameter: 0 = embeddings, 1..depth = blocks, depth + 1 = what follows the final norm.
+
+    The final norm is in the last block's layer, as in the paper's table. `UserError` for a name it does not know.
+    """
+    if match := re.match(r"backbone\.blocks\.(\d+)\.", name):
+        return int(match[1]) + 1
+    if name.startswith(("backbone.cls_token", "backbone.pos_embed", "backbone.reg_token", "backbone.patch_embed.",
+                        "backbone.norm_pre.")):  # fmt: skip
+        return 0
+    if name.startswith(("backbone.norm.", "backbone.fc_norm.", "backbone.attn_pool.")):
+        return depth
+    if name.startswith(("norm.", "head.")):
+        return depth + 1
+    raise UserError(f"layer decay does not know the parameter {name!r}: this is not a plain ViT of timm")
+
+
+def groups(model: Classifier, preset: Preset, total: int) -> list[dict]:
+    """Optimizer groups for `total` samples a step: each trainable parameter in exactly one, with its own peak rate.
+
+    A ViT's layer l of L + 1 has its rate times 0.65^(L + 1 - l).
+    """
+    depth = len(model.backbone.blocks) if is_vit(model.backbone) else None  # type: ignore[arg-type]
+    made: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rate = preset.backbone_rate if name.startswith("backbone.") else preset.head_rate
+        if depth is not None:
+            rate *= LAYER_DECAY ** (depth + 1 - layer(name, depth))
+        made.setdefault(rate * total / 256, []).append(parameter)
+    return [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in sorted(made.items())]
+
+
+def train(
+    encoder: Encoder,
+    store: Store,
+    ids: np.ndarray,
+    classes: int,
+    engine: Any,
+    preset: Preset,
+    *,
+    bn: bool = False,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    accumulate: int = 1,
+) -> Classifier:
+    """Fine-tune on these samples for `preset.epochs` passes; returns the network of the last one, in eval mode.
+
+    `accumulate` splits each step into that many forward passes; rates follow the step's samples, not the pass's.
+    """
+    model = classifier(encoder, classes, bn=bn, seed=seed).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    total = min(preset.batch, len(ids))
+    optimizer = torch.optim.SGD(groups(model, preset, total), momentum=MOMENTUM)
+    smoothing = SMOOTHING if is_vit(model.backbone) else 0.0
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
+    labels = torch.tensor(np.asarray(store.labels, np.int64))
+    model.train()
+    for epoch, chosen, images in _batches(encoder, store, ids, engine, preset, seed):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(epoch, preset.epochs, preset.warmup)
+        x = normalize(images.to(device), encoder.mean, encoder.std, torch.float32)
+        y = labels[chosen].to(device)
+        for part, target in zip(x.tensor_split(accumulate), y.tensor_split(accumulate)):
+            with autocast:
+                logits = model(part.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+            (loss * len(part) / len(x)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def _batches(
+    encoder: Encoder, store: Store, ids: np.ndarray, engine: Any, preset: Preset, seed: int
+) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+    """(epoch, ids, images (B, 3, S, S) uint8), the next batch under way while one is used."""
+    policy = Policy("finetune", (Group(1, encoder.image_size, jitter=0.0, grey=0.0),))
+    # Of equal size to within one: a last batch of a single sample would have no BatchNorm statistics.
+    count = math.ceil(len(ids) / preset.batch)
+    generator = np.random.default_rng(seed)
+    waiting: list[tuple] = []
+    for epoch in range(preset.epochs):
+        for chosen in np.array_split(generator.permutation(ids), count):
+            drawn = parameters(
+                policy, seed, np.full(len(chosen), epoch), chosen, store.heights[chosen], store.widths[chosen]
+            )
+            waiting.append((epoch, chosen, engine.submit(chosen, drawn)))
+            if len(waiting) > 1:
+                yield _ready(store, *waiting.pop(0))
+    for one in waiting:
+        yield _ready(store, *one)
+
+
+def _ready(store: Store, epoch: int, chosen: np.ndarray, pending: Any) -> tuple[int, np.ndarray, Tensor]:
+    return epoch, chosen, result(pending, store)[0]
+
+
+@torch.inference_mode()
+def predict(
+    model: Classifier, encoder: Encoder, store: Store, ids: np.ndarray, engine: Any, *,
+    batch: int = 256, device: str | torch.device = "cpu",
+) -> Tensor:  # fmt: skip
+    """Scores (n, C) of these samples' clean views, in evaluation mode, on the CPU."""
+    model.eval()
+    parts = []
+    for chosen in np.array_split(ids, math.ceil(len(ids) / batch)):
+        drawn = clean(encoder.image_size, store.heights[chosen], store.widths[chosen], encoder.crop_ratio)
+        images = result(engine.submit(chosen, drawn), store)[0].to(device)
+        x = normalize(images, encoder.mean, encoder.std, torch.float32)
+        parts.append(model(x.contiguous(memory_format=torch.channels_last)).float().cpu())
+    return torch.cat(parts)

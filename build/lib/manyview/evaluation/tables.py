@@ -1,0 +1,217 @@
+"""The results as a person reads them: one line a protocol, with the untrained network and the lift beside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from manyview.evaluation.compare import Correlation
+from manyview.evaluation.metrics import Score, lift
+
+FIRST = ("linear-sweep", "linear-paper", "knn", "ridge", "finetune", "averaged", "majority")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Accuracies in 0..1; with several draws their mean, `std` between them, and no interval."""
+
+    dataset: str
+    mode: str
+    protocol: str
+    norm: str
+    text: str
+    draws: int
+    n: int
+    top1: float
+    low: float | None
+    high: float | None
+    std: float | None
+    top5: float | None
+    mean_per_class: float
+    untrained: float | None
+    lift: float | None
+    lift_low: float | None
+    lift_high: float | None
+    majority: float | None
+
+
+def lines(rows: list[dict]) -> list[Line]:
+    """From the rows of eval.json; datasets by name, protocols in the order of `FIRST`."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["metric"] in ("top1", "top5", "mean_per_class"):
+            groups.setdefault((row["dataset"], row["mode"], row["protocol"], row["norm"]), []).append(row)
+    chance = {
+        row["dataset"]: row["value"] for row in rows if row["protocol"] == "majority class" and row["metric"] == "top1"
+    }
+    made = [_line(key, found, chance.get(key[0])) for key, found in groups.items() if key[2] != "majority class"]
+    return sorted((line for line in made if line), key=_order)
+
+
+def _order(line: Line) -> tuple:
+    place = next((i for i, name in enumerate(FIRST) if line.protocol.startswith(name)), len(FIRST))
+    number = [int("".join(filter(str.isdigit, word)) or 0) for word in line.protocol.replace("=", " ").split()]
+    return line.dataset, line.mode, place, line.protocol.split()[0], number, line.norm
+
+
+def _values(rows: list[dict], weights: str, metric: str) -> list[dict]:
+    return [row for row in rows if row["weights"] == weights and row["metric"] == metric]
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _line(key: tuple, rows: list[dict], majority: float | None) -> Line | None:
+    trained, fresh = _values(rows, "trained", "top1"), _values(rows, "untrained", "top1")
+    if not trained:
+        return None
+    values = [row["value"] for row in trained]
+    one = trained[0] if len(trained) == 1 else None
+    top1 = _mean(values)
+    spread = math.sqrt(sum((v - top1) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+    untrained = _mean([row["value"] for row in fresh]) if fresh else None
+    between: tuple = (None, None)
+    if one and len(fresh) == 1:
+        between = lift(_score(one), _score(fresh[0]))[1:]
+    fives = [row["value"] for row in _values(rows, "trained", "top5")]
+    classes = [row["value"] for row in _values(rows, "trained", "mean_per_class")]
+    dataset, mode, protocol, norm = key
+    return Line(
+        dataset,
+        mode,
+        protocol,
+        norm,
+        text=trained[0]["text"],
+        draws=len(trained),
+        n=trained[0]["n"],
+        top1=top1,
+        low=one["low"] if one else None,
+        high=one["high"] if one else None,
+        std=spread,
+        top5=_mean(fives) if None not in fives else None,
+        mean_per_class=_mean(classes),
+        untrained=untrained,
+        lift=None if untrained is None else top1 - untrained,
+        lift_low=between[0],
+        lift_high=between[1],
+        majority=majority,
+    )
+
+
+def _score(row: dict) -> Score:
+    return Score(row["value"], None, 0.0, row["low"], row["high"], row["n"])
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def spread(line: Line) -> str:
+    """What stands beside top-1: its interval, or the deviation between draws."""
+    if line.std is not None:
+        return f"± {percent(line.std)} ({line.draws} draws)"
+    return f"[{percent(line.low)}, {percent(line.high)}]"
+
+
+def lifted(line: Line) -> str:
+    if line.lift is None:
+        return ""
+    if line.lift_low is None or line.lift_high is None:
+        return f"{100 * line.lift:+.2f}"
+    return f"{100 * line.lift:+.2f} [{100 * line.lift_low:+.2f}, {100 * line.lift_high:+.2f}]"
+
+
+HEADER = ("protocol", "features", "top-1 %", "95 % interval or spread", "untrained", "lift", "top-5", "per class")
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    name = f"{line.protocol} · {line.mode}" if line.mode != "retrained" else line.protocol
+    return (name, line.norm, percent(line.top1), spread(line), percent(line.untrained), lifted(line),
+            percent(line.top5), percent(line.mean_per_class))  # fmt: skip
+
+
+def console(content: dict) -> str:
+    """All tables of an eval.json as text, each protocol's own words under its numbers."""
+    made = []
+    rows = content["results"]
+    found = lines(rows)
+    for dataset in content["datasets"]:
+        own = [line for line in found if line.dataset == dataset]
+        body = [HEADER, *(cells(line) for line in own)]
+        widths = [max(len(row[i]) for row in body) for i in range(len(HEADER))]
+        made.append(f"\n{heading(dataset, content)}")
+        for row, line in zip(body, [None, *own]):
+            made.append(
+                "  " + "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+            )
+            made += [f"      {line.text}"] if line else []
+        for r in others(rows, dataset):
+            made.append(f"  {r['protocol']} ({r['weights']}) {r['value']:.4g} {r['metric']}\n      {r['text']}")
+    return "\n".join(made)
+
+
+def heading(dataset: str, content: dict) -> str:
+    """Name, sizes, what the baselines are, and whatever is unusual about the data."""
+    facts = content["datasets"][dataset]
+    chance = [r["value"] for r in content["results"] if r["dataset"] == dataset and r["protocol"] == "majority class"
+              and r["metric"] == "top1"]  # fmt: skip
+    parts = [
+        f"{dataset}: {facts['train']:,} training and {facts['test']:,} test images, {len(facts['classes'])} classes"
+    ]
+    parts += [f"majority class {percent(chance[0])} %"] if chance else []
+    return "; ".join([*parts, f"untrained: {facts['untrained']}", *facts["notes"]])
+
+
+def others(rows: list[dict], dataset: str) -> list[dict]:
+    """A dataset's results that are no accuracies: label-free scores and overlaps."""
+    accuracies = ("top1", "top5", "mean_per_class")
+    return [row for row in rows if row["dataset"] == dataset and row["metric"] not in accuracies]
+
+
+def markdown(contents: list[dict], command: str, facts: dict[str, Any]) -> str:
+    """All targets' tables, beginning with the command that makes the file again."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    made = [
+        "# Evaluation",
+        f"Made by `{command}`",
+        f"Commit {facts['commit']}; Python {facts['python']}, {versions}; {facts['device']}, {facts['threads']} threads.",
+        "Every number is of one clean view an image; the test split is scored once. Intervals: 95 %, Wilson for an "
+        "accuracy, Newcombe for a lift over the same network untrained. Percent everywhere.",
+    ]
+    for content in contents:
+        trained_on = f", trained on {content['pretrained_on']}" if content["pretrained_on"] else ""
+        made.append(f"## {content['run']}: {content['backbone']}{trained_on}")
+        weights = f"weights `{content['sha256'][:16]}`" if content["sha256"] else f"weights from {content['source']}"
+        made.append(
+            f"{content['image_size']} px ({content['transform']}); {weights}; parameters `{content['checkpoint'][:16]}`."
+        )
+        if content["trained_by"]:
+            made.append(f"Trained by `{content['trained_by']}`.")
+        for dataset in content["datasets"]:
+            made += _markdown_table(dataset, content)
+    return "\n\n".join(made) + "\n"
+
+
+def _markdown_table(dataset: str, content: dict) -> list[str]:
+    own = [line for line in lines(content["results"]) if line.dataset == dataset]
+    rows = [HEADER, tuple("-" * 3 for _ in HEADER), *(cells(line) for line in own)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    texts = dict.fromkeys((f"{line.protocol} ({line.norm})", line.text) for line in own)
+    described = "\n".join(f"- {name}: {text}" for name, text in texts)
+    free = "\n".join(f"- {row['protocol']} ({row['weights']}): {row['value']:.4g} {row['metric']}; {row['text']}"
+                     for row in others(content["results"], dataset))  # fmt: skip
+    return [f"### {heading(dataset, content)}", table if own else "", described, free]
+
+
+def correlations(found: list[Correlation]) -> str:
+    """Correlations as text, one line a pair and coefficient."""
+    made = []
+    for c in found:
+        value = "none" if c.r is None else f"{c.r:+.2f}"
+        between = "" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]"
+        note = f"  {c.note}" if c.note else ""
+        made.append(f"{c.pretrained_on}, {c.group}: {c.predictor} -> {c.dataset} {c.target}: {c.kind} {value}{between}, "
+                    f"n = {c.n}, {c.runs} runs{note}")  # fmt: skip
+    return "\n".join(made) or "nothing to correlate: no column was measured on the pre-training data"

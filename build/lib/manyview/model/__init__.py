@@ -1,0 +1,1 @@
+"""Backbone, projector and the multi-view objectives."""

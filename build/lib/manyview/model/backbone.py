@@ -1,0 +1,238 @@
+"""Backbones from timm and torchvision, and their weights on disk under names that both load.
+
+`create` gives a module that maps images (N, 3, H, W) to features (N, num_features). Small images get a small stem: a
+3x3, stride 1 convolution without max-pool for ResNets, small patches for ViTs; no parameter changes its name.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from manyview.pipeline.errors import UserError, nearest
+
+SMALL_IMAGE = 64  # pixels, up to which stem "auto" is "small"
+STEMS = ("auto", "small", "standard")
+
+# Networks for a CPU, as a timm name and its keyword arguments, so that timm loads their weights.
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet10-narrow": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}),
+}
+
+
+def names() -> list[str]:
+    """Every valid name: ours, `torchvision:NAME` for its ResNets, and timm's."""
+    torchvisions = [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
+    return [*TINY, *(f"torchvision:{name}" for name in torchvisions), *timm.list_models()]
+
+
+def check(name: str) -> None:
+    """UserError where there is no such backbone to train, with the nearest names."""
+    _family(name)
+    network, tag, _ = name.partition(".")
+    if tag:
+        raise UserError(f"{name} names trained weights; training starts from fresh ones, or --init-from: {network}")
+
+
+def create(name: str, *, image_size: int, stem: str = "auto") -> nn.Module:
+    """A backbone with fresh weights for square images of `image_size` pixels: (N, 3, H, W) -> (N, num_features).
+
+    stem: "small", "standard", or "auto", which is "small" up to 64 pixels where the backbone has one.
+    UserError for an unknown name, and for a network that does not fit the image size.
+    """
+    model = _build(name, image_size, resolve(name, stem, image_size))
+    model.num_features = _features(model, name, image_size)
+    return model
+
+
+def _timm(name: str) -> tuple[str, dict[str, Any]]:
+    """The timm name and keyword arguments behind a backbone's name."""
+    return TINY.get(name, (name.removeprefix("torchvision:"), {}))
+
+
+def _family(name: str) -> str:
+    """`resnet`, `vit` or `other`: which small stem there is."""
+    if name not in TINY and not timm.is_model(name) and name not in names():
+        raise UserError(nearest("backbone", name, names()))
+    module = timm.models.model_entrypoint(_timm(name)[0].split(".")[0]).__module__.rpartition(".")[2]
+    return {"resnet": "resnet", "vision_transformer": "vit", "deit": "vit"}.get(module, "other")
+
+
+def resolve(name: str, stem: str, image_size: int) -> str:
+    """`stem` without "auto". UserError where the backbone has no such stem."""
+    if stem not in STEMS:
+        raise UserError(nearest("stem", stem, STEMS))
+    family = _family(name)
+    if stem == "small" and family == "other":
+        raise UserError(f"backbone {name!r} has no small stem; ResNets and ViTs have one")
+    if stem == "auto":
+        return "small" if image_size <= SMALL_IMAGE and family != "other" else "standard"
+    return stem
+
+
+def _kwargs(name: str, stem: str, image_size: int) -> dict[str, Any]:
+    """What timm.create_model needs beside its name and num_classes=0."""
+    timm_name, kwargs = _timm(name)
+    if timm.models.get_pretrained_cfg_value(timm_name, "fixed_input_size"):
+        kwargs = {**kwargs, "img_size": image_size}
+    if stem == "small" and _family(name) == "vit":
+        kwargs = {**kwargs, "patch_size": small_patch(image_size)}
+    return kwargs
+
+
+def small_patch(image_size: int) -> int:
+    """The largest patch (pixels) that divides the image into 7 x 7 patches or more: 4 at 32 px, 8 at 64."""
+    return max(p for p in range(1, image_size // 7 + 1) if image_size % p == 0)
+
+
+def _build(name: str, image_size: int, stem: str) -> Any:
+    if name.startswith("torchvision:"):
+        model = torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None)
+        model.fc = nn.Identity()
+    else:
+        kwargs = _kwargs(name, stem, image_size)
+        try:
+            model = timm.create_model(_timm(name)[0], pretrained=False, num_classes=0, **kwargs)
+        except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"backbone {name!r} does not take {image_size} px images: {_line(error)}") from error
+    if stem == "small" and _family(name) == "resnet":
+        _small_stem(model)
+    return model
+
+
+def _small_stem(model: Any) -> None:
+    """First convolution 3x3 at stride 1, no max-pool; BatchNorm and ReLU after it stay."""
+    if isinstance(model.conv1, nn.Sequential):  # a deep stem is 3x3 already
+        deep: Any = model.conv1[0]
+        deep.stride = (1, 1)
+    else:
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+
+
+@torch.no_grad()
+def _features(model: nn.Module, name: str, image_size: int) -> int:
+    """The width of the output, by asking: a few of timm's networks state another one."""
+    try:
+        y = model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(f"backbone {name!r} does not take {image_size} px images: {_line(error)}") from error
+    finally:
+        model.train()
+    if y.ndim != 2:
+        raise UserError(f"backbone {name!r} gives no feature vector but {tuple(y.shape[1:])}")
+    return y.shape[1]
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------- on disk
+
+
+def save(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write weights as safetensors, atomically. `metadata` names at least `backbone`, `stem` and `image_size`.
+
+    UserError where they cannot be written.
+
+    It goes into the file's header, with `num_features`; wrappers (DDP, torch.compile) leave no trace in the names.
+    """
+    if missing := {"backbone", "stem", "image_size"} - metadata.keys():
+        raise ValueError(f"backbone metadata lacks {', '.join(sorted(missing))}")
+    while (inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None)) is not None:
+        module = inner
+    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    header = {"format": "pt", **metadata, "num_features": str(module.num_features)}
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={key: str(value) for key, value in header.items()})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except SafetensorError as error:  # what a full disk is here
+        raise UserError(
+            f"{path} not written: {_line(error)}; with room there, the same command with --resume"
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """The header of a file that `save` wrote; `path` may be its run directory. UserError for anything else."""
+    path = locate(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except Exception as error:
+        raise UserError(f"{path}: not a safetensors file ({_line(error)})") from error
+    if "backbone" not in header:
+        raise UserError(f"{path}: its header names no backbone; it was not written by this project's train.py")
+    return header
+
+
+def locate(path: str | Path) -> Path:
+    """`path`, or `backbone.safetensors` in it where it is a run directory. UserError where there is none."""
+    path = Path(path)
+    file = path / "backbone.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no weights at {file}; `python train.py` writes them into its run directory")
+    return file
+
+
+def load(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
+    """The backbone in a file that `save` wrote (or in its run directory), in eval mode, and the file's metadata."""
+    header = metadata(path)
+    model = create(header["backbone"], image_size=int(header["image_size"]), stem=header["stem"])
+    model.load_state_dict(load_file(locate(path)), strict=True)
+    return model.eval(), header
+
+
+def fill(model: nn.Module, name: str, path: str | Path) -> None:
+    """Load the weights at `path` into `model`, a backbone `name`. UserError where they are another network's."""
+    header = metadata(path)
+    if header["backbone"] != name:
+        raise UserError(f"{path} holds a {header['backbone']}, not a {name}: give --backbone {header['backbone']}")
+    try:
+        model.load_state_dict(load_file(locate(path)), strict=True)
+    except RuntimeError as error:
+        size = int(header["image_size"])
+        stem = resolve(name, header["stem"], size)
+        what = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} does not fit: it was trained at {size} px with stem {stem} ({what})") from error
+
+
+def timm_snippet(header: dict[str, str], path: str = "backbone.safetensors") -> str:
+    """Lines of Python that load the weights at `path` into timm, strictly, with nothing of this project."""
+    name, image_size = header["backbone"], int(header["image_size"])
+    kwargs = _kwargs(name, resolve(name, header["stem"], image_size), image_size)
+    arguments = "".join(f", {key}={value!r}" for key, value in kwargs.items())
+    lines = ["import timm, torch", "from safetensors.torch import load_file"]
+    lines.append(f"model = timm.create_model({_timm(name)[0]!r}, num_classes=0{arguments})")
+    lines += stem_lines(header)
+    lines.append(f"model.load_state_dict(load_file({path!r}), strict=True)")
+    return "\n".join(lines)
+
+
+def stem_lines(header: dict[str, str]) -> list[str]:
+    """The lines that give a timm or torchvision ResNet `model` the small stem; none where it has the standard one."""
+    name, image_size = header["backbone"], int(header["image_size"])
+    if _family(name) != "resnet" or resolve(name, header["stem"], image_size) != "small":
+        return []
+    conv = _build(name, image_size, "small").conv1
+    if isinstance(conv, nn.Sequential):
+        first = "model.conv1[0].stride = (1, 1)"
+    else:
+        first = f"model.conv1 = torch.nn.Conv2d(3, {conv.out_channels}, 3, padding=1, bias=False)"
+    return [first, "model.maxpool = torch.nn.Identity()"]

@@ -1,0 +1,1 @@
+"""From shard bytes to view tensors: sources, shards, store, plan, views, engines, loader."""

@@ -1,0 +1,147 @@
+"""ImageNet: class folders, or the official tars and development kit as they were downloaded. Nothing is unpacked."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from manyview.pipeline.convert.sources import SUFFIXES, Source, Split, changed, folders, read_range
+from manyview.pipeline.errors import UserError
+
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+
+
+class Member(NamedTuple):
+    name: str
+    label: int
+    path: str
+    offset: int
+    size: int
+
+
+def _split(name: str, found: list[Member]) -> Split:
+    found = sorted(found, key=lambda member: os.fsencode(member.name))
+    labels, sizes = ([getattr(member, what) for member in found] for what in ("label", "size"))
+    return Split(
+        name,
+        [member.name for member in found],
+        np.array(labels, np.int64),
+        np.array(sizes, np.int64),
+        lambda i: read_range(*found[i][2:]),
+        changed([member.path for member in found]),
+    )
+
+
+def imagenet(source: Path, only: set[str] | None = None) -> Source:
+    """Class folders below train/ and val/, or the official archives as they were downloaded."""
+    return imagenet_tars(source, only) if has_imagenet_tars(source) else folders.folder(source, only=only)
+
+
+def imagenet100_classes() -> set[str]:
+    text = Path(__file__).with_name("imagenet100.txt").read_text()
+    return {line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")}
+
+
+def has_imagenet_tars(source: Path) -> bool:
+    return (source / TRAIN).is_file() or (source / VAL).is_file()
+
+
+def imagenet_tars(source: Path, only: set[str] | None = None) -> Source:
+    """The official train and val archives in one folder; val's labels come from the development kit beside them.
+
+    The samples have the names they have in the class-folder layout, so both make the same shards.
+    """
+    result = Source([], [], watch=[str(source / name) for name in (TRAIN, VAL, DEVKIT) if (source / name).exists()])
+    train = _train_members(source / TRAIN, only, result) if (source / TRAIN).is_file() else {}
+    wnids = _devkit(source / DEVKIT) if (source / VAL).is_file() else []
+    result.classes = sorted(only or {*train, *wnids})
+    if train and (missing := sorted(set(result.classes) - set(train))):
+        raise UserError(f"{source / TRAIN} lacks {len(missing)} classes, the first is {missing[0]}")
+    number = {wnid: i for i, wnid in enumerate(result.classes)}
+    members = [member._replace(label=number[wnid]) for wnid, found in train.items() for member in found]
+    result.splits.append(_split("train", members))
+    if wnids:
+        result.splits.append(_split("val", _val_members(source / VAL, wnids, number, result)))
+    return result
+
+
+def _images(path: Path, offset: int, split: str, result: Source) -> Iterator[tarfile.TarInfo]:
+    """Image members of a tar that begins somewhere in a file; what is no plain file inside it goes to `problems`."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for info in archive:
+                    if reason := refused(info):
+                        result.problems.append({"split": split, "name": info.name, "reason": reason})
+                    elif not info.isreg() or os.path.splitext(info.name)[1].lower() not in {*SUFFIXES, ".tar"}:
+                        result.ignored += not info.isdir()
+                    else:
+                        yield info
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is no whole tar archive (at byte {offset}): {error}") from None
+
+
+def refused(info: tarfile.TarInfo) -> str:
+    """Why a member is not to be used; empty if it may."""
+    parts = info.name.split("/")
+    if info.name.startswith("/") or ".." in parts:
+        return "its name climbs out of the archive"
+    if info.issym() or info.islnk():
+        return "is a link"
+    return "is no regular file" if not (info.isreg() or info.isdir()) else ""
+
+
+def _train_members(path: Path, only: set[str] | None, result: Source) -> dict[str, list[Member]]:
+    found = {}
+    for outer in _images(path, 0, "train", result):
+        wnid = os.path.splitext(os.path.basename(outer.name))[0]
+        if only is None or wnid in only:
+            found[wnid] = [
+                Member(f"{wnid}/{info.name}", -1, str(path), info.offset_data, info.size)
+                for info in _images(path, outer.offset_data, "train", result)
+            ]
+    return found
+
+
+def _val_members(path: Path, wnids: list[str], number: dict[str, int], result: Source) -> list[Member]:
+    images = sorted(_images(path, 0, "val", result), key=lambda info: info.name)
+    if len(images) != len(wnids):
+        raise UserError(f"{path} has {len(images)} images, the development kit labels {len(wnids)}")
+    return [
+        Member(f"{wnid}/{info.name}", number[wnid], str(path), info.offset_data, info.size)
+        for wnid, info in zip(wnids, images)
+        if wnid in number
+    ]
+
+
+def _devkit(path: Path) -> list[str]:
+    """The class (wnid) of each validation image, in order of file name."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: it holds the labels of {VAL} (or remove {VAL} to convert train alone)")
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError("reading ImageNet's development kit takes scipy: pip install scipy") from None
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            files = {os.path.basename(info.name): info for info in archive if info.isreg()}
+            meta, truth = (
+                archive.extractfile(files[name]).read()  # type: ignore[union-attr]
+                for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+            )
+    except KeyError as error:
+        raise UserError(f"{path} holds no {error.args[0]}") from None
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} is no whole .tar.gz: {error}") from None
+    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    return [wnids[int(number)] for number in truth.split()]

@@ -1,0 +1,175 @@
+"""The pixels of a view on the CPU: resize, mirror, color, blur, solarize, compiled and without Python's lock.
+
+One pass makes one output row at a time while it is in cache: the rows of the box are combined (antialiasing triangle
+filter, as Pillow's and torch's `antialias=True`), the columns are combined, the color map is applied and the result is
+rounded once. Indices into rows are unsigned where they come from tables: a signed one costs a test each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+ZERO, HALF, FULL = np.float32(0), np.float32(0.5), np.float32(255)
+# What of fast math changes no finite value. Reassociating and fusing would: a compiler may do either here and not there,
+# and did, so that views differed by one grey level between the process that compiled and those that found it compiled.
+EXACT = {"nnan", "ninf", "nsz"}
+ONE, TWO, THREE = np.uint64(1), np.uint64(2), np.uint64(3)
+
+
+@njit(cache=True, nogil=True)
+def render(pixels, heights, widths, first, box, flip, color, sigma, solarize, out):
+    """Write the views of images that lie behind each other in `pixels` (uint8, flat), samples `first`, `first` + 1 … of a batch.
+
+    `heights` and `widths` are theirs, (n,) int64; `out` (V, B, S, S, 3) is uint8 and contiguous, all else as in
+    `views.Parameters`.
+    """
+    size, start = out.shape[2], 0
+    for i in range(len(heights)):
+        b, stop = first + i, start + 3 * heights[i] * widths[i]
+        rows = pixels[start:stop].reshape(heights[i], 3 * widths[i])
+        for v in range(out.shape[0]):
+            view = out[v, b].reshape(size, size * 3)
+            sharp = np.empty_like(view) if sigma[v, b] > 0 else view
+            resize(rows, box[v, b], flip[v, b], color[v, b], sharp)
+            _finish(sharp, sigma[v, b], solarize[v, b], view)
+        start = stop
+
+
+@njit(cache=True, nogil=True)
+def finish(crops, color, sigma, solarize, out):
+    """What follows the resize: `crops` and `out` (V, S, S, 3) uint8, `color` (V, 3, 4), `sigma` and `solarize` (V,)."""
+    size = out.shape[1]
+    red, green, blue = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    for v in range(out.shape[0]):
+        crop, view = crops[v].reshape(size, size * 3), out[v].reshape(size, size * 3)
+        sharp = np.empty_like(view) if sigma[v] > 0 else view
+        for y in range(size):
+            for x in range(size):
+                red[x], green[x], blue[x] = crop[y, 3 * x], crop[y, 3 * x + 1], crop[y, 3 * x + 2]
+            _color_row(red, green, blue, color[v], sharp[y])
+        _finish(sharp, sigma[v], solarize[v], view)
+
+
+@njit(cache=True, nogil=True)
+def _finish(sharp, sigma, solarize, view):
+    if sigma > 0:
+        blur(sharp, sigma, view)
+    if solarize:
+        values = view.reshape(view.size)
+        for j in range(len(values)):
+            values[j] = min(values[j], np.uint8(255) - values[j])
+
+
+@njit(cache=True, nogil=True, fastmath=EXACT)
+def resize(rows, box, flip, color, out):
+    """`out` (S, 3 S): the box of an image, (H, 3 W), resized, mirrored if `flip`, through the (3, 4) color map."""
+    size = len(out)
+    left, width = 3 * box[1], 3 * box[3]
+    y_first, y_weight = triangle(box[2], size, False)
+    x_first, x_weight = triangle(box[3], size, flip)
+    line = np.empty(width, np.float32)
+    red, green, blue = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    for y in range(size):
+        _combine_rows(rows, box[0] + np.int64(y_first[y]), left, left + width, y_weight[y], line)
+        for x in range(size):
+            at = x_first[x] * THREE
+            r, g, b = ZERO, ZERO, ZERO
+            for weight in x_weight[x]:
+                r += weight * line[at]
+                g += weight * line[at + ONE]
+                b += weight * line[at + TWO]
+                at += THREE
+            red[x], green[x], blue[x] = r, g, b
+        _color_row(red, green, blue, color, out[y])
+
+
+@njit(cache=True, nogil=True, fastmath=EXACT, inline="always")
+def _combine_rows(rows, first, start, stop, weights, line):
+    one = rows[first, start:stop]
+    if len(weights) == 1:
+        for j in range(len(line)):
+            line[j] = np.float32(one[j])
+        return
+    two, p, q = rows[first + 1, start:stop], weights[0], weights[1]
+    for j in range(len(line)):
+        line[j] = p * np.float32(one[j]) + q * np.float32(two[j])
+    for k in range(2, len(weights)):
+        if weights[k] > ZERO:
+            more, p = rows[first + k, start:stop], weights[k]
+            for j in range(len(line)):
+                line[j] += p * np.float32(more[j])
+
+
+@njit(cache=True, nogil=True, fastmath=EXACT, inline="always")
+def _color_row(red, green, blue, m, out):
+    for x in range(len(red)):
+        r, g, b = red[x], green[x], blue[x]
+        out[3 * x] = np.uint8(min(max(m[0, 0] * r + m[0, 1] * g + m[0, 2] * b + m[0, 3] + HALF, ZERO), FULL))
+        out[3 * x + 1] = np.uint8(min(max(m[1, 0] * r + m[1, 1] * g + m[1, 2] * b + m[1, 3] + HALF, ZERO), FULL))
+        out[3 * x + 2] = np.uint8(min(max(m[2, 0] * r + m[2, 1] * g + m[2, 2] * b + m[2, 3] + HALF, ZERO), FULL))
+
+
+@njit(cache=True, nogil=True)
+def triangle(n, size, mirror):
+    """The antialiased bilinear filter from n to `size` pixels: first source pixel (size,), weights (size, taps)."""
+    scale = n / size
+    support = max(scale, 1.0)
+    taps = min(n, math.ceil(2 * support))
+    first, weight = np.empty(size, np.uint64), np.zeros((size, taps), np.float32)
+    for i in range(size):
+        center = scale * (i + 0.5) - 0.5
+        low = max(math.floor(center - support) + 1, 0)
+        high = min(math.ceil(center + support), n)
+        start, total, row = min(low, n - taps), 0.0, size - 1 - i if mirror else i
+        for x in range(low, high):
+            total += 1 - abs(x - center) / support
+        for x in range(low, high):
+            weight[row, x - start] = (1 - abs(x - center) / support) / total
+        first[row] = start
+    return first, weight
+
+
+@njit(cache=True, nogil=True, fastmath=EXACT)
+def blur(image, sigma, out):
+    """Gaussian blur of `image` (S, 3 S) uint8 into `out`, to 3 sigma, edges reflected without repeating the border."""
+    size, n, reach = len(image), image.shape[1], math.ceil(3 * sigma)
+    weight = np.empty(reach + 1, np.float32)
+    total = 0.0
+    for k in range(reach + 1):
+        weight[k] = math.exp(-0.5 * (k / sigma) ** 2)
+        total += weight[k] if k == 0 else 2 * weight[k]
+    weight /= np.float32(total)
+    padded, line = np.empty(n + 6 * reach, np.float32), np.empty(n, np.float32)
+    for y in range(size):
+        middle, one, p = padded[3 * reach : 3 * reach + n], image[y], weight[0]
+        for j in range(n):
+            middle[j] = p * np.float32(one[j])
+        for k in range(1, reach + 1):
+            one, two, p = image[_reflect(y - k, size)], image[_reflect(y + k, size)], weight[k]
+            for j in range(n):
+                middle[j] += p * (np.float32(one[j]) + np.float32(two[j]))
+        for x in range(1, reach + 1):
+            for c in range(3):
+                padded[3 * (reach - x) + c] = middle[3 * _reflect(-x, size) + c]
+                padded[3 * (reach + size - 1 + x) + c] = middle[3 * _reflect(size - 1 + x, size) + c]
+        p = weight[0]
+        for j in range(n):
+            line[j] = p * middle[j] + HALF
+        for k in range(1, reach + 1):
+            before, after, p = padded[3 * (reach - k) :], padded[3 * (reach + k) :], weight[k]
+            for j in range(n):
+                line[j] += p * (before[j] + after[j])
+        target = out[y]
+        for j in range(n):
+            target[j] = np.uint8(line[j])
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _reflect(i, n):
+    if 0 <= i < n or n == 1:
+        return i if n > 1 else 0
+    i = abs(i) % (2 * n - 2)
+    return i if i < n else 2 * n - 2 - i

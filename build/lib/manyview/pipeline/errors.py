@@ -1,0 +1,56 @@
+"""Messages a user can act on: one line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+REFUSED = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)
+
+
+class UserError(Exception):
+    """Bad input. The text names what is wrong and, where there is one, the command or value that would help.
+
+    Several errors at once are joined by newlines: one line each.
+    """
+
+
+def nearest(kind: str, given: str, valid: Iterable[str]) -> str:
+    """The message for an unknown name: `unknown backbone 'resnet19'; nearest: resnet18, resnet10t`."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(given, names, n=4, cutoff=0.4)
+    hint = f"nearest: {', '.join(close)}" if close else f"valid: {', '.join(names[:20])}"
+    return f"unknown {kind} {given!r}; {hint}"
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and exit: 0 or its own code; 2 with one line an error for `UserError` and for what the system
+    refuses by the name of a file (no room, no permission, no such folder); 130 for Ctrl-C."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

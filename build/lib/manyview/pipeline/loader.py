@@ -1,0 +1,170 @@
+"""Plan + store + parameters + engine -> batches, some of them under way while the consumer works."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.machine import Memory
+from manyview.pipeline.plan import Plan
+from manyview.pipeline.store import Corrupt, Store
+from manyview.pipeline.views import Policy, clean, parameters
+
+CATCH_UP = 4  # steps' reads asked for at a time until storage is `plan.ahead` steps ahead
+
+
+@dataclass
+class Batch:
+    step: int
+    ids: torch.Tensor  # (B,) int64, as `epochs` and `labels` (-1 = unlabelled)
+    epochs: torch.Tensor
+    labels: torch.Tensor
+    views: list[torch.Tensor]  # per group (V, B, 3, S, S) uint8, channels-last memory
+
+
+class Loader:
+    """The batches of a plan. The engine belongs to the caller, who closes it.
+
+    A sample that cannot be read is replaced, for good, by the next one of the plan; it is named once on stderr and
+    kept in `bad` (id -> its key and the reason). More than `max_bad` (a share of the plan's samples) of them raise
+    `UserError`; of several processes each counts what it has met, and what it was told of by `learn`.
+    `timings` are seconds so far: `wait` (the consumer waited for a batch), `parameters`, and the engine's own; and the
+    number of `batches`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        policy: Policy,
+        engine: Any,
+        *,
+        seed: int,
+        prefetch: int = 2,
+        max_bad: float = 0.01,
+    ):
+        self.store, self.plan, self.policy, self.engine = store, plan, policy, engine
+        self.seed, self.prefetch, self.max_bad = seed, max(1, prefetch), max_bad
+        self.bad: dict[int, str] = {}
+        self._timings = {"wait": 0.0, "parameters": 0.0, "batches": 0.0}
+
+    @property
+    def timings(self) -> dict[str, float]:
+        return self._timings | getattr(self.engine, "seconds", {})
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Batches of steps `start` .. `stop - 1`, in order."""
+        waiting: deque = deque()
+        step = told = start
+        # An engine that holds every image lets storage rest: pages that the system has dropped would be read again for nothing.
+        reading = iter(()) if getattr(self.engine, "holds_all", False) else self.plan.reading(start, stop)
+        try:
+            while step < stop or waiting:
+                while step < stop and len(waiting) < self.prefetch:
+                    for ids in islice(reading, min(CATCH_UP, step + self.plan.ahead - told)):
+                        self.store.prefetch(ids)
+                        told += 1
+                    waiting.append(self._submit(step))
+                    step += 1
+                yield self._finish(*waiting.popleft())
+        finally:
+            for *_, pending in waiting:
+                pending.cancel()
+
+    def _submit(self, step: int) -> tuple:
+        begun = time.perf_counter()
+        ids, epochs = self.plan.batch(step)
+        ids = self._replace(ids)
+        drawn = parameters(self.policy, self.seed, epochs, ids, self.store.heights[ids], self.store.widths[ids])
+        self._timings["parameters"] += time.perf_counter() - begun
+        return step, ids, epochs, self.engine.submit(ids, drawn)
+
+    def _finish(self, step: int, ids: np.ndarray, epochs: np.ndarray, pending: Any) -> Batch:
+        begun = time.perf_counter()
+        while True:
+            try:
+                views = pending.result()
+                break
+            except Corrupt as error:
+                pending.cancel()
+                self._quarantine(error)
+                step, ids, epochs, pending = self._submit(step)
+        self._timings["wait"] += time.perf_counter() - begun
+        self._timings["batches"] += 1
+        labels = torch.from_numpy(np.asarray(self.store.labels[ids], np.int64))
+        return Batch(step, torch.from_numpy(ids), torch.from_numpy(epochs), labels, views)
+
+    def _replace(self, ids: np.ndarray) -> np.ndarray:
+        """Bad samples become the next good one of the plan: the same one on every rank and after a resume."""
+        if not self.bad:
+            return ids
+        ids = ids.copy()
+        for b in range(len(ids)):
+            while int(ids[b]) in self.bad:
+                ids[b] = self.plan.after(int(ids[b]))
+        return ids
+
+    def _quarantine(self, error: Corrupt) -> None:
+        if error.id not in self.bad:
+            print(f"bad sample {error.key} ({error.reason}): replaced from now on", file=sys.stderr)
+        self.learn({error.id: f"{error.key} ({error.reason})"})
+
+    def learn(self, bad: dict[int, str]) -> None:
+        """Replace these samples too, which another process found; UserError above `max_bad`."""
+        self.bad |= bad
+        if len(self.bad) > self.max_bad * self.plan.n:
+            raise UserError(
+                f"{self.store.name}: {len(self.bad)} bad samples are more than --max-bad {self.max_bad:g} of "
+                f"{self.plan.n}; the last one is {list(self.bad.values())[-1]}"
+            )
+        if len(self.bad) >= self.plan.n:
+            raise UserError(f"{self.store.name}: not one of {self.plan.n} samples can be read")
+
+
+_MEMORY = Memory()
+
+
+def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """(x - mean) / std with mean and std in 0..255, on the views' device; (..., 3, S, S), channels-last memory.
+
+    Along rows of 3 S numbers: a kernel that repeats three numbers spends two to four times as long on the CPU.
+    """
+    width = views.shape[-1]
+    scale, shift = _rows_of(tuple(mean), tuple(std), width, views.device)
+    pixels = views.movedim(-3, -1).flatten(-2)
+    if pixels.device.type == "cpu":
+        rows = torch.from_numpy(_MEMORY.empty(tuple(pixels.shape), np.float32)).copy_(pixels)
+    else:
+        rows = pixels.to(torch.float32, copy=True)  # torch keeps a device's memory by itself
+    torch.addcmul(shift, rows, scale, out=rows)
+    return rows.unflatten(-1, (width, 3)).movedim(-1, -3).to(dtype)
+
+
+@lru_cache
+def _rows_of(mean: tuple, std: tuple, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of a row. Kept: on a GPU each would be a copy from the host, and that waits for all work queued."""
+    scale = torch.tensor([1 / s for s in std], device=device, dtype=torch.float32)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=device, dtype=torch.float32)
+    return scale.repeat(width), shift.repeat(width)
+
+
+def clean_views(store: Store, engine: Any, size: int, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+    """One centre view of each of these images that can be read: (their ids (B,), views (B, 3, size, size) uint8)."""
+    while True:
+        try:
+            (group,) = engine(ids, clean(size, store.heights[ids], store.widths[ids]))
+            return ids, group[0]
+        except Corrupt as error:
+            ids = ids[ids != error.id]
+            if not len(ids):
+                return ids, torch.empty(0, 3, size, size, dtype=torch.uint8)

@@ -1,0 +1,310 @@
+"""What is done to each view: a pure function of (seed, epoch, sample id, view).
+
+A view is four steps, the same in every engine: an antialiased resize of a box, mirrored or not; one 3x4 color map;
+a blur; solarize. `parameters` draws the numbers for a whole batch, engines draw nothing. See docs of `color_map` for
+where this differs from torchvision's chain of clamped operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numba import njit
+
+from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.philox import below, philox, uniform
+
+
+@dataclass(frozen=True)
+class Group:
+    """Views of one size. `blur` and `solarize` list one probability a view; a shorter list is repeated."""
+
+    count: int
+    size: int  # pixels, square
+    scale: tuple[float, float] = (0.08, 1.0)  # the crop's share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
+    flip: float = 0.5  # probabilities of a mirror image, of the color jitter, of grey
+    jitter: float = 0.8
+    grey: float = 0.2
+    brightness: float = 0.4  # factors are drawn from [1 - x, 1 + x]
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # of a full turn, drawn from [-x, x]
+    blur: tuple[float, ...] = (0.0,)
+    sigma: tuple[float, float] = (0.1, 2.0)  # of the blur, in pixels of the view
+    solarize: tuple[float, ...] = (0.0,)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`groups[0]` are the global views, `groups[1]`, if there, the local crops."""
+
+    name: str
+    groups: tuple[Group, ...]
+
+    @property
+    def views(self) -> int:
+        return sum(group.count for group in self.groups)
+
+
+@dataclass
+class Parameters:
+    """Everything that makes the V views of B images; V runs over all groups in order."""
+
+    sizes: tuple[int, ...]  # (V,) pixels
+    box: np.ndarray  # (V, B, 4) int32: top, left, height, width in source pixels
+    flip: np.ndarray  # (V, B) bool
+    color: np.ndarray  # (V, B, 3, 4) float32: out = color @ (r, g, b, 1), values 0..255
+    sigma: np.ndarray  # (V, B) float32: pixels of the view, 0 = no blur
+    solarize: np.ndarray  # (V, B) bool: invert values of 128 and more
+
+    @property
+    def groups(self) -> list[slice]:
+        """The runs of equal size: one output tensor each."""
+        edges = [v for v in range(1, len(self.sizes)) if self.sizes[v] != self.sizes[v - 1]]
+        return [slice(a, b) for a, b in zip([0, *edges], [*edges, len(self.sizes)])]
+
+
+SIMCLR = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "blur": (0.5,)}
+BYOL = {"saturation": 0.2, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)}
+POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {  # global views, local crops
+    "simclr": (SIMCLR, None),  # Chen et al. 2020, strength 1
+    "byol": (BYOL, None),  # Grill et al. 2020: first view always blurred, second solarized, and so on alternately
+    "barlow": (BYOL, None),  # Zbontar et al. 2021 use BYOL's numbers
+    "cifar": ({"hue": 0.0}, None),  # the three sets of the small-projector paper
+    "stl": ({"hue": 0.0, "scale": (0.2, 1.0), "grey": 0.1}, None),
+    "imagenet100": ({"solarize": (0.2,)}, None),
+    "multicrop": (  # two global views and the rest local crops at 3/7 of the size, as Caron et al. 2021 (DINO)
+        BYOL | {"scale": (0.4, 1.0)},
+        BYOL | {"scale": (0.05, 0.4), "blur": (0.5,), "solarize": (0.0,)},
+    ),
+    "none": ({"scale": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "grey": 0.0}, None),
+}
+
+
+def policy(name: str, views: int, size: int, overrides: dict[str, Any] | None = None) -> Policy:
+    """The named policy for this many views of `size` pixels.
+
+    `overrides` changes fields of `Group` by name: `{"hue": 0, "local.scale": [0.05, 0.25]}`; `global.` and `local.`
+    pick one group. `count` and `size` of the local crops may be given too.
+    """
+    if name not in POLICIES:
+        raise UserError(nearest("policy", name, POLICIES))
+    if views < 1 or size < 1:
+        raise UserError(f"views and size must be at least 1, not {views} and {size}")
+    first, second = POLICIES[name]
+    if second is not None and views < 3:
+        raise UserError(f"policy {name!r} needs at least 3 views (2 global and the rest local), not {views}")
+    groups = [Group(views if second is None else 2, size, **first)]
+    if second is not None:
+        groups.append(Group(views - 2, max(1, round(size * 3 / 7)), **second))
+    changed = _override(groups, overrides or {})
+    errors = [error for group in changed for error in _check(group)]
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(errors)))
+    return Policy(name, tuple(changed))
+
+
+def overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """Overrides from the command line: each `key=value` (value in YAML: `hue=0`, `local.scale=[0.05,0.25]`), or the
+    path of a YAML file of such keys."""
+    result: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        try:
+            found = {key.strip(): yaml.safe_load(value)} if equals else yaml.safe_load(Path(text).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"view setting {text!r} is neither key=value nor a readable YAML file: {error}") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{text}: expected lines of `key: value`, as in `hue: 0.1`")
+        result.update({str(key): value for key, value in found.items()})
+    return result
+
+
+def _override(groups: list[Group], changes: dict[str, Any]) -> list[Group]:
+    names = {"global": 0, "local": 1}
+    valid = [field.name for field in fields(Group)]
+    errors = []
+    for key, value in changes.items():
+        where, _, field = key.rpartition(".")
+        if field not in valid or (where and where not in names):
+            errors.append(nearest("view setting", key, [*valid, *(f"{n}.{v}" for n in names for v in valid)]))
+            continue
+        if where and names[where] >= len(groups):
+            errors.append(f"view setting {key!r}: this policy has no local crops; `multicrop` has")
+            continue
+        try:
+            convert = _convert(field, value)
+        except (TypeError, ValueError, OverflowError):
+            errors.append(f"view setting {key}={value!r} is not a number or a list of numbers as in {field}="
+                          f"{getattr(groups[0], field)}")  # fmt: skip
+            continue
+        for g in [names[where]] if where else range(len(groups)):
+            groups[g] = replace(groups[g], **{field: convert})
+    if errors:
+        raise UserError("\n".join(errors))
+    return groups
+
+
+def _convert(field: str, value: Any) -> Any:
+    if field in ("count", "size"):
+        if int(value) != float(value):
+            raise ValueError(value)
+        return int(value)
+    if field in ("scale", "ratio", "sigma", "blur", "solarize"):
+        return tuple(float(x) for x in (value if isinstance(value, list | tuple) else [value]))
+    return float(value)
+
+
+def _check(group: Group) -> list[str]:
+    errors = []
+    for name in ("flip", "jitter", "grey", "blur", "solarize"):
+        value = getattr(group, name)
+        if not all(0 <= p <= 1 for p in (value if isinstance(value, tuple) else (value,))) or value == ():
+            errors.append(f"view setting {name} must be a probability in [0, 1], not {value}")
+    for name, low, high in (("scale", 0, 1), ("ratio", 0, math.inf), ("sigma", 0, math.inf)):
+        value = getattr(group, name)
+        if len(value) != 2 or not low < value[0] <= value[1] <= high or not math.isfinite(value[1]):
+            errors.append(f"view setting {name} must be two ascending numbers above {low}, not {value}")
+    for name, high in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+        if not 0 <= getattr(group, name) <= high:
+            errors.append(f"view setting {name} must be in [0, {high}], not {getattr(group, name)}")
+    if group.count < 1 or group.size < 1:
+        errors.append(f"view settings count and size must be at least 1, not {group.count} and {group.size}")
+    return errors
+
+
+def parameters(
+    chosen: Policy, seed: int, epochs: np.ndarray, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> Parameters:
+    """Draw the views of a batch. `epochs`, `ids`, `heights`, `widths`: (B,) integers; sizes in source pixels."""
+    sizes = tuple(group.size for group in chosen.groups for _ in range(group.count))
+    empty = _empty(sizes, len(ids))
+    integers = [np.ascontiguousarray(a, np.int64) for a in (epochs, ids, heights, widths)]
+    outputs = (empty.box, empty.flip, empty.color, empty.sigma, empty.solarize)
+    _draw(_table(chosen), np.uint64(seed), *integers, *outputs)  # type: ignore[call-arg]
+    return empty
+
+
+def clean(size: int, heights: np.ndarray, widths: np.ndarray, crop_ratio: float = 1.0) -> Parameters:
+    """One view for evaluation: the centre square of `crop_ratio` times the short side, resized."""
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    result = _empty((size,), len(heights))
+    side = np.maximum(1, np.rint(np.minimum(heights, widths) * crop_ratio)).astype(np.int64)
+    result.box[0] = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
+    return result
+
+
+def _empty(sizes: tuple[int, ...], batch: int) -> Parameters:
+    shape = (len(sizes), batch)
+    color = np.zeros((*shape, 3, 4), np.float32)
+    color[..., :3] = np.eye(3)
+    box, sigma = np.zeros((*shape, 4), np.int32), np.zeros(shape, np.float32)
+    return Parameters(sizes, box, np.zeros(shape, np.bool_), color, sigma, np.zeros(shape, np.bool_))
+
+
+def _table(chosen: Policy) -> np.ndarray:
+    """One row of numbers a view, in the order in which `_draw` reads them."""
+    return np.array(
+        [
+            (
+                *group.scale, *map(math.log, group.ratio), group.flip, group.jitter, group.brightness, group.contrast,
+                group.saturation, group.hue, group.grey, group.blur[i % len(group.blur)], *group.sigma,
+                group.solarize[i % len(group.solarize)],
+            )
+            for group in chosen.groups
+            for i in range(group.count)
+        ]
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _draw(table, seed, epochs, ids, heights, widths, box, flip, color, sigma, solarize):
+    for v in range(len(table)):
+        (
+            low,
+            high,
+            log_low,
+            log_high,
+            flip_p,
+            jitter_p,
+            b,
+            c,
+            s,
+            h,
+            grey_p,
+            blur_p,
+            sigma_low,
+            sigma_high,
+            solarize_p,
+        ) = table[v]
+        for i in range(len(ids)):
+            _crop(seed, ids[i], epochs[i], v, heights[i], widths[i], low, high, log_low, log_high, box[v, i])
+            # Every number has its own fixed place in the counter: none moves when another is not used.
+            x0, x1, x2, x3 = philox(seed, ids[i], epochs[i], v, 16)
+            y0, y1, y2, y3 = philox(seed, ids[i], epochs[i], v, 17)
+            z0, z1, _, _ = philox(seed, ids[i], epochs[i], v, 18)
+            flip[v, i] = uniform(x0) < flip_p
+            grey, jitter = uniform(x1) < grey_p, uniform(x2) < jitter_p
+            solarize[v, i] = uniform(x3) < solarize_p
+            if jitter or grey:
+                strength = 1.0 if jitter else 0.0
+                color_map(
+                    1 + strength * b * (2 * uniform(y0) - 1),
+                    1 + strength * c * (2 * uniform(y1) - 1),
+                    0.0 if grey else 1 + strength * s * (2 * uniform(y2) - 1),
+                    strength * h * (2 * uniform(y3) - 1),
+                    color[v, i],
+                )
+            if uniform(z0) < blur_p:
+                sigma[v, i] = sigma_low + (sigma_high - sigma_low) * uniform(z1)
+
+
+@njit(cache=True, nogil=True)
+def _crop(seed, sample, epoch, view, height, width, low, high, log_low, log_high, box):
+    """torchvision's RandomResizedCrop.get_params: area uniform, aspect ratio log-uniform, ten tries, then the centre."""
+    for attempt in range(10):
+        x0, x1, x2, x3 = philox(seed, sample, epoch, view, attempt)
+        area = height * width * (low + (high - low) * uniform(x0))
+        aspect = math.exp(log_low + (log_high - log_low) * uniform(x1))
+        w, h = np.int64(np.rint(math.sqrt(area * aspect))), np.int64(np.rint(math.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            box[0], box[1], box[2], box[3] = below(x2, height - h + 1), below(x3, width - w + 1), h, w
+            return
+    w, h = width, height
+    if width < height * math.exp(log_low):
+        h = np.int64(np.rint(width / math.exp(log_low)))
+    elif width > height * math.exp(log_high):
+        w = np.int64(np.rint(height * math.exp(log_high)))
+    box[0], box[1], box[2], box[3] = (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
+
+
+@njit(cache=True, nogil=True)
+def color_map(brightness, contrast, saturation, hue, out):
+    """Write the (3, 4) map of a color jitter: three factors (1 = unchanged) and `hue` in turns (0 = unchanged).
+
+    Brightness scales; contrast scales around 128; saturation scales the chroma plane of YIQ and hue turns it;
+    saturation 0 is grey (ITU-R 601 luma, as torchvision's). These commute: brightness and contrast act alike on the
+    three channels, saturation and hue keep the luma. So torchvision's 24 random orders are all this one map, but
+    for three things: it pivots contrast at the image's own mean luma, turns hue in HSV, and clamps and rounds to
+    8 bits after each of its operations.
+    """
+    gain, offset = brightness * contrast, brightness * (1 - contrast) * 128
+    cosine, sine = saturation * math.cos(2 * math.pi * hue), saturation * math.sin(2 * math.pi * hue)
+    for column in range(3):
+        luma = (0.299, 0.587, 0.114)[column]
+        u = 0.492111 * ((column == 2) - luma)  # the chroma plane of PAL, which is YIQ's in another basis
+        v = 0.877283 * ((column == 0) - luma)
+        u, v = u * cosine - v * sine, u * sine + v * cosine
+        red, blue = v / 0.877283, u / 0.492111
+        out[0, column] = gain * (luma + red)
+        out[1, column] = gain * (luma - (0.299 * red + 0.114 * blue) / 0.587)
+        out[2, column] = gain * (luma + blue)
+    for row in range(3):
+        out[row, 3] = offset

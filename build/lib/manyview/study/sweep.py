@@ -1,0 +1,247 @@
+"""A grid of runs from a small file, one CSV row a run: what `tools/sweep.py` does.
+
+A study file says what every run shares and what varies:
+
+    train: {data: shards/cifar10, backbone: resnet10-narrow, batch_size: 128, …}   # settings of train.py
+    probe: {epochs: 30, images: 0}                    # of the linear probe; images: to train on, 0 = all
+    grids:
+      views:                                          # what tools/report.py knows these runs by
+        - {views: [2, 4, 8], beta: [1/D, 5/D], budget: [400000], seed: [0, 1, 2]}   # every combination is a run
+
+`budget` is the number of views that a run sees (steps = budget / (views x batch)); 0 scores the untrained network.
+Finished rows are never run again, a killed run goes on from its checkpoint, and each run is a process of its own: it
+is forked from a server that has imported everything, which saves the ten core-seconds that importing takes.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cached_property
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from manyview.pipeline import files
+from manyview.pipeline.errors import UserError, nearest
+from manyview.study import worker
+from manyview.training import config, monitor
+
+Settings = dict[str, Any]
+RESULTS = ("held_out", "linear", "knn", "rank", "loss", "steps", "views_seen", "core_seconds", "seconds", "peak_bytes",
+           "commit", "machine", "shared")  # fmt: skip
+CURVE = ("step", "views_seen", "core_seconds", "knn", "linear")
+
+
+@dataclass
+class Study:
+    """What a study file says."""
+
+    name: str
+    train: Settings
+    grids: dict[str, list[Settings]]  # without what all share
+    probe: Settings = field(default_factory=dict)
+
+    @cached_property
+    def runs(self) -> list[Settings]:
+        """Every run once, however many grids hold it."""
+        return list({name_of(s): s for grid in self.grids.values() for s in grid}.values())
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """What varies, in the order of the file."""
+        return list(dict.fromkeys(key for run in self.runs for key in run))
+
+    @property
+    def shared(self) -> str:
+        """Identity of what all runs share: rows made under other settings are not these rows."""
+        return hashlib.sha256(json.dumps([self.train, self.probe], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read(path: Path) -> Study:
+    """The study in a YAML file. `UserError` for unknown settings."""
+    if not path.is_file():
+        raise UserError(f"no study {path}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or not {"train", "grids"} <= content.keys():
+        raise UserError(f"{path}: a study has `train` and `grids`")
+    unknown = set(content) - {"train", "probe", "grids"}
+    if unknown:
+        raise UserError(f"{path}: {nearest('part', unknown.pop(), ('train', 'probe', 'grids'))}")
+    known = {*config.to_json(config.Config()), "budget"}
+    for key in (*content["train"], *(key for grid in content["grids"].values() for part in grid for key in part)):
+        if key not in known:
+            raise UserError(f"{path}: {nearest('setting', key, known)}")
+    grids = {name: [run for part in parts for run in product(part)] for name, parts in content["grids"].items()}
+    return Study(path.stem, content["train"], grids, content.get("probe", {}))
+
+
+def product(part: Settings) -> list[Settings]:
+    """Every combination of the values."""
+    lists = [v if isinstance(v, list) else [v] for v in part.values()]
+    return [dict(zip(part, values)) for values in itertools.product(*lists)]
+
+
+def name_of(settings: Settings) -> str:
+    """The run's folder: what distinguishes it."""
+    return " ".join(f"{k}={v}" for k, v in sorted(settings.items())).replace("/", "_over_").replace(" ", ",")
+
+
+def flags(study: Study, settings: Settings) -> list[str]:
+    """The command line of train.py."""
+    merged = {**study.train, **settings}
+    if "budget" in merged:
+        images = merged["views"] * merged.get("batch_size", config.Config.batch_size)
+        merged["steps"] = max(1, round(float(merged.pop("budget")) / images))
+    words: list[str] = []
+    for key, value in merged.items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        else:
+            words += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return words
+
+
+def run(study: Study, out: Path, folder: Path, jobs: int) -> int:
+    """Do what is missing in the CSV `out`, `jobs` runs at a time; the number of runs that failed."""
+    rows = finished(study, out)
+    todo = [s for s in study.runs if name_of(s) not in rows]
+    print(f"{study.name}: {len(study.runs)} runs, {len(study.runs) - len(todo)} done; {jobs} at a time", flush=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["manyview.study.worker"])
+    begun, failed = time.perf_counter(), 0
+    commit = monitor.commit()  # of the code that the server is about to load, whatever the checkout becomes meanwhile
+    children: set[Any] = set()
+    stopped = on_sigterm(children)
+    with ThreadPoolExecutor(jobs) as pool:
+        work = {pool.submit(child, context, children, stopped, study, s, folder, jobs): s for s in todo}
+        for n, future in enumerate(as_completed(work), 1):
+            settings, code = work[future], future.result()
+            left = monitor.duration((time.perf_counter() - begun) / n * (len(todo) - n))
+            place = folder / study.name / name_of(settings)
+            if code == 0:
+                rows[name_of(settings)] = {
+                    **settings,
+                    **json.loads((place / "row.json").read_text()),
+                    "commit": commit,
+                    "shared": study.shared,
+                }
+                write(study, out, rows)
+                row = rows[name_of(settings)]
+                text = f"linear {row['linear']:.2%}, kNN {row['knn']:.2%}, {row.get('core_seconds', 0):.0f} core-s"
+            elif not stopped:
+                failed += 1
+                text = f"FAILED ({code}); the end of {place}.log:\n" + last_lines(Path(f"{place}.log"))
+            else:
+                text = "stopped; the same command goes on"
+            print(f"{n}/{len(todo)} {name_of(settings)}: {text}; {left} left", flush=True)
+    return failed
+
+
+def child(
+    context: ForkServerContext, children: set, stopped: list, study: Study, settings: Settings, folder: Path, jobs: int
+) -> int:
+    """One run in a process of its own; its exit code."""
+    if stopped:
+        return 75
+    process = context.Process(target=worker.work, args=(study.probe, flags(study, settings), settings,
+                                                       folder / study.name / name_of(settings), jobs))  # fmt: skip
+    process.start()
+    children.add(process)
+    process.join()
+    children.discard(process)
+    return process.exitcode or 0
+
+
+def on_sigterm(children: set[Any]) -> list[int]:
+    """Ctrl-C or SIGTERM: the runs save and leave; nothing new begins. A list that is then no longer empty."""
+    stopped: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.append(number)
+        for process in list(children):
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    return stopped
+
+
+def last_lines(path: Path, n: int = 5) -> str:
+    return "\n".join(f"    {line}" for line in path.read_text().splitlines()[-n:]) if path.exists() else ""
+
+
+def finished(study: Study, out: Path) -> dict[str, Settings]:
+    """Rows of the CSV by run. `UserError` where the file is of another study."""
+    if not out.exists():
+        return {}
+    rows = list(csv.DictReader(io.StringIO(out.read_text())))
+    missing = [c for c in study.columns if rows and c not in rows[0]]
+    if missing or any(row["shared"] != study.shared for row in rows):
+        what = f"no column {missing[0]!r}" if missing else "rows made with other shared settings"
+        raise UserError(f"{out}: {what}: of another study, or of an earlier state of it; move it away, or give --out")
+    return {run_of(study, row): row for row in rows}
+
+
+def run_of(study: Study, row: Settings) -> str:
+    """The name of the run that a row of a CSV is of."""
+    return name_of({column: row[column] for column in study.columns if row[column] != ""})
+
+
+def write(study: Study, out: Path, rows: dict[str, Settings]) -> None:
+    """All rows, in the order of the study, the file replaced at once."""
+    order = [name_of(s) for s in study.runs]
+    names = sorted(rows, key=lambda n: order.index(n) if n in order else len(order))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write(out, table([*study.columns, *RESULTS], [rows[name] for name in names]))
+
+
+def table(columns: list[str], rows: list[Settings]) -> str:
+    """CSV with these columns of the rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def curves(study: Study, folder: Path, out: Path) -> None:
+    """The online probes of all runs that have some, in one CSV: held-out *training* images while training.
+
+    Curves that are there of runs whose folders are not (made elsewhere, or cleaned away) are kept.
+    """
+    lines: dict[str, list[Settings]] = {}
+    if out.exists():
+        for row in csv.DictReader(io.StringIO(out.read_text())):
+            lines.setdefault(run_of(study, row), []).append(row)
+    for settings in study.runs:
+        metrics = folder / study.name / name_of(settings) / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        if probes := [{**row, "views_seen": row["views"], **settings} for row in rows if "linear" in row]:
+            lines[name_of(settings)] = probes
+    if lines:
+        files.write(out, table([*study.columns, *CURVE], [row for rows in lines.values() for row in rows]))
+
+
+def main(path: Path, out: Path | None, folder: Path, jobs: int) -> int:
+    study = read(path)
+    out = out or Path("results") / f"{study.name}.csv"
+    failed = run(study, out, folder, jobs)
+    curves(study, folder, out.with_suffix(".curves.csv"))
+    print(f"{out}: {len(finished(study, out))} of {len(study.runs)} rows", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,88 @@
+"""Draw a contact sheet of views: python tools/views.py --data shards/NAME --views 8
+
+Originals with their crop boxes, the views of each engine side by side, and the numbers that were drawn underneath.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import tyro
+
+from manyview.pipeline import engines, errors, sheet
+from manyview.pipeline.engines import reference
+from manyview.pipeline.plan import plan
+from manyview.pipeline.store import Store
+from manyview.pipeline.views import overrides, policy
+
+
+@dataclass
+class Args:
+    data: Path
+    """Shards."""
+    views: int = 8
+    policy: str = "simclr"
+    """simclr, byol, barlow, cifar, stl, imagenet100, multicrop or none."""
+    augment: list[str] = field(default_factory=list)
+    """Changes to it: key=value each, as hue=0 or local.scale=[0.05,0.25], or a YAML file of such keys."""
+    size: int = 0
+    """Pixels of a view; 0 = the median short side of the images, at most 224."""
+    images: int = 4
+    seed: int = 0
+    engines: str = "all"
+    """all (the slow reference and every engine that works here), or some of cpu,dali,resident,reference."""
+    device: str = "cpu"
+    split: str = "train"
+    out: Path = Path("views.png")
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    device = engines.device_of(args.device)
+    if args.images < 1 or args.size < 0:
+        raise errors.UserError(
+            f"--images {args.images} --size {args.size}: at least one image, of 0 (chosen) or more pixels"
+        )
+    if args.out.suffix not in (".png", ".jpg", ".webp"):
+        raise errors.UserError(f"--out {args.out}: a picture's name ends in .png, .jpg or .webp")
+    store = Store(args.data, args.split)
+    size = args.size or store.default_size()
+    chosen = policy(args.policy, args.views, size, overrides(args.augment))
+    ids = plan(len(store), seed=args.seed, batch=min(args.images, len(store))).batch(0)[0]
+    renders: dict[str, sheet.Render] = {}
+    running = []
+    for name in names(args, store):
+        if name == "reference":
+            renders[name] = partial(reference.engine, store)
+            continue
+        engine, _ = engines.create(name, store, device)
+        renders[name] = engine
+        running.append(engine)
+    sheet.contact_sheet(store, chosen, np.asarray(ids), args.out, renders=renders, seed=args.seed)
+    for engine in running:
+        engine.close()
+    print(f"{args.out}: {len(ids)} images, {chosen.views} views of {size} px, {', '.join(renders)}")
+
+
+def names(args: Args, store: Store) -> list[str]:
+    if args.engines != "all":
+        valid = ["reference", *engines.NAMES[1:]]
+        wanted = args.engines.split(",")
+        for name in wanted:
+            if name not in valid:
+                raise errors.UserError(errors.nearest("engine", name, valid))
+        return wanted
+    one_size = len(np.unique(store.heights)) == len(np.unique(store.widths)) == 1
+    found = ["reference", "cpu"] + (["dali"] if engines.has_dali() else [])
+    return found + (["resident"] if one_size and store.heights[0] <= engines.SMALL else [])
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,384 @@
+"""Pretrain a vision encoder on shards: python train.py --data shards/NAME --views 8 --fraction 0.5
+
+One process, or the same program under torchrun. Read from top to bottom: set up, data, model, loop, export.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import shutil
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Before torch is loaded: its idle OpenMP threads spin by default, which on a CPU starves the engine's threads (and every
+# neighbour's): with both at work a step took four times the CPU time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+import torch.distributed as dist
+
+from manyview.evaluation import online
+from manyview.model import backbone, objective, projector
+from manyview.pipeline import engines, sheet, views
+from manyview.pipeline.errors import UserError, run
+from manyview.pipeline.loader import Loader, normalize
+from manyview.pipeline.machine import tune
+from manyview.pipeline.plan import plan
+from manyview.pipeline.store import Corrupt, Store, training_split
+from manyview.training import checkpoint, config, estimate, monitor, optim, plots
+from manyview.training.config import Config
+from manyview.training.preemption import PREEMPTED, Stop
+from manyview.training.run import Run
+from manyview.training.step import Encoder, Update, backward, backward_chunked, synchronize_batchnorm
+
+MAX_STREAK = 10  # skipped steps in a row
+ADVICE = "try a lower --lr, --precision fp32 or a longer --warmup"  # where losses or gradients are not finite
+
+
+def main() -> int:
+    cfg = config.parse()
+    world, rank, device = start_processes(cfg)
+    try:
+        return train(cfg, world, rank, device)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not estimate.is_out_of_memory(error):
+            raise
+        raise UserError(out_of_memory(cfg, world, device)) from error
+    finally:
+        gc.unfreeze()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
+    stop = Stop(device)  # from here on, who asks to stop is answered after a step, with a checkpoint
+    torch.manual_seed(cfg.seed)
+    dtype, precision_reason = choose_precision(cfg.precision, device)
+
+    # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
+    store = Store(cfg.data, training_split(cfg.data))
+    size = cfg.size or store.default_size()
+    augment = views.overrides(cfg.augment)
+    policy = views.policy(cfg.policy, cfg.views, size, augment)
+    order = plan(
+        store.labels,
+        seed=cfg.seed,
+        fraction=cfg.fraction,
+        world=world,
+        rank=rank,
+        batch=cfg.batch_size,
+        order=cfg.order,
+    )
+    if order.n < cfg.batch_size:
+        raise UserError(f"--batch-size {cfg.batch_size} is more than the {order.n} images there are to train on")
+    engine, engine_reason = engines.create(cfg.engine, store, device, threads=cfg.threads)
+    loader = Loader(store, order, policy, engine, seed=cfg.seed, prefetch=cfg.prefetch, max_bad=cfg.max_bad)
+    steps = cfg.steps or order.steps(cfg.epochs)
+    eval_every = cfg.eval_every or max(1, steps // 10)
+
+    # model
+    trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
+    if cfg.init_from:
+        backbone.fill(trunk, cfg.backbone, cfg.init_from)
+    head = projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
+    encoder = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    synchronize_batchnorm(encoder, device)
+    loss_of = objective.create(cfg.objective, **config.objective_options(cfg))
+    loss_text, loss_options = objective.describe(loss_of, cfg.projector_dim)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
+
+    # optimizer
+    peak, lr_reason = optim.learning_rate(cfg.optimizer, cfg.lr, cfg.batch_size)
+    lr_at = optim.schedule(peak, steps, round(cfg.warmup * steps), cfg.final_lr)
+    optimizer = optim.create(cfg.optimizer, encoder, peak, cfg.weight_decay)
+    update = Update(encoder, optimizer, dtype)
+    average = torch.optim.swa_utils.AveragedModel(
+        encoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema), use_buffers=True
+    ) if cfg.ema else None  # fmt: skip
+
+    # the plan, before anything is written
+    cost = estimate.trial(encoder, size, device, autocast)
+    network_time = monitor.duration(step_seconds(cost, cfg, policy, size, world) * steps)
+    memory = step_memory(cost, cfg, policy, size, world) / 2**30
+    seen = steps * cfg.batch_size
+    said = [
+        f"data       {store.name}{' unlabelled' * (store.split != 'train')}: {order.n:,} of {len(store):,} images, {size} px, "
+        f"policy {cfg.policy}, {order.describe()}",
+        f"engine     {engine.name}: {engine_reason}",
+        f"model      {cfg.backbone} on {device}, {precision_reason}; batch-norm statistics "
+        + ("per view" if cfg.bn == "view" else "pooled over views"),
+        f"projector  {projector.describe(trunk, head, size).removeprefix('projector ')}",
+        f"objective  {cfg.objective}, {loss_text}",
+        f"optimizer  {lr_reason}; {cfg.warmup:.0%} warm-up, cosine to {cfg.final_lr:g} of it",
+        f"steps      {steps:,} of {cfg.batch_size} images x {policy.views} views = {seen / order.n:.4g} epochs, "
+        f"{seen * policy.views / 1e6:.3g} M views, {world} process(es)",
+        f"estimate   {network_time} and {memory:.2f} GiB a process for the network alone (from a trial on {cost.rows} rows)",
+    ]
+    if cfg.dry_run:
+        engine.close()
+        if rank == 0:
+            print("\n".join(said))
+        return 0
+
+    # run directory and resume
+    folder = cfg.out or Path("runs") / f"{cfg.data.name}-{cfg.objective}-v{cfg.views}-s{cfg.seed}"
+    identity = {**cfg.learned(), "augment": augment, "data": store.fingerprint, "size": size, "steps": steps}
+    state = open_run(cfg, folder, identity, rank)
+    start, skipped = 0, torch.zeros((), dtype=torch.int64, device=device)
+    if state:
+        start = state["step"]
+        skipped += state["skipped"]
+        encoder.load_state_dict(state["encoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        update.load_state_dict(state["scaler"])
+        if average:
+            average.load_state_dict(state["average"])
+        checkpoint.restore_random_state(state["random"])
+    log = Run(
+        cfg, folder, rank, device,
+        steps=steps, images=cfg.batch_size, views=cfg.batch_size * policy.views,
+        start=start, seconds=state["seconds"] if state else 0.0, core_seconds=state["core_seconds"] if state else 0.0,
+    )  # fmt: skip
+    if rank == 0:
+        config.save(
+            cfg, folder / "config.json",
+            size=size, out=str(folder), steps=steps, lr=peak, dataset=store.name, engine=engine.name, device=str(device),
+            precision=str(dtype).removeprefix("torch."), stem=backbone.resolve(cfg.backbone, cfg.stem, size),
+            augment=[f"{k}={json.dumps(v)}" for k, v in augment.items()], **loss_options,
+        )  # fmt: skip
+        with contextlib.suppress(Corrupt):  # a damaged image is the loop's business, not the picture's
+            path = folder / "plots" / "views.png"
+            sheet.contact_sheet(
+                store, policy, order.batch(0)[0][:4], path, renders={engine.name: engine}, seed=cfg.seed
+            )
+    resumed = f", resumed at step {start}" if start else ", no checkpoint there: from the start" if cfg.resume else ""
+    for line in [*said, f"run        {folder}{resumed}"]:
+        log.say(line)
+
+    # what is called may be wrapped; `encoder` stays the plain module, whose names are saved
+    wrapped: Any = torch.compile(encoder) if cfg.compile else encoder
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
+    step_of = (
+        partial(backward_chunked, chunk=cfg.view_chunk)
+        if cfg.view_chunk
+        else partial(backward, per_view=cfg.bn == "view")
+    )
+    gradients = partial(step_of, wrapped, objective=loss_of, scale=update.scale, autocast=autocast)
+    final: Any = average.module.backbone if average else trunk  # what is probed and exported
+    labelled = store if store.split == "train" else Store(cfg.data)
+    probe = online.Probe(labelled, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
+
+    def save(step: int) -> bool:
+        states: dict[str, Any] = {
+            "encoder": encoder.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": update.state_dict(),
+        }
+        states |= {"step": step, "skipped": int(skipped), "identity": identity}
+        states |= {"seconds": log.seconds, "core_seconds": log.core_seconds}
+        states |= {"random": checkpoint.random_state(), "average": average.state_dict() if average else None}
+        try:
+            checkpoint.save(folder / "checkpoints", states, keep_last=2, keep_every=cfg.keep_every)
+        except OSError as error:
+            log.say(f"warning: checkpoint of step {step} not written ({error.strerror}); the one before stays valid")
+            return False
+        return True
+
+    # the loop
+    encoder.train()
+    streak = torch.zeros((), dtype=torch.int64, device=device)
+    step, saved = start, False
+    gc.collect()
+    gc.freeze()  # nothing made so far is garbage: the collector need not look at it again
+    log.start_clock()
+    for batch in loader.batches(start, steps):
+        step = batch.step + 1
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(batch.step)
+        loss, z = gradients([normalize(v, store.mean, store.std, torch.float32) for v in batch.views])
+        bad = update(loss.total)
+        if average:
+            average.update_parameters(encoder)
+        skipped += bad
+        streak = (streak + bad) * bad
+
+        last = step == steps
+        if step % cfg.log_every == 0 or last:
+            for found in gathered(loader.bad):
+                loader.learn(found)
+            log.log(step, loss, z, lr_at(batch.step), loader.timings, skipped, len(loader.bad))
+            if int(streak) >= MAX_STREAK:
+                raise UserError(
+                    f"{int(streak)} non-finite losses or gradients in a row at step {step}: {ADVICE}; "
+                    f"the last good checkpoint is in {folder / 'checkpoints'}"
+                )
+        if probe and (step % eval_every == 0 or last):
+            log.evaluate(step, probe, final, autocast)
+        stopping = stop()
+        due = step % cfg.save_every == 0 and not int(streak)  # in a streak the weights may be what is wrong
+        if rank == 0 and (due or last or stopping):
+            saved = save(step)
+        if stopping:
+            break
+
+    # export
+    if step == steps and rank == 0:
+        if int(streak):
+            log.say(f"warning: the last {int(streak)} steps were skipped as not finite: {ADVICE}")
+        plots.draw(folder)
+        weights = folder / "backbone.safetensors"
+        about = {"backbone": cfg.backbone, "stem": cfg.stem, "image_size": str(size), "source": folder.name}
+        about |= {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
+        backbone.save(final, weights, about)
+        log.say(f"trained in {monitor.duration(log.seconds)}: {weights}; load it in timm:")
+        log.say(backbone.timm_snippet(about, str(weights)))
+    if loader.bad:
+        log.say(f"{len(loader.bad)} unreadable image(s) were replaced: {', '.join(list(loader.bad.values())[:20])}")
+    preempted = step < steps
+    if preempted:
+        place = "saved at" if saved or rank else "not saved at"
+        log.say(f"stopped by a signal; {place} step {step} of {steps}. Go on with --resume")
+        if dist.is_initialized():
+            dist.barrier()  # launchers kill the others once one has left: not before rank 0 has saved
+    engine.close()
+    log.close()
+    return PREEMPTED if preempted else 0
+
+
+def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
+    """(world size, rank, device): one process, or what torchrun says in the environment."""
+    wanted = engines.device_of(cfg.device).type
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = torch.device(wanted, int(os.environ.get("LOCAL_RANK", "0")) if wanted == "cuda" else None)  # type: ignore[arg-type]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    tune(device)
+    if cfg.batch_size % world:
+        raise UserError(f"--batch-size {cfg.batch_size} is not divisible by {world} processes")
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        raise UserError(
+            "torchrun --max-restarts: its store outlives a restart, after which processes wait for each other at the old"
+            " addresses; put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and on several nodes use --rdzv-backend=c10d"
+        )
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if wanted == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return world, rank, device
+
+
+def gathered(mine: Any) -> list[Any]:
+    """What each process has, by rank."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The autocast dtype and why."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], f"{name} (asked for)"
+    if device.type == "cpu":
+        return torch.float32, "fp32 (auto: bf16 is slower than fp32 on most CPUs)"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "bf16 (auto: this GPU has it)"
+    return torch.float16, "fp16 with a loss scaler (auto: this GPU has no bf16)"
+
+
+def rows_in_graph(cfg: Config, policy: views.Policy, size: int, world: int) -> float:
+    """Rows of size x size whose activations live at once, on one rank; local crops count by their area."""
+    weights = [(g.count, (g.size / size) ** 2) for g in policy.groups]
+    live = (
+        max(min(cfg.view_chunk, n) * area for n, area in weights)
+        if cfg.view_chunk
+        else sum(n * area for n, area in weights)
+    )
+    return live * cfg.batch_size / world
+
+
+def step_memory(cost: estimate.Estimate, cfg: Config, policy: views.Policy, size: int, world: int) -> int:
+    return cost.memory(math.ceil(rows_in_graph(cfg, policy, size, world)))
+
+
+def step_seconds(cost: estimate.Estimate, cfg: Config, policy: views.Policy, size: int, world: int) -> float:
+    """Network time of a step; chunks embed everything once more without a graph (about a third on top)."""
+    rows = sum(g.count * (g.size / size) ** 2 for g in policy.groups) * cfg.batch_size / world
+    return cost.seconds_per_view * rows * (4 / 3 if cfg.view_chunk else 1)
+
+
+def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
+    """What was asked for, what would fit by the estimate, and which flag to turn."""
+    store = Store(cfg.data, training_split(cfg.data))
+    size = cfg.size or store.default_size()
+    policy = views.policy(cfg.policy, cfg.views, size, views.overrides(cfg.augment))
+    asked = f"out of memory with {policy.views} views x {cfg.batch_size // world} images x {size} px a process"
+    trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
+    head = projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
+    gc.collect()
+    try:
+        cost = estimate.trial(Encoder(trunk, head), size, torch.device("cpu"), contextlib.nullcontext)
+    except (MemoryError, RuntimeError):
+        return f"{asked}, and there is none even for a trial: a smaller --size or --backbone"
+    rows = cost.rows_that_fit(int(0.9 * estimate.available_memory(device)))
+    return f"{asked}; {what_fits(cfg, policy, size, world, rows)}"
+
+
+def what_fits(cfg: Config, policy: views.Policy, size: int, world: int, rows: int) -> str:
+    """Flags with which at most `rows` rows are in the graph on a rank: less than what was asked for, whatever the estimate."""
+    wanted = rows_in_graph(cfg, policy, size, world)
+    rows = min(rows, int(wanted / 2))  # it did not fit, so an estimate of more than that is wrong
+    batch = int(cfg.batch_size * rows / wanted) // world * world
+    ways = [f"--batch-size {batch}"] if batch >= max(2, world) else []
+    chunk = rows * world // cfg.batch_size
+    if 1 <= chunk < (cfg.view_chunk or policy.views):
+        ways.append(f"--bn view --view-chunk {chunk}")
+    if not ways:
+        return f"not even two images fit by the fp32 estimate ({rows} rows): a smaller --size, --views or --backbone"
+    return f"by the fp32 estimate {rows} rows fit: {', or '.join(ways)}"
+
+
+def open_run(cfg: Config, folder: Path, identity: dict[str, Any], rank: int) -> dict[str, Any] | None:
+    """Make or reopen the run directory; the newest checkpoint's state if there is one to go on from."""
+    used = folder.exists() and any(folder.iterdir())
+    if used and not (cfg.resume or cfg.overwrite):
+        raise UserError(
+            f"{folder} is in use; go on with --resume, or empty it with --overwrite, or choose another --out"
+        )
+    if cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise UserError(f"torchrun started this again, and --overwrite would empty {folder}: go on with --resume")
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        if used and cfg.overwrite:
+            if not (folder / "config.json").exists():
+                raise UserError(f"--overwrite: {folder} holds files but no run (no config.json); not emptying it")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    newest = checkpoint.steps_in(folder / "checkpoints")[-1:] if cfg.resume else []
+    if dist.is_initialized():
+        said = [newest]
+        dist.broadcast_object_list(said, src=0)  # rank 0 decides: the others may look at an older listing
+        newest = said[0]
+    if not newest:
+        return None
+    path = checkpoint.path_of(folder / "checkpoints", newest[0])
+    if not path.exists():
+        raise UserError(f"rank {rank} does not see {path}: --out must be on a file system that all nodes share")
+    state = checkpoint.load(path)
+    wrong = [k for k in identity if state["identity"].get(k) != json.loads(json.dumps(identity[k]))]
+    if wrong:
+        lines = [f"--resume: {k} was {state['identity'].get(k)!r} in {folder}, now {identity[k]!r}" for k in wrong]
+        raise UserError("\n".join(lines))
+    return state
+
+
+if __name__ == "__main__":
+    run(main)

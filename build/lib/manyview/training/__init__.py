@@ -1,0 +1,1 @@
+"""What train.py is made of besides data and model: one step, optimizer and schedule, checkpoints, logs and plots."""

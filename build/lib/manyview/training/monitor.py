@@ -1,0 +1,226 @@
+"""What a person sees of a run: one live line, metrics.jsonl, log.txt and, if asked for, a tracker."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manyview.pipeline import files
+from manyview.pipeline.errors import UserError
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+class Appended:
+    """A text file that grows by whole lines, each on the disk at once; on a full disk they wait in memory, said once."""
+
+    def __init__(self, path: Path):
+        self.path, self.left, self.warned = path, b"", False
+        self.file = open(path, "ab", buffering=0)
+
+    def write(self, line: str) -> None:
+        self.left += line.encode() + b"\n"
+        try:
+            while self.left:
+                self.left = self.left[self.file.write(self.left) or 0 :]
+        except OSError as error:
+            if not self.warned:
+                print(f"warning: {self.path}: {error.strerror}; its lines wait for room", file=sys.stderr)
+            self.warned = True
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line.
+
+    On resume the lines after `step` are cut off (the steps are taken again), so the file has no gap and no double.
+    """
+
+    def __init__(self, path: Path, step: int):
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            files.write(path, "".join(line + "\n" for line in kept))
+        self.file = Appended(path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the half line that a SIGKILL can leave at the end
+        return float("inf")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a half-written last line is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < float("inf")]
+
+
+class Console:
+    """Messages to the terminal and log.txt; `live` rewrites one line on a terminal and prints plain lines elsewhere."""
+
+    def __init__(self, path: Path | None, quiet: bool):
+        self.file = Appended(path) if path else None
+        self.quiet = quiet
+        self.tty = sys.stdout.isatty()
+        self.open_line = False
+
+    def say(self, text: str) -> None:
+        if self.file:
+            self.file.write(text)
+        if not self.quiet:
+            if self.open_line:
+                print()
+                self.open_line = False
+            print(text, flush=True)
+
+    def live(self, text: str) -> None:
+        if not self.tty:
+            return self.say(text)
+        if self.file:
+            self.file.write(text)
+        if not self.quiet:
+            print("\r\x1b[2K" + text, end="", flush=True)
+            self.open_line = True
+
+    def close(self) -> None:
+        if self.open_line:
+            print()
+        if self.file:
+            self.file.close()
+
+
+class Tracker:
+    """Thin adapters to experiment trackers, offline unless the user's own environment says otherwise."""
+
+    def __init__(self, names: tuple[str, ...], folder: Path, config: dict[str, Any], start: int = 0):
+        self.start = start  # the step gone on from
+        self.sinks: list[Any] = []
+        for name in names:
+            try:
+                self.sinks.append(getattr(self, f"_{name}")(folder, config))
+            except ImportError as error:
+                raise UserError(f"--log {name}: not installed; run: pip install {name}") from error
+
+    def _tensorboard(self, folder: Path, config: dict[str, Any]) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=self.start + 1 if self.start else None)
+
+        def write(row: dict[str, Any]) -> None:
+            for key, value in row.items():
+                writer.add_scalar(key, value, row["step"])
+
+        return write, writer.close
+
+    def _wandb(self, folder: Path, config: dict[str, Any]) -> Any:
+        import wandb
+
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        run = wandb.init(project="manyview", dir=str(folder), config=config, mode=mode, name=folder.name)
+        return (lambda row: run.log(row, step=row["step"])), run.finish
+
+    def _trackio(self, folder: Path, config: dict[str, Any]) -> Any:
+        os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
+        import trackio
+
+        run = trackio.init(project="manyview", name=folder.name, config=config)
+        return run.log, trackio.finish
+
+    def write(self, row: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+        for write, _ in self.sinks:
+            write(numbers)
+
+    def close(self) -> None:
+        for _, close in self.sinks:
+            close()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, commit and hardware: what someone needs to repeat the run."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in (
+        "torch",
+        "torchvision",
+        "timm",
+        "numpy",
+        "numba",
+        "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
+        "ffcv",
+    ):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def commit() -> str:
+    """Short commit of this checkout, with `+` when files differ from it; `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=10", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def cpu_name() -> str:
+    """Model name of the processor and the number of cores this process may use."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    return f"{name} x {len(os.sched_getaffinity(0))} cores"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the CUDA allocator on a GPU, of this process's resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, s = divmod(int(max(0, seconds)), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -1,0 +1,1 @@
+"""Images to shards: what only conversion needs. Training imports none of it."""

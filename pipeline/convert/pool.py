@@ -1,0 +1,121 @@
+"""Work on a pool of processes that neither hangs nor leaves anything behind: with a progress bar and one way to fail."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.machine import cores, keep_memory
+
+shared: list = []  # one array of images, bytes, rejected, stop; the same memory in all processes
+
+
+def count(images: int, size: int, rejected: int) -> None:
+    with shared[-1].get_lock():
+        totals = shared[-1].get_obj()
+        totals[0] += images
+        totals[1] += size
+        totals[2] += rejected
+
+
+class Stopped(Exception):
+    """Another worker failed."""
+
+
+def check_stop() -> None:
+    if shared[-1].get_obj()[3]:
+        raise Stopped
+
+
+def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None, quiet: bool = False) -> dict:
+    """`work(item)` for every item on a pool of processes; returns its results by the items' names.
+
+    Workers call `count` after each image and `check_stop` before. UserError when the disk is full or a worker dies.
+    """
+    results: dict = {}
+    if not items:
+        return results
+    context = multiprocessing.get_context("fork")  # workers inherit the listing and any arrays, nothing is copied
+    shared[:] = [context.Array("q", 4)]
+    executor = ProcessPoolExecutor(
+        min(jobs or cores(), len(items)), mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+    )
+    try:
+        with _uninterrupted():
+            futures = {executor.submit(work, item): name for name, item in items.items()}
+        with _Progress(total, quiet) as progress:
+            for future in _as_completed(set(futures), progress.update):
+                results[futures[future]] = future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process died (killed, out of memory, or a decoder crashed); "
+            "finished shards are kept, the same command goes on from them"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{error.strerror or error}: {error.filename or 'output'}; finished shards are kept") from error
+    finally:
+        shared[-1][3] = 1
+        executor.shutdown(wait=True, cancel_futures=True)
+    return results
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits: an executor that is stopped while it starts its workers cannot be shut down, and they stay."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _as_completed(pending: set[Future], tick: Callable[[], None]) -> Iterator[Future]:
+    while pending:
+        done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+        tick()
+        # The first error is the cause; those who stopped because of it are not.
+        yield from sorted(done, key=lambda future: isinstance(future.exception(), Stopped))
+
+
+def _start_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the parent is killed
+    keep_memory()
+    if os.getppid() != parent:
+        os._exit(1)
+    import cv2
+
+    cv2.setNumThreads(0)
+
+
+class _Progress:
+    """A bar with images/s, MB/s, time left and the number of rejected images."""
+
+    def __init__(self, total: int | None, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # no thread of its own
+        self.bar, self.start = tqdm(total=total, unit="img", disable=quiet, smoothing=0.1), time.perf_counter()
+
+    def update(self) -> None:
+        images, size, rejected, _ = shared[-1][:]
+        self.bar.update(images + rejected - self.bar.n)
+        seconds = time.perf_counter() - self.start
+        self.bar.set_postfix_str(f"{size / 1e6 / seconds:.0f} MB/s, {rejected} rejected", refresh=False)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.update()
+        self.bar.close()

@@ -1,0 +1,454 @@
+"""Writing shards: a deterministic plan, then one shard at a time on a pool of processes.
+
+A shard is the unit of work. It is written to a temporary file, synced, renamed, and only then recorded; so a
+conversion killed anywhere goes on from the finished shards, and ends byte for byte like an undisturbed one. Nothing
+that is written depends on the number of processes, on time or on where the folders are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
+
+from manyview.pipeline import beton, bucket, codec, files, index, storage, tar
+from manyview.pipeline.convert import moments, pool, source_state
+from manyview.pipeline.convert.sources import Source, datasets
+from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.manifest import (
+    MANIFEST,
+    VERSION,
+    Options,
+    finish_split,
+    read_manifest,
+    write_manifest,
+    write_rejected,
+)
+
+FORMATS = {"webdataset": tar, "ffcv": beton}
+WORK = ".work"
+EXECUTORS = {
+    "local": "manyview.pipeline.convert.pool",
+    "ray": "manyview.pipeline.convert.cluster",
+}  # loaded when asked for: Ray is an extra
+MIN_SHARD, MAX_SHARD = 16 << 20, 256 << 20
+KEY_LENGTH = 90  # a ustar name has 100 bytes
+CHECKS = {"decode": "thumbnail", "headers": "headers"}  # of JPEGs that keep their bytes, see `codec.convert`
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shard of the plan: which samples of its split, in which order."""
+
+    split: int
+    name: str
+    samples: np.ndarray
+    digest: str  # of everything that decides the shard's bytes
+
+
+@dataclass
+class Job:
+    options: Options
+    out: Path
+    source: Source
+    keys: list[list[str]]
+    rows: list[Row]
+    listed: int  # when the source was, see `stamp`
+    url: str | None = None  # of the bucket that finished shards move to
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def safe_keys(names: list[str], stems: bool = True) -> list[str]:
+    """Unique keys of ASCII letters, digits, `_`, `-` and `/`, for any file names.
+
+    WebDataset takes everything after a key's first dot for the type, and the index of DALI's reader is split at spaces.
+    A name that had to be changed, or whose stem occurs twice, gets eight digits of its hash.
+    """
+    plain = [os.path.splitext(name)[0] if stems else name for name in names]
+    counts: dict[str, int] = {}
+    for stem in plain:
+        counts[stem] = counts.get(stem, 0) + 1
+    keys = [
+        stem if counts[stem] == 1 and len(stem) <= KEY_LENGTH and SAFE.fullmatch(stem) else _hashed(stem, name)
+        for stem, name in zip(plain, names)
+    ]
+    if len(set(keys)) != len(keys):  # a file named like another's hash: possible, so not ignored
+        keys = [f"{key[:60]}-{_hash(name, 16)}" for key, name in zip(keys, names)]
+    return keys
+
+
+SAFE = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
+
+
+def _hash(name: str, digits: int) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:digits]
+
+
+def _hashed(stem: str, name: str) -> str:
+    clean = "/".join(part or "_" for part in re.sub(r"[^A-Za-z0-9_/-]", "_", stem).split("/"))
+    return f"{clean[: KEY_LENGTH - 9]}-{_hash(name, 8)}"
+
+
+def shuffled(n: int, seed: int, split: str) -> np.ndarray:
+    """A permutation that stays the same for ever: raw Philox numbers, sorted."""
+    key = [seed, zlib.crc32(split.encode())]
+    return np.argsort(np.random.Philox(key=np.array(key, np.uint64)).random_raw(n), kind="stable")
+
+
+def plan_shards(options: Options, source: Source, keys: list[list[str]]) -> list[Row]:
+    """Cut each split, shuffled, into shards of about equal size in source bytes."""
+    total = sum(int(split.sizes.sum()) for split in source.splits)
+    target = options.shard_mb << 20 or min(max(total // 64, MIN_SHARD), MAX_SHARD)
+    rows = []
+    settings = json.dumps([VERSION, "moments", asdict(options), source.classes])
+    for number, split in enumerate(source.splits):
+        samples = shuffled(len(split.names), options.seed, split.name)
+        sizes = split.sizes[samples]
+        count = max(1, round(int(sizes.sum()) / target))
+        cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) * count // max(1, int(sizes.sum())))) + 1
+        for shard, part in enumerate(np.split(samples, cuts)):
+            digest = hashlib.sha256(settings.encode())
+            digest.update("\0".join(keys[number][i] for i in part).encode())
+            digest.update(split.labels[part].tobytes() + split.sizes[part].tobytes())
+            name = f"{split.name}-{shard:05d}{FORMATS[options.format].SUFFIX}"
+            rows.append(Row(number, name, part, digest.hexdigest()))
+    return rows
+
+
+# --- one shard ------------------------------------------------------------------------------------------------------
+
+running: list[Job] = []  # in a worker process: what the parent had when it forked
+
+
+@dataclass
+class Contents:
+    """What went into a shard, in order, and what did not."""
+
+    rows: list[tuple]  # as in index.COLUMNS
+    keys: list[str]
+    rejected: list[dict]
+    moments: np.ndarray
+    unseen: int = 0  # JPEGs whose pixels nobody needed
+
+
+def convert_shard(row: Row) -> dict:
+    """Make one shard and record it beside. Returns its part of the manifest, rejected images and pixel sums."""
+    job = running[-1]
+    final, work = job.out / row.name, job.out / WORK
+    with files.whole(final, buffering=1 << 20) as file:
+        writer = FORMATS[job.options.format].Writer(file, len(row.samples), job.options.encoding == "yuv420")
+        contents = _fill(writer, row, job)
+        digest = writer.finish()
+        size = file.seek(0, os.SEEK_END)
+    shard: dict = {"file": row.name, "count": len(contents.rows), "bytes": size, "sha256": digest}
+    if isinstance(writer, tar.Writer):
+        shard["idx"] = final.with_suffix(".idx").name
+        files.write(job.out / shard["idx"], writer.index_text())
+    if job.url:
+        move([final.with_suffix(".idx"), final], job.url)
+    index.write(index.build(contents.rows, contents.keys), work / f"{row.name}.index")
+    result = {
+        "digest": row.digest,
+        "shard": shard,
+        "rejected": contents.rejected,
+        "moments": contents.moments.tolist(),
+        "listed": job.listed,
+    }
+    files.write(work / f"{row.name}.json", json.dumps(result))  # the last step
+    return result
+
+
+def _fill(writer, row: Row, job: Job) -> Contents:
+    split, keys = job.source.splits[row.split], job.keys[row.split]
+    settings = job.options.codec()
+    contents = Contents([], [], [], moments.nothing())
+    for i in row.samples:
+        pool.check_stop()
+        key, label = keys[i], int(split.labels[i])
+        try:
+            data = split.read(i)
+            found = codec.convert(data, settings, CHECKS[job.options.check])
+            contents.moments += _moments(found, contents)
+        except ValueError as error:
+            item = {"split": split.name, "name": split.names[i], "key": key, "reason": str(error)}
+            contents.rejected.append(item)
+            pool.count(0, 0, 1)
+            continue
+        payload = found.payload
+        offset, crc = writer.add(key, label, payload), crc32(payload)
+        contents.rows.append((label, offset, payload.nbytes, 0, found.height, found.width, crc, codec.kind(payload)))
+        contents.keys.append(key)
+        pool.count(1, data.nbytes, 0)
+    return contents
+
+
+def _moments(found: codec.Converted, contents: Contents) -> np.ndarray:
+    """What one image adds to the statistics; see `moments`. ValueError if it has to be decoded for that and cannot be."""
+    if found.pixels is not None:
+        return moments.of_pixels(found.pixels)
+    contents.unseen += 1
+    pixels = codec.decode(found.payload) if contents.unseen % moments.SAMPLED == 1 else None
+    if found.thumbnail is not None:
+        return moments.of_thumbnail(found.thumbnail, found.height * found.width, pixels)
+    return moments.nothing() if pixels is None else moments.of_pixels(pixels)
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+def check_options(options: Options, jobs: int = 0) -> None:
+    """UserError with one line for every option that cannot be."""
+    errors = []
+    if options.format not in FORMATS:
+        errors.append(nearest("format", options.format, FORMATS))
+    if options.encoding not in codec.ENCODINGS:
+        errors.append(nearest("encoding", options.encoding, codec.ENCODINGS))
+    if options.check not in CHECKS:
+        errors.append(nearest("check", options.check, CHECKS))
+    if options.size < 0 or 0 < options.size < 8:
+        errors.append(f"size is the short side in pixels, 0 or at least 8, not {options.size}")
+    if not 1 <= options.quality <= 100:
+        errors.append(f"quality is 1 to 100, not {options.quality}")
+    if not 0 <= options.seed < 1 << 64:
+        errors.append(f"seed is 0 or a positive number of 64 bits, not {options.seed}")
+    if jobs < 0:
+        errors.append(f"jobs is a number of processes, 0 for one a core, not {jobs}")
+    if options.shard_mb < 0 or options.shard_mb > 1 << 20:
+        errors.append(f"shard-mb is 0 (chosen) or a size in megabytes, not {options.shard_mb}")
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+def write_shards(
+    options: Options,
+    source: Path | None,
+    out: Path,
+    *,
+    jobs: int = 0,
+    max_rejected: float = 0.01,
+    download: bool = False,
+    quiet: bool = False,
+    executor: str = "local",
+) -> dict:
+    """Convert a dataset to shards in `out`; go on where an earlier run stopped. Returns the manifest.
+
+    `out` may be the address of a bucket (see `remote`): each shard is made here and moves there, the manifest comes last.
+    UserError: bad options or source, other shards in `out`, too many rejected images, disk full, a worker that died.
+    """
+    check_options(options, jobs)
+    bucket = storage.open_storage(out)
+    if bucket and executor != "local":
+        raise UserError(f"executor {executor} writes to a folder that its nodes share, not to {bucket.url}")
+    if options.dataset == "shards" and source is not None and bucket is None:
+        _refuse_itself(source, out)
+    before = read_manifest(out)
+    if before is None:
+        _refuse_foreign(out)
+    elif _already_done(options, source, out, before):
+        return before
+    out = workshop(out)
+    listed = source_state.now()
+    found = datasets.load(options.dataset, source, download, options.unlabelled)
+    if before is not None:
+        _check_same(found, source, before)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / WORK).mkdir(exist_ok=True)
+    with open(out / WORK / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is writing shards to {out}") from None
+        keys = [safe_keys(split.names) for split in found.splits]
+        job = Job(options, out, found, keys, plan_shards(options, found, keys), listed, bucket.url if bucket else None)
+        # What could not even be listed is known now: if it is too much, this need not be said after hours of work.
+        write_rejected(out, found.problems, _count(found), max_rejected)
+        results = _finished(job)
+        (out / MANIFEST).unlink(missing_ok=True)  # of shards of which some are lost; from here on it would be wrong
+        if bucket:
+            bucket.remove(MANIFEST)
+        _clean(out, bucket, {row.name for row in job.rows})
+        todo = {row.name: row for row in job.rows if row.name not in results}
+        running[:] = [job]
+        total = sum(len(row.samples) for row in todo.values())
+        results |= _executor(executor).run(convert_shard, todo, jobs=jobs, total=total, quiet=quiet)
+        manifest = _finish(job, results, max_rejected)
+        source_state.write(out, source, found, listed)
+        if bucket:
+            for name in ("rejected.jsonl", *(f"{split}.index" for split in manifest["splits"]), MANIFEST):
+                bucket.write(out / name, name)
+    shutil.rmtree(out / WORK)
+    return manifest
+
+
+def _executor(name: str):
+    """What runs `convert_shard` on every row: processes of this machine, or a Ray cluster."""
+    if name not in EXECUTORS:
+        raise UserError(nearest("executor", name, EXECUTORS))
+    return importlib.import_module(EXECUTORS[name])
+
+
+def _refuse_itself(source: Path, out: Path) -> None:
+    """UserError if shards would be converted into the folder that they lie in: what is written may have their names."""
+    here, there = out.resolve(), source.resolve()
+    if here == there or there in here.parents or (there.parent == here and SHARD.fullmatch(there.name)):
+        raise UserError(f"{source} would be converted into its own folder, {out}: choose another OUT")
+
+
+def _refuse_foreign(out: Path) -> None:
+    """UserError if `out` holds shards of which nothing says that we made them: they would be removed or overwritten."""
+    if (workshop(out) / WORK / "lock").exists():
+        return  # of an interrupted run, which goes on
+    bucket = storage.open_storage(out)
+    names = bucket.sizes() if bucket else os.listdir(out) if out.is_dir() else []
+    if foreign := sorted(filter(SHARD.fullmatch, names)):
+        raise UserError(
+            f"{storage.where(out)} holds {foreign[0]} and no {MANIFEST}, so it is not ours to overwrite: choose another OUT"
+        )
+
+
+def _already_done(options: Options, source: Path | None, out: Path, manifest: dict) -> bool:
+    """Whether these very shards are there; a stamp (times of the source's folders) saves listing the source."""
+    size_of = _sizes(out)
+    if manifest["options"] != asdict(options):
+        changed = [
+            f"{name} {manifest['options'].get(name)!r}, now {value!r}"
+            for name, value in asdict(options).items()
+            if manifest["options"].get(name) != value
+        ]
+        raise UserError(
+            f"{storage.where(out)} holds shards made otherwise ({'; '.join(changed)}): choose another OUT or remove it"
+        )
+    rows = [row for split in manifest["splits"].values() for row in split["shards"]]
+    if any(size_of(row["file"]) != row["bytes"] for row in rows):
+        return False
+    bucket, out = storage.open_storage(out), workshop(out)
+    for row in rows:
+        if "idx" in row and not bucket and not (out / row["idx"]).exists():
+            files.write(out / row["idx"], tar.dali_index(out / row["file"]))
+    before, listed = source_state.read(out, source), source_state.now()
+    if not source_state.untouched(before):
+        found = datasets.load(options.dataset, source, False, options.unlabelled)
+        if bucket:
+            for part in manifest["splits"].values():
+                bucket.fetch(part["index"]["file"], out / part["index"]["file"])
+        _check_source(found, source, out, manifest, before["at"])
+        source_state.write(out, source, found, listed)
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    return True
+
+
+def _sizes(out: Path) -> Callable[[str], int | None]:
+    """Bytes of a file of `out`, None if there is no such."""
+    if bucket := storage.open_storage(out):
+        return bucket.sizes().get
+    return lambda name: (out / name).stat().st_size if (out / name).exists() else None
+
+
+def _check_source(found: Source, source: Path | None, out: Path, manifest: dict, since: int) -> None:
+    """UserError if a source is no longer what the shards were made from, by its list and, of what is younger, by content."""
+    _check_same(found, source, manifest)
+    settings = Options(**manifest["options"]).codec()
+    for split in found.splits:
+        rows = index.read(out / manifest["splits"][split.name]["index"]["file"])
+        if names := source_state.rewritten(split, safe_keys(split.names), rows, settings, since):
+            raise UserError(
+                f"{len(names)} images of {source} were rewritten since the shards were made from it, the first is "
+                f"{names[0]!r}: choose another OUT or remove them"
+            )
+
+
+def _check_same(found: Source, source: Path | None, manifest: dict) -> None:
+    if found.fingerprint() != manifest["source"].get("fingerprint"):
+        raise UserError(f"{source} has changed since the shards were made from it: choose another OUT or remove them")
+
+
+def _finished(job: Job) -> dict[str, dict]:
+    """Rows of an earlier run that this plan would make again, and whose shards are there."""
+    results, size_of = {}, _sizes(Path(job.url or job.out))
+    for row in job.rows:
+        record = job.out / WORK / f"{row.name}.json"
+        if record.exists():
+            result = json.loads(record.read_text())
+            times = job.source.splits[row.split].times
+            altered = bool((times[row.samples] > result["listed"]).any())
+            whole = size_of(row.name) == result["shard"]["bytes"]
+            if result["digest"] == row.digest and whole and not altered:
+                results[row.name] = result
+    return results
+
+
+def _clean(out: Path, bucket: storage.Storage | None, planned: set[str]) -> None:
+    """Remove what an interrupted run left: temporary files, and shards of another plan."""
+    for path in (*out.glob(LEFT), *(path for path in out.iterdir() if _stray(path.name, planned))):
+        path.unlink()
+    if bucket:
+        for name in bucket.sizes():
+            if _stray(name, planned):
+                bucket.remove(name)
+
+
+def _stray(name: str, planned: set[str]) -> bool:
+    """Whether this is a shard, or DALI's index of one, that the plan does not have."""
+    return SHARD.fullmatch(name) is not None and not {name, name.removesuffix(".idx") + tar.SUFFIX} & planned
+
+
+SHARD = re.compile(r"(train|val|unlabelled)-\d{5,}\.(tar|idx|beton)")
+LEFT = ".*.[0-9]*.tmp"  # what `files.whole` leaves where it is killed
+
+
+def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
+    rejected = list(job.source.problems)
+    for row in job.rows:
+        rejected += results[row.name]["rejected"]
+    write_rejected(job.out, rejected, _count(job.source), max_rejected)
+    splits = {split.name: _finish_split(job, number, results) for number, split in enumerate(job.source.splits)}
+    return write_manifest(
+        job.out, job.options, job.source.classes, splits, len(rejected), job.source.fingerprint(), job.source.ignored
+    )
+
+
+def _count(source: Source) -> int:
+    return sum(len(split.names) for split in source.splits) + len(source.problems)
+
+
+def _finish_split(job: Job, number: int, results: dict[str, dict]) -> dict:
+    rows = [row for row in job.rows if row.split == number]
+    name = job.source.splits[number].name
+    parts = [index.read(job.out / WORK / f"{row.name}.index") for row in rows]
+    total = sum((np.array(results[row.name]["moments"]) for row in rows), moments.nothing())
+    return finish_split(
+        job.out,
+        name,
+        index.concatenate(parts),
+        [results[row.name]["shard"] for row in rows],
+        moments.average(total),
+        sum(len(results[row.name]["rejected"]) for row in rows),
+    )
+
+
+def workshop(out: Path) -> Path:
+    """Where shards are made: `out` itself if it is a folder; for a bucket, a folder of its name on local disk."""
+    url = storage.address(out)
+    return bucket.home() / "making" / hashlib.sha256(url.encode()).hexdigest()[:16] / out.name if url else out
+
+
+def move(paths: list[Path], url: str) -> None:
+    """Upload files and remove them here. In S3 and its like an object is there whole or not at all."""
+    bucket = storage.Storage(url)
+    for path in paths:
+        if path.exists():
+            bucket.write(path, path.name)
+            path.unlink()
