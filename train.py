@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import math
 import os
 import shutil
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,10 @@ from manyview.pipeline.loader import Loader, normalize
 from manyview.pipeline.machine import tune
 from manyview.pipeline.plan import plan
 from manyview.pipeline.store import Corrupt, Store, training_split
-from manyview.training import checkpoint, config, estimate, monitor, optim, plots
+from manyview.training import checkpoint, config, estimate, monitor, optim, plots, setup
 from manyview.training.config import Config
 from manyview.training.preemption import PREEMPTED, Stop
 from manyview.training.run import Run
-from manyview.training.step import Encoder, Update, backward, backward_chunked, synchronize_batchnorm
 
 MAX_STREAK = 10  # skipped steps in a row
 ADVICE = "try a lower --lr, --precision fp32 or a longer --warmup"  # where losses or gradients are not finite
@@ -49,7 +46,7 @@ def main() -> int:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not estimate.is_out_of_memory(error):
             raise
-        raise UserError(out_of_memory(cfg, world, device)) from error
+        raise UserError(estimate.out_of_memory(cfg, world, device)) from error
     finally:
         gc.unfreeze()
         if dist.is_initialized():
@@ -59,7 +56,6 @@ def main() -> int:
 def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     stop = Stop(device)  # from here on, who asks to stop is answered after a step, with a checkpoint
     torch.manual_seed(cfg.seed)
-    dtype, precision_reason = choose_precision(cfg.precision, device)
 
     # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
     store = Store(cfg.data, training_split(cfg.data))
@@ -82,40 +78,29 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     steps = cfg.steps or order.steps(cfg.epochs)
     eval_every = cfg.eval_every or max(1, steps // 10)
 
-    # model
-    trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
-    if cfg.init_from:
-        backbone.fill(trunk, cfg.backbone, cfg.init_from)
-    head = projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
-    encoder = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    synchronize_batchnorm(encoder, device)
-    loss_of = objective.create(cfg.objective, **config.objective_options(cfg))
-    loss_text, loss_options = objective.describe(loss_of, cfg.projector_dim)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
-
-    # optimizer
-    peak, lr_reason = optim.learning_rate(cfg.optimizer, cfg.lr, cfg.batch_size)
-    lr_at = optim.schedule(peak, steps, round(cfg.warmup * steps), cfg.final_lr)
-    optimizer = optim.create(cfg.optimizer, encoder, peak, cfg.weight_decay)
-    update = Update(encoder, optimizer, dtype)
+    # model, objective, optimizer
+    training = setup.create(cfg, size, device)
+    model, update, optimizer = training.model, training.update, training.optimizer
+    loss_text, loss_options = objective.describe(training.objective, cfg.projector_dim)
+    lr_at = optim.schedule(training.lr, steps, round(cfg.warmup * steps), cfg.final_lr)
     average = torch.optim.swa_utils.AveragedModel(
-        encoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema), use_buffers=True
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema), use_buffers=True
     ) if cfg.ema else None  # fmt: skip
 
     # the plan, before anything is written
-    cost = estimate.trial(encoder, size, device, autocast)
-    network_time = monitor.duration(step_seconds(cost, cfg, policy, size, world) * steps)
-    memory = step_memory(cost, cfg, policy, size, world) / 2**30
+    cost = estimate.trial(model, size, device, training.autocast)
+    network_time = monitor.duration(estimate.step_seconds(cost, cfg, policy, size, world) * steps)
+    memory = estimate.step_memory(cost, cfg, policy, size, world) / 2**30
     seen = steps * cfg.batch_size
     said = [
         f"data       {store.name}{' unlabelled' * (store.split != 'train')}: {order.n:,} of {len(store):,} images, {size} px, "
         f"policy {cfg.policy}, {order.describe()}",
         f"engine     {engine.name}: {engine_reason}",
-        f"model      {cfg.backbone} on {device}, {precision_reason}; batch-norm statistics "
+        f"model      {cfg.backbone} on {device}, {training.precision}; batch-norm statistics "
         + ("per view" if cfg.bn == "view" else "pooled over views"),
-        f"projector  {projector.describe(trunk, head, size).removeprefix('projector ')}",
+        f"projector  {projector.describe(model.backbone, model.projector, size).removeprefix('projector ')}",
         f"objective  {cfg.objective}, {loss_text}",
-        f"optimizer  {lr_reason}; {cfg.warmup:.0%} warm-up, cosine to {cfg.final_lr:g} of it",
+        f"optimizer  {training.lr_rule}; {cfg.warmup:.0%} warm-up, cosine to {cfg.final_lr:g} of it",
         f"steps      {steps:,} of {cfg.batch_size} images x {policy.views} views = {seen / order.n:.4g} epochs, "
         f"{seen * policy.views / 1e6:.3g} M views, {world} process(es)",
         f"estimate   {network_time} and {memory:.2f} GiB a process for the network alone (from a trial on {cost.rows} rows)",
@@ -134,7 +119,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     if state:
         start = state["step"]
         skipped += state["skipped"]
-        encoder.load_state_dict(state["encoder"])
+        model.load_state_dict(state["encoder"])
         optimizer.load_state_dict(state["optimizer"])
         update.load_state_dict(state["scaler"])
         if average:
@@ -148,8 +133,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     if rank == 0:
         config.save(
             cfg, folder / "config.json",
-            size=size, out=str(folder), steps=steps, lr=peak, dataset=store.name, engine=engine.name, device=str(device),
-            precision=str(dtype).removeprefix("torch."), stem=backbone.resolve(cfg.backbone, cfg.stem, size),
+            size=size, out=str(folder), steps=steps, lr=training.lr, dataset=store.name, engine=engine.name, device=str(device),
+            precision=str(training.dtype).removeprefix("torch."), stem=backbone.resolve(cfg.backbone, cfg.stem, size),
             augment=[f"{k}={json.dumps(v)}" for k, v in augment.items()], **loss_options,
         )  # fmt: skip
         with contextlib.suppress(Corrupt):  # a damaged image is the loop's business, not the picture's
@@ -161,24 +146,13 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     for line in [*said, f"run        {folder}{resumed}"]:
         log.say(line)
 
-    # what is called may be wrapped; `encoder` stays the plain module, whose names are saved
-    wrapped: Any = torch.compile(encoder) if cfg.compile else encoder
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
-    step_of = (
-        partial(backward_chunked, chunk=cfg.view_chunk)
-        if cfg.view_chunk
-        else partial(backward, per_view=cfg.bn == "view")
-    )
-    gradients = partial(step_of, wrapped, objective=loss_of, scale=update.scale, autocast=autocast)
-    final: Any = average.module.backbone if average else trunk  # what is probed and exported
+    final: Any = average.module.backbone if average else model.backbone  # what is probed and exported
     labelled = store if store.split == "train" else Store(cfg.data)
     probe = online.Probe(labelled, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
 
     def save(step: int) -> bool:
         states: dict[str, Any] = {
-            "encoder": encoder.state_dict(),
+            "encoder": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": update.state_dict(),
         }
@@ -193,7 +167,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         return True
 
     # the loop
-    encoder.train()
+    model.train()
     streak = torch.zeros((), dtype=torch.int64, device=device)
     step, saved = start, False
     gc.collect()
@@ -203,10 +177,10 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         step = batch.step + 1
         for group in optimizer.param_groups:
             group["lr"] = lr_at(batch.step)
-        loss, z = gradients([normalize(v, store.mean, store.std, torch.float32) for v in batch.views])
+        loss, z = training.gradients([normalize(v, store.mean, store.std, torch.float32) for v in batch.views])
         bad = update(loss.total)
         if average:
-            average.update_parameters(encoder)
+            average.update_parameters(model)
         skipped += bad
         streak = (streak + bad) * bad
 
@@ -221,7 +195,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
                     f"the last good checkpoint is in {folder / 'checkpoints'}"
                 )
         if probe and (step % eval_every == 0 or last):
-            log.evaluate(step, probe, final, autocast)
+            log.evaluate(step, probe, final, training.autocast)
         stopping = stop()
         due = step % cfg.save_every == 0 and not int(streak)  # in a streak the weights may be what is wrong
         if rank == 0 and (due or last or stopping):
@@ -280,69 +254,6 @@ def gathered(mine: Any) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
-
-
-def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The autocast dtype and why."""
-    if name != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], f"{name} (asked for)"
-    if device.type == "cpu":
-        return torch.float32, "fp32 (auto: bf16 is slower than fp32 on most CPUs)"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "bf16 (auto: this GPU has it)"
-    return torch.float16, "fp16 with a loss scaler (auto: this GPU has no bf16)"
-
-
-def rows_in_graph(cfg: Config, policy: views.Policy, size: int, world: int) -> float:
-    """Rows of size x size whose activations live at once, on one rank; local crops count by their area."""
-    weights = [(g.count, (g.size / size) ** 2) for g in policy.groups]
-    live = (
-        max(min(cfg.view_chunk, n) * area for n, area in weights)
-        if cfg.view_chunk
-        else sum(n * area for n, area in weights)
-    )
-    return live * cfg.batch_size / world
-
-
-def step_memory(cost: estimate.Estimate, cfg: Config, policy: views.Policy, size: int, world: int) -> int:
-    return cost.memory(math.ceil(rows_in_graph(cfg, policy, size, world)))
-
-
-def step_seconds(cost: estimate.Estimate, cfg: Config, policy: views.Policy, size: int, world: int) -> float:
-    """Network time of a step; chunks embed everything once more without a graph (about a third on top)."""
-    rows = sum(g.count * (g.size / size) ** 2 for g in policy.groups) * cfg.batch_size / world
-    return cost.seconds_per_view * rows * (4 / 3 if cfg.view_chunk else 1)
-
-
-def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
-    """What was asked for, what would fit by the estimate, and which flag to turn."""
-    store = Store(cfg.data, training_split(cfg.data))
-    size = cfg.size or store.default_size()
-    policy = views.policy(cfg.policy, cfg.views, size, views.overrides(cfg.augment))
-    asked = f"out of memory with {policy.views} views x {cfg.batch_size // world} images x {size} px a process"
-    trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
-    head = projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
-    gc.collect()
-    try:
-        cost = estimate.trial(Encoder(trunk, head), size, torch.device("cpu"), contextlib.nullcontext)
-    except (MemoryError, RuntimeError):
-        return f"{asked}, and there is none even for a trial: a smaller --size or --backbone"
-    rows = cost.rows_that_fit(int(0.9 * estimate.available_memory(device)))
-    return f"{asked}; {what_fits(cfg, policy, size, world, rows)}"
-
-
-def what_fits(cfg: Config, policy: views.Policy, size: int, world: int, rows: int) -> str:
-    """Flags with which at most `rows` rows are in the graph on a rank: less than what was asked for, whatever the estimate."""
-    wanted = rows_in_graph(cfg, policy, size, world)
-    rows = min(rows, int(wanted / 2))  # it did not fit, so an estimate of more than that is wrong
-    batch = int(cfg.batch_size * rows / wanted) // world * world
-    ways = [f"--batch-size {batch}"] if batch >= max(2, world) else []
-    chunk = rows * world // cfg.batch_size
-    if 1 <= chunk < (cfg.view_chunk or policy.views):
-        ways.append(f"--bn view --view-chunk {chunk}")
-    if not ways:
-        return f"not even two images fit by the fp32 estimate ({rows} rows): a smaller --size, --views or --backbone"
-    return f"by the fp32 estimate {rows} rows fit: {', or '.join(ways)}"
 
 
 def open_run(cfg: Config, folder: Path, identity: dict[str, Any], rank: int) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ import tyro
 
 from manyview.model import backbone, objective, projector
 from manyview.pipeline import engines
-from manyview.training.step import Encoder, backward, backward_chunked
+from manyview.training.step import PretrainingModel, backward, backward_chunked
 
 
 @dataclass
@@ -75,7 +75,7 @@ def peak(args: Args, views: int, chunk: int) -> dict[str, float]:
     device = engines.device_of(args.device)
     trunk: Any = backbone.create(args.backbone, image_size=args.size)
     head = projector.Projector(trunk.num_features, args.projector_dim, args.projector_dim)
-    encoder: Any = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder: Any = PretrainingModel(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     loss_of = objective.create("barlow")
 

@@ -31,7 +31,7 @@ from manyview.pipeline.machine import tune
 from manyview.pipeline.plan import plan
 from manyview.pipeline.store import Store
 from manyview.training import monitor, optim
-from manyview.training.step import Encoder, Update, backward
+from manyview.training.step import PretrainingModel, Update, backward
 
 
 @dataclass
@@ -76,7 +76,7 @@ def measure(args: Args) -> dict[str, Any]:
     store = Store(args.data)
     trunk: Any = backbone.create(args.backbone, image_size=args.size)
     head = projector.Projector(trunk.num_features, args.projector_dim, args.projector_dim)
-    encoder: Any = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder: Any = PretrainingModel(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optim.create("adamw", encoder, 1e-4, 1e-4)
     update = Update(encoder, optimizer, dtype)
     compiled: Any = torch.compile(encoder) if args.compile else None

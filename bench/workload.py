@@ -21,8 +21,8 @@ from manyview.pipeline.machine import tune
 from manyview.pipeline.plan import Plan, plan
 from manyview.pipeline.store import Store, training_split
 from manyview.pipeline.views import Parameters, Policy, parameters
-from manyview.training import estimate, optim
-from manyview.training.step import Encoder, Update, backward
+from manyview.training import estimate, optim, precision
+from manyview.training.step import PretrainingModel, Update, backward
 
 
 @dataclass(kw_only=True)
@@ -70,16 +70,14 @@ class Setup:
 
 
 class Training:
-    """Encoder, objective and optimizer; the step is train.py's."""
+    """Model, objective and optimizer; the step is train.py's."""
 
     def __init__(self, setup: Setup, size: int, device: torch.device, mean: Any, std: Any):
-        from train import choose_precision
-
-        dtype, self.precision = choose_precision(setup.precision, device)
+        dtype, self.precision = precision.choose(setup.precision, device)
         self.mean, self.std, self.device, self.size = mean, std, device, size
         trunk: Any = backbone.create(setup.backbone, image_size=size, stem=setup.stem)
         head = projector.Projector(trunk.num_features, setup.projector_dim, setup.projector_dim)
-        self.plain = Encoder(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.plain = PretrainingModel(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dim = setup.projector_dim
         self.loss_of = objective.create(setup.objective)
         self.optimizer = optim.create(setup.optimizer, self.plain, 1e-4, 1e-4)

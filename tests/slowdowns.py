@@ -35,7 +35,7 @@ from manyview.pipeline import codec, loader, views
 from manyview.pipeline.engines import cpu, pixels
 from manyview.pipeline.plan import Plan
 from manyview.pipeline.store import Store
-from manyview.training.step import Encoder
+from manyview.training.step import PretrainingModel
 
 STAGES = ("plan", "index", "parameters", "read", "decode", "dispatch", "resize", "color", "blur", "solarize", "normalize",
           "forward", "backward", "objective", "optimizer")  # fmt: skip
@@ -159,7 +159,7 @@ def patches(stage: str, times: int) -> list:
         "decode": lambda: everywhere("decode", times, codec, cpu),
         "dispatch": lambda: slow_dispatch(times),
         "normalize": lambda: everywhere("normalize", times, loader, workload, ceilings),
-        "forward": lambda: everywhere("forward", times, Encoder),
+        "forward": lambda: everywhere("forward", times, PretrainingModel),
         "backward": lambda: slow_backward(times),
         "objective": lambda: slow_objective(times),
         "optimizer": lambda: everywhere("step", times, torch.optim.AdamW),

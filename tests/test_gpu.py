@@ -18,17 +18,17 @@ from manyview.pipeline.plan import plan
 from manyview.pipeline.store import Store
 from manyview.pipeline.views import policy
 from manyview.training import optim
-from manyview.training.step import Encoder, Update, backward, backward_chunked
+from manyview.training.step import PretrainingModel, Update, backward, backward_chunked
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda", 0)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def encoder() -> Encoder:
+def encoder() -> PretrainingModel:
     torch.manual_seed(0)
     trunk = backbone.create("resnet10-narrow", image_size=32)
-    return Encoder(trunk, Projector(trunk.num_features, 64, 64)).to(GPU, memory_format=torch.channels_last)
+    return PretrainingModel(trunk, Projector(trunk.num_features, 64, 64)).to(GPU, memory_format=torch.channels_last)
 
 
 def views(count: int = 4, batch: int = 32) -> torch.Tensor:

@@ -23,7 +23,7 @@ from manyview.pipeline import views
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.manifest import Options
 from manyview.pipeline.store import Store
-from manyview.training import checkpoint, config, run
+from manyview.training import checkpoint, config, estimate, run
 
 SMALL = [
     "--backbone",
@@ -488,7 +488,7 @@ def test_numbers_that_cannot_be_right_are_refused_by_their_flag(digits, words):
 )  # fmt: skip
 def test_out_of_memory_advice_is_less_than_what_failed(digits, words, rows, wanted):
     cfg = config.parse(["--data", str(digits), *words])
-    found = main_program.what_fits(cfg, views.policy("cifar", cfg.views, 32, {}), 32, 1, rows)
+    found = estimate.what_fits(cfg, views.policy("cifar", cfg.views, 32, {}), 32, 1, rows)
     assert wanted in found and found.count("--batch-size") <= 1
     assert ("--view-chunk" in found) == ("--view-chunk" in wanted)
 

@@ -19,8 +19,8 @@ from manyview.model import backbone, objective
 from manyview.model.projector import Projector
 from manyview.pipeline.errors import UserError
 from manyview.training.step import (
-    Encoder,
     GlobalBatchNorm,
+    PretrainingModel,
     RunningStatistics,
     backward,
     backward_chunked,
@@ -31,12 +31,12 @@ from manyview.training.step import (
 )
 
 
-def encoder(dropout: float = 0.0, network: str = "resnet10-narrow") -> Encoder:
+def encoder(dropout: float = 0.0, network: str = "resnet10-narrow") -> PretrainingModel:
     torch.manual_seed(0)
     trunk = backbone.create(network, image_size=16)
     head = Projector(trunk.num_features, 8, 8)
     head.insert(3, nn.Dropout(dropout))
-    return Encoder(trunk, head).double()
+    return PretrainingModel(trunk, head).double()
 
 
 def gradients(module: nn.Module) -> torch.Tensor:

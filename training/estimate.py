@@ -1,8 +1,11 @@
-"""What a step will cost, from a trial on a few rows: seconds, and the bytes that autograd keeps."""
+"""What a step will cost, from a trial on a few rows: seconds, and the bytes that autograd keeps; what to do without memory."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,7 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from manyview.training import checkpoint
+from manyview.pipeline import views
+from manyview.pipeline.store import Store, training_split
+from manyview.training import checkpoint, setup
+from manyview.training.config import Config
 
 
 @dataclass(frozen=True)
@@ -84,3 +90,53 @@ def available_memory(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def rows_in_graph(cfg: Config, policy: views.Policy, size: int, world: int) -> float:
+    """Rows of size x size whose activations live at once, on one rank; local crops count by their area."""
+    weights = [(g.count, (g.size / size) ** 2) for g in policy.groups]
+    live = (
+        max(min(cfg.view_chunk, n) * area for n, area in weights)
+        if cfg.view_chunk
+        else sum(n * area for n, area in weights)
+    )
+    return live * cfg.batch_size / world
+
+
+def step_memory(cost: Estimate, cfg: Config, policy: views.Policy, size: int, world: int) -> int:
+    return cost.memory(math.ceil(rows_in_graph(cfg, policy, size, world)))
+
+
+def step_seconds(cost: Estimate, cfg: Config, policy: views.Policy, size: int, world: int) -> float:
+    """Network time of a step; chunks embed everything once more without a graph (about a third on top)."""
+    rows = sum(g.count * (g.size / size) ** 2 for g in policy.groups) * cfg.batch_size / world
+    return cost.seconds_per_view * rows * (4 / 3 if cfg.view_chunk else 1)
+
+
+def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
+    """What was asked for, what would fit by the estimate, and which flag to turn."""
+    store = Store(cfg.data, training_split(cfg.data))
+    size = cfg.size or store.default_size()
+    policy = views.policy(cfg.policy, cfg.views, size, views.overrides(cfg.augment))
+    asked = f"out of memory with {policy.views} views x {cfg.batch_size // world} images x {size} px a process"
+    gc.collect()
+    try:
+        cost = trial(setup.network(cfg, size), size, torch.device("cpu"), contextlib.nullcontext)
+    except (MemoryError, RuntimeError):
+        return f"{asked}, and there is none even for a trial: a smaller --size or --backbone"
+    rows = cost.rows_that_fit(int(0.9 * available_memory(device)))
+    return f"{asked}; {what_fits(cfg, policy, size, world, rows)}"
+
+
+def what_fits(cfg: Config, policy: views.Policy, size: int, world: int, rows: int) -> str:
+    """Flags with which at most `rows` rows are in the graph on a rank: less than what was asked for, whatever the estimate."""
+    wanted = rows_in_graph(cfg, policy, size, world)
+    rows = min(rows, int(wanted / 2))  # it did not fit, so an estimate of more than that is wrong
+    batch = int(cfg.batch_size * rows / wanted) // world * world
+    ways = [f"--batch-size {batch}"] if batch >= max(2, world) else []
+    chunk = rows * world // cfg.batch_size
+    if 1 <= chunk < (cfg.view_chunk or policy.views):
+        ways.append(f"--bn view --view-chunk {chunk}")
+    if not ways:
+        return f"not even two images fit by the fp32 estimate ({rows} rows): a smaller --size, --views or --backbone"
+    return f"by the fp32 estimate {rows} rows fit: {', or '.join(ways)}"

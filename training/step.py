@@ -14,15 +14,16 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from manyview.model.objective import Loss
+from manyview.model.projector import Projector
 from manyview.pipeline.errors import UserError
 
 Objective = Callable[..., Loss]
 
 
-class Encoder(nn.Module):
+class PretrainingModel(nn.Module):
     """Backbone and projector as the one module that is trained: (N, 3, S, S) -> (N, D)."""
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module):
+    def __init__(self, backbone: nn.Module, projector: Projector):
         super().__init__()
         self.backbone = backbone
         self.projector = projector

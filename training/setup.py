@@ -1,0 +1,88 @@
+"""A network in training: model, objective and optimizer as a `Config` asks for them, for train.py and every bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from manyview.model import backbone, objective, projector
+from manyview.model.objective import Loss
+from manyview.training import config, optim, precision
+from manyview.training.config import Config
+from manyview.training.step import (
+    Objective,
+    PretrainingModel,
+    Update,
+    backward,
+    backward_chunked,
+    synchronize_batchnorm,
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how. A step is `loss, z = training.gradients(views)`, then `training.update(loss.total)`."""
+
+    model: PretrainingModel  # backbone and projector, neither compiled nor wrapped: its names are saved
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    update: Update
+    gradients: Callable[[list[Tensor]], tuple[Loss, Tensor]]
+    """Of normalized views by resolution, each (V_g, B, 3, S, S); leaves gradients, gives loss and embeddings (V, B, D)."""
+    autocast: Callable[[], AbstractContextManager]
+    dtype: torch.dtype  # of autocast
+    precision: str  # its name, and why
+    lr: float  # at the peak
+    lr_rule: str  # where it comes from
+
+
+def network(cfg: Config, size: int) -> PretrainingModel:
+    """Backbone and projector with fresh weights, on the CPU."""
+    trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
+    return PretrainingModel(
+        trunk, projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
+    )
+
+
+def create(cfg: Config, size: int, device: torch.device) -> Training:
+    """The training that `cfg` describes, on square global views of `size` pixels; `Config(...)` has defaults for the rest.
+
+    Weights come from torch's generator: seed it before. Where torch.distributed is initialized, batch-norm and gradients
+    go over all its ranks. UserError for a backbone, objective or file of weights that does not fit.
+    """
+    model: Any = network(cfg, size)
+    if cfg.init_from:
+        backbone.fill(model.backbone, cfg.backbone, cfg.init_from)
+    model.to(device, memory_format=torch.channels_last)
+    synchronize_batchnorm(model, device)
+    loss_of = objective.create(cfg.objective, **config.objective_options(cfg))
+    dtype, reason = precision.choose(cfg.precision, device)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
+    lr, lr_rule = optim.learning_rate(cfg.optimizer, cfg.lr, cfg.batch_size)
+    optimizer = optim.create(cfg.optimizer, model, lr, cfg.weight_decay)
+    update = Update(model, optimizer, dtype)
+    step: Callable[..., tuple[Loss, Tensor]] = (
+        partial(backward_chunked, chunk=cfg.view_chunk)
+        if cfg.view_chunk
+        else partial(backward, per_view=cfg.bn == "view")
+    )
+    gradients = partial(
+        step, _wrapped(model, cfg.compile, device), objective=loss_of, scale=update.scale, autocast=autocast
+    )
+    return Training(model, loss_of, optimizer, update, gradients, autocast, dtype, reason, lr, lr_rule)
+
+
+def _wrapped(model: torch.nn.Module, compiled: bool, device: torch.device) -> Any:
+    """What is called in a step: `model`, compiled and with its gradients averaged over ranks."""
+    called: Any = torch.compile(model) if compiled else model
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        called = torch.nn.parallel.DistributedDataParallel(called, device_ids=ids, broadcast_buffers=False)
+    return called
