@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 torch.set_num_threads(1)  # two cores, several workers
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Python plays the Triton kernels; looked at when they are defined
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # as a shell starts what runs in its background, and what that starts
