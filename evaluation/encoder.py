@@ -23,6 +23,7 @@ from manyview.model import backbone
 from manyview.pipeline import index
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.store import Store
+from manyview.pipeline.views import crop_ratio
 
 HEADS = ("fc.", "head.", "head_dist.", "classifier.", "heads.", "last_linear.", "projector.", "prototypes.")
 PREFIXES = ("module.", "backbone.", "encoder.", "model.", "base_encoder.", "student.", "teacher.")
@@ -50,8 +51,8 @@ class Encoder:
 
     @property
     def crop_ratio(self) -> float:
-        """Of the short side that the evaluation view shows: all of a tiny image, the usual 7/8 of a photo."""
-        return 1.0 if self.image_size <= 96 else 0.875
+        """Of the short side that the evaluation view shows."""
+        return crop_ratio(self.image_size)
 
     @cached_property
     def checkpoint(self) -> str:

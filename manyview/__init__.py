@@ -1,1 +1,39 @@
-"""Pretraining of vision encoders with many views. The folders beside this one are its parts: `manyview.pipeline`, ..."""
+"""Pretraining of vision encoders with many views. The folders beside this one are its parts: `manyview.pipeline`, ...
+
+For other people's training loops (see `manyview.api` and examples/): `manyview.Views` gives batches of views,
+`manyview.encode` runs a network over them, `manyview.barlow`, `vicreg`, `spectral` and `paper` are losses of (V, B, D), and
+`manyview.probe` scores an encoder. They, and torch with them, are loaded when first asked for.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see train.py
+
+if TYPE_CHECKING:
+    from manyview.api import Batch as Batch
+    from manyview.api import Views as Views
+    from manyview.api import encode as encode
+    from manyview.api import probe as probe
+    from manyview.model.objective import Loss as Loss
+    from manyview.model.objective import barlow as barlow
+    from manyview.model.objective import paper as paper
+    from manyview.model.objective import spectral as spectral
+    from manyview.model.objective import vicreg as vicreg
+    from manyview.pipeline.errors import UserError as UserError
+
+_HOME = dict.fromkeys(("Batch", "Views", "encode", "probe"), "manyview.api")
+_HOME |= dict.fromkeys(("Loss", "barlow", "paper", "spectral", "vicreg"), "manyview.model.objective")
+_HOME |= {"UserError": "manyview.pipeline.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'manyview' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -47,6 +47,7 @@ class Policy:
 
     name: str
     groups: tuple[Group, ...]
+    centre: float = 0.0  # if not 0, no random view but one clean one: the centre square of this share of the short side
 
     @property
     def views(self) -> int:
@@ -84,6 +85,8 @@ POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {  # global 
         BYOL | {"scale": (0.4, 1.0)},
         BYOL | {"scale": (0.05, 0.4), "blur": (0.5,), "solarize": (0.0,)},
     ),
+    "supervised": ({"jitter": 0.0, "grey": 0.0}, None),  # crop and flip, as classifiers have been trained since 2014
+    "clean": ({}, None),  # one view, nothing random: what the evaluation sees
     "none": ({"scale": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "grey": 0.0}, None),
 }
 
@@ -98,6 +101,10 @@ def policy(name: str, views: int, size: int, overrides: dict[str, Any] | None = 
         raise UserError(nearest("policy", name, POLICIES))
     if views < 1 or size < 1:
         raise UserError(f"views and size must be at least 1, not {views} and {size}")
+    if name == "clean":
+        if views != 1 or overrides:
+            raise UserError(f"policy 'clean' is one view with no settings, not {views} with {overrides or 'none'}")
+        return Policy(name, (Group(1, size),), crop_ratio(size))
     first, second = POLICIES[name]
     if second is not None and views < 3:
         raise UserError(f"policy {name!r} needs at least 3 views (2 global and the rest local), not {views}")
@@ -184,12 +191,19 @@ def parameters(
     chosen: Policy, seed: int, epochs: np.ndarray, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> Parameters:
     """Draw the views of a batch. `epochs`, `ids`, `heights`, `widths`: (B,) integers; sizes in source pixels."""
+    if chosen.centre:
+        return clean(chosen.groups[0].size, heights, widths, chosen.centre)
     sizes = tuple(group.size for group in chosen.groups for _ in range(group.count))
     empty = _empty(sizes, len(ids))
     integers = [np.ascontiguousarray(a, np.int64) for a in (epochs, ids, heights, widths)]
     outputs = (empty.box, empty.flip, empty.color, empty.sigma, empty.solarize)
     _draw(_table(chosen), np.uint64(seed), *integers, *outputs)  # type: ignore[call-arg]
     return empty
+
+
+def crop_ratio(size: int) -> float:
+    """Of the short side that a clean view of `size` pixels shows: all of a tiny image, the usual 7/8 of a photo."""
+    return 1.0 if size <= 96 else 0.875
 
 
 def clean(size: int, heights: np.ndarray, widths: np.ndarray, crop_ratio: float = 1.0) -> Parameters:
