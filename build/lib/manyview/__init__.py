@@ -1,1 +1,0 @@
-"""Pretraining of vision encoders with many views. The folders beside this one are its parts: `manyview.pipeline`, ..."""

@@ -1,1 +1,0 @@
-"""What tools/profile.py measures: one module a subcommand."""

@@ -1,1 +1,0 @@
-"""Backbone, projector and the multi-view objectives."""

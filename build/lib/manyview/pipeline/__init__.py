@@ -1,1 +1,0 @@
-"""From shard bytes to view tensors: sources, shards, store, plan, views, engines, loader."""

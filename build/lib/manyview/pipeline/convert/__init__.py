@@ -1,1 +1,0 @@
-"""Images to shards: what only conversion needs. Training imports none of it."""
