@@ -1,8 +1,9 @@
 """Pretraining of vision encoders with many views. The folders beside this one are its parts: `manyview.pipeline`, ...
 
 For other people's training loops (see `manyview.api` and examples/): `manyview.Views` gives batches of views,
-`manyview.encode` runs a network over them, `manyview.barlow`, `vicreg`, `spectral` and `paper` are losses of (V, B, D), and
-`manyview.probe` scores an encoder. They, and torch with them, are loaded when first asked for.
+`manyview.encode` runs a network over them, `manyview.barlow`, `vicreg`, `spectral` and `paper` are losses of (V, B, D),
+`manyview.Projector` is the small head before them, and `manyview.probe` scores an encoder. They, and torch with them, are
+loaded when first asked for.
 """
 
 import os
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from manyview.model.objective import paper as paper
     from manyview.model.objective import spectral as spectral
     from manyview.model.objective import vicreg as vicreg
+    from manyview.model.projector import Projector as Projector
     from manyview.pipeline.errors import UserError as UserError
 
 _HOME = dict.fromkeys(("Batch", "Views", "encode", "probe"), "manyview.api")
 _HOME |= dict.fromkeys(("Loss", "barlow", "paper", "spectral", "vicreg"), "manyview.model.objective")
-_HOME |= {"UserError": "manyview.pipeline.errors"}
+_HOME |= {"Projector": "manyview.model.projector", "UserError": "manyview.pipeline.errors"}
 
 
 def __getattr__(name: str) -> Any:

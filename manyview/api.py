@@ -89,7 +89,7 @@ class Views:
         self.store = Store(path, split or training_split(path))
         self.batch_size, self.seed, self.fraction, self.order = batch_size, seed, fraction, order
         self.shuffle = self.store.split in ("train", "unlabelled") if shuffle is None else shuffle
-        self.size = size or self.store.default_size()
+        self.classes, self.size = self.store.classes, size or self.store.default_size()
         self.mean = tuple(mean or (value / 255 for value in self.store.mean))
         self.std = tuple(std or (value / 255 for value in self.store.std))
         self.policy = chosen_policy(policy or ("simclr" if self.shuffle else "clean"), views, self.size)
@@ -106,6 +106,11 @@ class Views:
         if self.shuffle:
             return self._plan().steps(1)
         return math.ceil(math.ceil(len(self.store) / processes()[0]) / self.batch_size)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that have been given in full."""
+        return self._step // len(self)
 
     def __iter__(self) -> Iterator[Batch]:
         steps = len(self)
