@@ -97,7 +97,7 @@ class Config:
     steps: int = 0
     """Optimizer steps instead of epochs; 0 = from epochs."""
     backbone: str = "resnet18"
-    """Any timm model with features, or torchvision:NAME."""
+    """Any timm model with features, with keyword arguments as in resnet18:layers=[1,1,1,1], or torchvision:NAME."""
     stem: str = "auto"
     """small = 3x3 stride 1, no max-pool (ResNets), small patches (ViTs); auto = small up to 64 px."""
     projector_dim: int = 256
