@@ -22,7 +22,7 @@ CHOICES = {
     "form": ("auto", "mean", "cross", "pairs", "view", "pooled"),
     "standardize": ("auto", "view", "pooled"),
     "stem": ("auto", "small", "standard"),
-    "optimizer": ("adamw", "sgd", "lars"),
+    "optimizer": ("adamw", "sgd", "lars", "muon"),
     "bn": ("pooled", "view"),
     "order": ("random", "blocks"),
     "engine": ("auto", "dali", "cpu", "resident"),
@@ -115,7 +115,7 @@ class Config:
     bn: str = "pooled"
     """Batch-norm statistics pooled over views (one forward pass, less noise), or per view."""
     optimizer: str = "adamw"
-    """adamw, sgd, lars."""
+    """adamw, sgd, lars, muon."""
     lr: float = 0.0
     """Peak learning rate; 0 = the optimizer's rule, which is printed."""
     final_lr: float = 0.001
