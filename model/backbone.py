@@ -2,18 +2,23 @@
 
 `create` gives a module that maps images (N, 3, H, W) to features (N, num_features). Small images get a small stem: a
 3x3, stride 1 convolution without max-pool for ResNets, small patches for ViTs; no parameter changes its name.
+
+A name may carry timm's keyword arguments: `resnet18:layers=[1,1,1,1],channels=[32,64,128,256]`. It is written into the
+weights' header as it is, and the lines that load them in timm hold the arguments.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torchvision
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,6 +32,8 @@ STEMS = ("auto", "small", "standard")
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet10-narrow": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}),
 }
+# Not for a name to say: what this module sets itself, and what could make timm read files or the network.
+RESERVED = {*signature(timm.create_model).parameters, "num_classes", "in_chans", "features_only"}
 
 
 def names() -> list[str]:
@@ -38,7 +45,7 @@ def names() -> list[str]:
 def check(name: str) -> None:
     """UserError where there is no such backbone to train, with the nearest names."""
     _family(name)
-    network, tag, _ = name.partition(".")
+    network, tag, _ = _timm(name)[0].partition(".")
     if tag:
         raise UserError(f"{name} names trained weights; training starts from fresh ones, or --init-from: {network}")
 
@@ -55,14 +62,34 @@ def create(name: str, *, image_size: int, stem: str = "auto") -> nn.Module:
 
 
 def _timm(name: str) -> tuple[str, dict[str, Any]]:
-    """The timm name and keyword arguments behind a backbone's name."""
-    return TINY.get(name, (name.removeprefix("torchvision:"), {}))
+    """The timm name and keyword arguments behind a backbone's name. UserError where the arguments cannot be read."""
+    if name.startswith("torchvision:"):
+        return name.removeprefix("torchvision:"), {}
+    network, _, text = name.partition(":")
+    timm_name, keywords = TINY.get(network, (network, {}))
+    return timm_name, {**keywords, **_keywords(name, text)}
+
+
+def _keywords(name: str, text: str) -> dict[str, Any]:
+    """`layers=[1,1,1,1],drop_path_rate=0.1` as keyword arguments."""
+    try:
+        keywords = yaml.safe_load("{" + text.replace("=", ": ") + "}")
+    except yaml.YAMLError:
+        keywords = None
+    if not isinstance(keywords, dict) or not all(isinstance(k, str) and v is not None for k, v in keywords.items()):
+        raise UserError(
+            f"backbone {name!r}: after the colon come arguments as in resnet18:layers=[1,1,1,1],drop_rate=0.1"
+        )
+    if reserved := sorted(RESERVED & keywords.keys()):
+        raise UserError(f"backbone {name!r}: {reserved[0]} cannot be given in a name")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in keywords.items()}
 
 
 def _family(name: str) -> str:
     """`resnet`, `vit` or `other`: which small stem there is."""
-    if name not in TINY and not timm.is_model(name) and name not in names():
-        raise UserError(nearest("backbone", name, names()))
+    network = name if name.startswith("torchvision:") else name.partition(":")[0]
+    if network not in TINY and not timm.is_model(network) and network not in names():
+        raise UserError(nearest("backbone", network, names()))
     module = timm.models.model_entrypoint(_timm(name)[0].split(".")[0]).__module__.rpartition(".")[2]
     return {"resnet": "resnet", "vision_transformer": "vit", "deit": "vit"}.get(module, "other")
 
@@ -102,7 +129,7 @@ def _build(name: str, image_size: int, stem: str) -> Any:
         kwargs = _kwargs(name, stem, image_size)
         try:
             model = timm.create_model(_timm(name)[0], pretrained=False, num_classes=0, **kwargs)
-        except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        except (AssertionError, AttributeError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"backbone {name!r} does not take {image_size} px images: {_line(error)}") from error
     if stem == "small" and _family(name) == "resnet":
         _small_stem(model)
@@ -125,7 +152,7 @@ def _features(model: nn.Module, name: str, image_size: int) -> int:
     """The width of the output, by asking: a few of timm's networks state another one."""
     try:
         y = model.eval()(torch.zeros(1, 3, image_size, image_size))
-    except (AssertionError, ValueError, RuntimeError) as error:
+    except (AssertionError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"backbone {name!r} does not take {image_size} px images: {_line(error)}") from error
     finally:
         model.train()

@@ -13,6 +13,7 @@ from manyview.pipeline.errors import UserError
 NETWORKS = [
     ("resnet10-narrow", 28),
     ("resnet18", 32),
+    ("resnet18:layers=[1,1,1,1],channels=[8,16,24,40],global_pool=catavgmax", 32),  # timm's keyword arguments
     ("resnet18", 96),
     ("torchvision:resnet18", 32),
     ("resnet10t", 32),  # deep stem: three 3x3 convolutions
@@ -128,6 +129,13 @@ def test_wrapped_modules_save_under_plain_names(tmp_path):
         ("dla46_c", 32, "small", "no small stem"),
         ("convnext_atto", 16, "auto", "does not take 16 px"),
         ("hf-hub:someone/model", 32, "auto", "unknown backbone"),
+        ("resnet19:layers=[1,1,1,1]", 32, "auto", "unknown backbone 'resnet19'; nearest: resnet18"),
+        ("resnet18:layers", 32, "auto", "after the colon come arguments"),
+        ("resnet18:layers=[1,1", 32, "auto", "after the colon come arguments"),
+        ("resnet18:layer=[1,1,1,1]", 32, "auto", "unexpected keyword argument 'layer'"),
+        ("resnet18:layers=[1,1]", 32, "auto", "does not take"),
+        ("resnet18:checkpoint_path=/tmp/foreign.pt", 32, "auto", "checkpoint_path cannot be given"),
+        ("resnet18:pretrained=true", 32, "auto", "pretrained cannot be given"),
     ],
 )
 def test_bad_names_are_named_with_their_neighbours(name, size, stem, words):

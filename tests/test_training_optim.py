@@ -37,7 +37,7 @@ def test_rule_is_printed_with_its_numbers():
     assert optim.learning_rate("adamw", 0, 1024)[0] == pytest.approx(2e-3)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "muon"])
 def test_biases_and_norms_do_not_decay(name):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = optim.create(name, model, 0.1, 0.5)
@@ -49,7 +49,7 @@ def test_biases_and_norms_do_not_decay(name):
     assert moved == [True, False, False, False]
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "muon"])
 def test_scaler_skips_a_non_finite_step_and_takes_the_next(name):
     model = nn.Linear(3, 2)
     optimizer = optim.create(name, model, 0.1, 0.0)
@@ -63,7 +63,7 @@ def test_scaler_skips_a_non_finite_step_and_takes_the_next(name):
         assert update.scaler.get_scale() == 1.0 and model.weight.grad is None
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "muon"])
 def test_a_first_step_that_is_skipped_leaves_nothing_in_the_optimizer(name):
     def weights(*losses: float) -> torch.Tensor:
         torch.manual_seed(0)
@@ -80,3 +80,24 @@ def test_a_first_step_that_is_skipped_leaves_nothing_in_the_optimizer(name):
         assert torch.equal(weights(math.inf, 1.0, 1.0), weights(1.0, 1.0))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_muon_moves_a_kernel_by_an_orthogonal_matrix_and_a_norm_as_adam_does():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16))
+    kernel, scale = model[0].weight.detach().clone(), model[1].weight.detach().clone()
+    optimizer = optim.create("muon", model, 0.01, 0.0)
+    model(torch.randn(4, 8, 6, 6)).square().mul(torch.rand(4, 16, 4, 4)).sum().backward()
+    gradient = torch.linalg.svdvals(model[0].weight.grad.flatten(1))
+    optimizer.step()
+    moved = torch.linalg.svdvals((model[0].weight.detach() - kernel).flatten(1))
+    assert (
+        gradient.max() / gradient.min() > 3 * moved.max() / moved.min()
+    )  # five rounds of Newton-Schulz: to a third or so
+    rms = (model[0].weight.detach() - kernel).square().mean().sqrt()
+    assert 0.1 < rms / 0.01 < 0.3  # AdamW's own steps have about 0.2 of the rate
+    step = (model[1].weight.detach() - scale) * model[1].weight.grad.sign()
+    torch.testing.assert_close(
+        step, step[:1].expand(16), rtol=0.01, atol=0
+    )  # as large for a small gradient as for a large
+    assert step[0] < 0

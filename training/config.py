@@ -22,7 +22,7 @@ CHOICES = {
     "form": ("auto", "mean", "cross", "pairs", "view", "pooled"),
     "standardize": ("auto", "view", "pooled"),
     "stem": ("auto", "small", "standard"),
-    "optimizer": ("adamw", "sgd", "lars"),
+    "optimizer": ("adamw", "sgd", "lars", "muon"),
     "bn": ("pooled", "view"),
     "order": ("random", "blocks"),
     "engine": engines.NAMES,
@@ -97,7 +97,7 @@ class Config:
     steps: int = 0
     """Optimizer steps instead of epochs; 0 = from epochs."""
     backbone: str = "resnet18"
-    """Any timm model with features, or torchvision:NAME."""
+    """Any timm model with features, with keyword arguments as in resnet18:layers=[1,1,1,1], or torchvision:NAME."""
     stem: str = "auto"
     """small = 3x3 stride 1, no max-pool (ResNets), small patches (ViTs); auto = small up to 64 px."""
     projector_dim: int = 256
@@ -115,7 +115,7 @@ class Config:
     bn: str = "pooled"
     """Batch-norm statistics pooled over views (one forward pass, less noise), or per view."""
     optimizer: str = "adamw"
-    """adamw, sgd, lars."""
+    """adamw, sgd, lars, muon."""
     lr: float = 0.0
     """Peak learning rate; 0 = the optimizer's rule, which is printed."""
     final_lr: float = 0.001

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 
 import torch
-from timm.optim import Lars
+from timm.optim import Lars, Muon
 from torch import nn
 
 # Base learning rate and how it grows with the batch, per optimizer. The batch is counted in images, not views, so that
 # V alone never changes the rate. lars: Barlow Twins' 0.2-0.3 per 256 images, linear (You et al. 2017, Zbontar et al. 2021);
-# sgd: lightly's and solo-learn's 0.06 per 256 on small images, linear; adamw: 1e-3 per 256, square root (Malladi et al. 2022).
-RULES = {"lars": (0.3, 1.0), "sgd": (0.06, 1.0), "adamw": (1e-3, 0.5)}
+# sgd: lightly's and solo-learn's 0.06 per 256 on small images, linear; adamw: 1e-3 per 256, square root (Malladi et al. 2022);
+# muon: 0.01 whatever the batch, whose gradient only gives the direction (measured at 64 images x 4 to 8 views: docs/recipes.md).
+RULES = {"lars": (0.3, 1.0), "sgd": (0.06, 1.0), "adamw": (1e-3, 0.5), "muon": (1e-2, 0.0)}
 MOMENTUM = 0.9
 
 
@@ -43,7 +44,10 @@ def schedule(peak: float, steps: int, warmup: int, final: float = 0.001) -> Call
 
 def create(name: str, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """The optimizer over `module`; biases and normalization parameters (ndim <= 1) get no weight decay and, under LARS,
-    no layer-wise rate. torch's own are fused: one kernel for all tensors, no host sync under a GradScaler."""
+    no layer-wise rate. torch's own are fused: one kernel for all tensors, no host sync under a GradScaler.
+
+    muon: momentum whose matrices are made orthogonal (Jordan 2024), scaled so that an AdamW rate fits (timm's
+    `match_rms_adamw`); kernels count as matrices of one row a channel, and AdamW takes what gets no weight decay."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -57,4 +61,8 @@ def create(name: str, module: nn.Module, lr: float, weight_decay: float) -> torc
         for p in parameters:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return optimizer
+    if name == "muon":
+        for group, is_matrix in zip(groups, (True, False)):
+            group["use_muon"] = is_matrix
+        return Muon(groups, lr=lr, nesterov=True)
     return Lars(groups, lr=lr, momentum=MOMENTUM)

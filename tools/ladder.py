@@ -1,0 +1,77 @@
+"""Accuracy for every core-second, ours and others': python tools/ladder.py [--only ours pixels --core-hours 0.1]
+
+Makes the rows of study/ladder.yaml that results/ladder.csv lacks and writes results/ladder.md. Resumable: a killed run
+goes on from its checkpoint, and rows that are there are not made again. See study/ladder.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and like there before torch is loaded
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import tyro
+
+from manyview.pipeline import files
+from manyview.pipeline.errors import UserError, nearest, run
+from manyview.pipeline.machine import tune
+from manyview.study import ladder
+
+
+@dataclass
+class Options:
+    """Make the ladder's missing rows, then its page."""
+
+    ladder: tyro.conf.Positional[Path] = Path("study/ladder.yaml")
+    """YAML file of rows."""
+    data: Path | None = None
+    """Shards of CIFAR-10; default what the file says."""
+    only: tuple[str, ...] = ()
+    """Rows by name; default all."""
+    core_hours: tuple[float, ...] = ()
+    """Rungs; default all."""
+    seeds: tuple[int, ...] = ()
+    """Seeds; default all."""
+    precision: str = "auto"
+    """Of every row that trains: bf16 or fp32, or auto as train.py has it."""
+    runs: Path = Path("runs/ladder")
+    """Where the runs are kept."""
+    out: Path = Path("results/ladder.csv")
+    """One line a row; the page beside it."""
+    report: bool = False
+    """Write the page from the rows that are there, and make none."""
+
+
+def main() -> int:
+    options = tyro.cli(Options, description=__doc__)
+    found = ladder.read(options.ladder, options.data)
+    names = {row.name for row in found.rows}
+    for name in options.only:
+        if name not in names:
+            raise UserError(nearest("row", name, names))
+    todo = [
+        row for row in found.rows
+        if (not options.only or row.name in options.only)
+        and (not options.core_hours or row.core_hours in options.core_hours)
+        and (not options.seeds or row.seed in options.seeds)
+    ]  # fmt: skip
+    torch.set_num_threads(1)
+    tune(torch.device("cpu"))
+    failed = 0 if options.report else ladder.run(found, options.out, options.runs, todo, options.precision)
+    command = f"python tools/ladder.py {shlex.quote(str(options.ladder))}"
+    page = options.out.with_suffix(".md")
+    files.write(page, ladder.report(found, options.out, command))
+    print(page)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run(main)
