@@ -7,6 +7,8 @@ Two votes, which are different protocols and never mixed up:
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ from manyview.pipeline.errors import UserError
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-SLACK = 16  # more candidates than k, so that rounding in the fast distances cannot lose a neighbour
+SLACK = 16  # more candidates than k: enough for rounding in the fast distances nearly always, and `neighbours` looks
 
 
 def neighbours(
@@ -23,39 +25,63 @@ def neighbours(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of `bank` (N, F) to each of `queries` (n, F), nearest first.
 
-    Returns (values, ids), both (n, k): values are cosine similarities, or Euclidean distances for `metric="euclid"`.
+    Returns (values, ids), both (n, k): values are cosine similarities, or Euclidean distances for `metric="euclid"`, in
+    float64, and so is the order: of rows that tie in float32 the truly nearer comes first, of equals the first.
     `chunk` queries are compared at a time (default: about 256 MB of similarities). `UserError` if k > N.
     """
     if not 1 <= k <= len(bank):
         raise UserError(f"kNN with k = {k} needs at least {k} labelled training samples, but there are {len(bank)}")
     chunk = chunk or max(1, 2**26 // len(bank))
     if metric == "cosine":
-        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-        return _join([(q @ bank.T).topk(k, dim=1) for q in queries.split(chunk)])
-    # |q - x|^2 = |x|^2 - 2 q.x + |q|^2 loses digits when features sit far from the origin; centring is free.
-    center = bank.mean(0)
-    bank, queries = bank - center, queries - center
-    squares = bank.square().sum(1) / 2
-    found = [(q @ bank.T - squares).topk(min(k + SLACK, len(bank)), dim=1).indices for q in queries.split(chunk)]
-    return _exact(bank, queries, torch.cat(found), k)
-
-
-def _join(parts: list) -> tuple[Tensor, Tensor]:
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-def _exact(bank: Tensor, queries: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances of the candidates from the differences themselves, so that a duplicate is at exactly zero."""
+        fast_bank, fast_queries, offset = F.normalize(bank, dim=1), F.normalize(queries, dim=1), 0
+    else:
+        # |q - x|^2 = |x|^2 - 2 q.x + |q|^2 loses digits when features sit far from the origin; centring is free.
+        center = bank.mean(0)
+        fast_bank, fast_queries = bank - center, queries - center
+        offset = fast_bank.square().sum(1) / 2
+    longest = fast_bank.norm(dim=1).max()
+    rounding = 2 * math.sqrt(bank.shape[1]) * torch.finfo(bank.dtype).eps * longest
     parts = []
-    for q, ids in zip(queries.split(64), candidates.split(64)):
-        distances = (q[:, None] - bank[ids]).square().sum(2).sqrt()
-        values, order = distances.topk(k, dim=1, largest=False)
-        parts.append((values, ids.gather(1, order)))
-    return _join(parts)
+    for q, fast_q in zip(queries.split(chunk), fast_queries.split(chunk)):
+        fast = (fast_q @ fast_bank.T - offset).topk(min(k + SLACK, len(bank)), dim=1)
+        values, ids = _ranked(bank, q, fast.indices.sort(dim=1).values, k, metric)
+        # Where rounding could have kept a neighbour from among the candidates, the whole bank is.
+        margin = fast.values[:, k - 1] - fast.values[:, -1]
+        unsure = margin <= rounding * (fast_q.norm(dim=1) + longest)
+        if unsure.any() and k + SLACK < len(bank):
+            values[unsure], ids[unsure] = _among_all(bank, q[unsure], k, metric)
+        parts.append((values, ids))
+    return torch.cat([values for values, _ in parts]), torch.cat([ids for _, ids in parts])
+
+
+def _among_all(bank: Tensor, queries: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    everyone = torch.arange(len(bank), device=bank.device)[None]
+    ranked = [_ranked(bank, q[None], everyone, k, metric) for q in queries]
+    return torch.cat([values for values, _ in ranked]), torch.cat([ids for _, ids in ranked])
+
+
+def _ranked(bank: Tensor, queries: Tensor, candidates: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    """The k nearest of each query's candidates (n, c), ascending ids, by float64 from the rows themselves: a duplicate is at
+    exactly zero, and of equals the first of the bank comes first."""
+    parts = []
+    for some, ids in zip(queries.split(64), candidates.split(64)):
+        q, rows = some.double()[:, None], bank[ids].double()
+        if metric == "cosine":
+            lengths = q.norm(dim=2) * rows.norm(dim=2)
+            far = -rows.mul_(q).sum(2) / lengths.clamp_min(1e-300)
+        else:
+            far = rows.sub_(q).norm(dim=2)
+        values, order = far.sort(dim=1, stable=True)
+        parts.append((values[:, :k].neg() if metric == "cosine" else values[:, :k], ids.gather(1, order[:, :k])))
+    return torch.cat([values for values, _ in parts]), torch.cat([ids for _, ids in parts])
 
 
 def vote(weights: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Add up the neighbours' weights (n, k) by their labels (n, k): class scores (n, classes) in float64."""
+    """Add up the neighbours' weights (n, k) by their labels (n, k): class scores (n, classes) in float64.
+
+    Labels (n, k, C) bool: several a sample, and each gets the whole weight."""
+    if labels.ndim == 3:
+        return (weights.double()[:, None] @ labels.double())[:, 0]
     scores = torch.zeros(len(weights), classes, dtype=torch.float64, device=weights.device)
     return scores.scatter_add_(1, labels, weights.double())
 

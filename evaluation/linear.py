@@ -1,7 +1,7 @@
 """Linear probes on cached features: many learning rates at once, with or without a BatchNorm in front.
 
 All heads see the same batches and start from the same weights, so a head in a pack ends where it would alone.
-The gradients are written out (a softmax regression has short ones), which turns 13 heads into two matrix products a step.
+The heads lie in one tensor, so 13 of them are one matrix product a step and one more for the gradient.
 
 Presets
 `paper`   Knott et al. 2024: SGD 0.1 per 256, batch 1024, momentum 0.9, weight decay 0, 100 epochs, 5 of them warm-up,
@@ -16,9 +16,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from manyview.evaluation.metrics import score
+from manyview.evaluation.metrics import quality, score
 from manyview.pipeline.errors import UserError
 
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -58,8 +59,9 @@ class Heads:
             weight = weight * slope
         return torch.addmm(bias.flatten(0, 1), weight.flatten(0, 1), x.T).view(*bias.shape[:2], len(x))
 
-    def gradients(self, x: Tensor, labels: Tensor) -> list[Tensor]:
-        """Of each head's mean cross-entropy on a batch (B, F), in the order of `parameters()`.
+    def gradients(self, x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Of each head's mean loss on a batch (B, F), in the order of `parameters()`: cross-entropy of labels (B,), or of
+        each class by itself for several labels a sample (B, C) bool.
 
         As BatchNorm does in training, uses the batch's statistics and moves the running ones a tenth of the way.
         `x` must be centred on the whole set: then the mean of squares has the digits that the variance needs.
@@ -68,19 +70,18 @@ class Heads:
         if self.scale is not None:
             mean = x.mean(0)
             var = (x.square().mean(0) - mean.square()).clamp_min(0)
-        error = self._logits(x, mean, var).softmax(1)  # (H, C, B)
-        error[:, labels, torch.arange(len(x), device=x.device)] -= 1
-        error /= len(x)
-        total = error.sum(2, keepdim=True)
-        weight = (error.flatten(0, 1) @ x).view_as(self.weight)
-        if self.scale is None or self.shift is None or mean is None or var is None:
-            return [weight, total]
-        self._track(mean, var * len(x) / (len(x) - 1))
-        # What the product would be with the standardized batch.
-        weight = (weight - total * mean) * (var + EPS).rsqrt()
-        scale = (self.weight * weight).sum(1, keepdim=True)
-        shift = (self.weight * total).sum(1, keepdim=True)
-        return [self.scale * weight + self.shift * total, total, scale, shift]
+            self._track(mean, var * len(x) / (len(x) - 1))
+        parameters = [p.requires_grad_() for p in self.parameters()]
+        logits = self._logits(x, mean, var)  # (H, C, B)
+        if labels.ndim == 1:
+            loss = F.cross_entropy(logits, labels.expand(len(logits), -1), reduction="sum")
+        else:
+            truth = labels.T.to(logits.dtype).expand_as(logits)
+            loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+        gradients = torch.autograd.grad(loss / len(x), parameters)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        return gradients
 
     def _track(self, mean: Tensor, var: Tensor) -> None:
         if self.mean is not None and self.var is not None:
@@ -95,12 +96,12 @@ def create(features: int, heads: int, classes: int, *, bn: bool, seed: int, devi
     """Weights from N(0, 0.01), the same for every head; biases zero."""
     generator = torch.Generator().manual_seed(seed)
     weight = 0.01 * torch.randn(classes, features, generator=generator)
-    made = Heads(weight.expand(heads, -1, -1).contiguous().to(device), torch.zeros(heads, classes, 1, device=device))
+    stack = Heads(weight.expand(heads, -1, -1).contiguous().to(device), torch.zeros(heads, classes, 1, device=device))
     if bn:
-        made.scale = torch.ones(heads, 1, features, device=device)
-        made.shift = torch.zeros_like(made.scale)
-        made.mean, made.var = torch.zeros(features, device=device), torch.ones(features, device=device)
-    return made
+        stack.scale = torch.ones(heads, 1, features, device=device)
+        stack.shift = torch.zeros_like(stack.scale)
+        stack.mean, stack.var = torch.zeros(features, device=device), torch.ones(features, device=device)
+    return stack
 
 
 def schedule(epoch: int, epochs: int, warmup: int = WARMUP) -> float:
@@ -122,20 +123,22 @@ def train(
     batch: int = BATCH,
     seed: int = 0,
 ) -> Heads:
-    """One head per learning rate (per 256 samples of a batch) on features (N, F) and labels (N,)."""
+    """One head per learning rate (per 256 samples of a batch) on features (N, F) and labels (N,), or (N, C) bool."""
     if len(x) < 2:
         raise UserError(f"a linear probe needs at least 2 labelled training samples, but there are {len(x)}")
     heads = create(x.shape[1], len(rates), classes, bn=bn, seed=seed, device=x.device)
     # BatchNorm does not see a constant offset, but folding it into the weights would lose digits to a large one.
     offset = x.mean(0) if bn else torch.zeros(1, device=x.device)
     x = x - offset if bn else x
-    peak = torch.tensor(rates, device=x.device)[:, None, None] * min(batch, len(x)) / 256
+    batches = math.ceil(len(x) / batch)
+    # Batches of equal size to within one: a last batch of one sample would have no BatchNorm statistics. The rates are
+    # scaled by what a batch then holds.
+    peak = torch.tensor(rates, device=x.device)[:, None, None] * len(x) / batches / 256
     momentum = [torch.zeros_like(p) for p in heads.parameters()]
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         rate = peak * schedule(epoch, epochs, warmup)
-        # Batches of equal size to within one: a last batch of one sample would have no BatchNorm statistics.
-        for ids in torch.randperm(len(x), generator=generator).to(x.device).tensor_split(math.ceil(len(x) / batch)):
+        for ids in torch.randperm(len(x), generator=generator).to(x.device).tensor_split(batches):
             # On the CPU index_select copies whole rows, where x[ids] goes number by number.
             gradients = heads.gradients(x.index_select(0, ids), labels[ids])
             for p, m, g in zip(heads.parameters(), momentum, gradients):
@@ -146,9 +149,11 @@ def train(
 
 
 def held_out(labels: Tensor, seed: int, share: float = 0.1) -> Tensor:
-    """(N,) bool: a seeded tenth of every class (at least one sample of a class with two)."""
+    """(N,) bool: a seeded tenth of every class (at least one sample of a class with two); of all samples where each has
+    several labels (N, C)."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(len(labels), dtype=torch.bool)
+    labels = labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
     for c in labels.unique().tolist():
         ids = (labels.cpu() == c).nonzero()[:, 0]
         count = min(max(1, round(share * len(ids))), len(ids) - 1)
@@ -160,7 +165,7 @@ def held_out(labels: Tensor, seed: int, share: float = 0.1) -> Tensor:
 class Probe:
     scores: Tensor  # (n, C) of the test samples
     rate: float
-    held_out: tuple[float, ...]  # top-1 of every rate on the held-out training data
+    held_out: tuple[float, ...]  # top-1 (or mean average precision) of every rate on the held-out training data
     paper: Tensor  # (n, C): scores of the preset `paper`, trained in the same pass
 
     @property
@@ -179,8 +184,7 @@ def sweep(
     if not out.any():
         raise UserError("the learning-rate sweep needs at least 2 labelled training samples in some class")
     heads = train(x[~out], labels[~out], classes, rates=RATES, bn=bn, epochs=epochs, seed=seed)
-    # A rate that diverged has scores that are not finite: it loses.
-    accuracies = tuple(score(s.nan_to_num(-torch.inf), labels[out]).top1 for s in heads.scores(x[out]))
+    accuracies = tuple(quality(scores, labels[out]) for scores in heads.scores(x[out]))
     rate = choose(accuracies)
     final = train(x, labels, classes, rates=(rate, PAPER_RATE), bn=bn, epochs=epochs, seed=seed)
     scores = final.scores(queries)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 
@@ -32,18 +33,40 @@ def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def score(scores: Tensor, labels: Tensor) -> Score:
-    """Scores (N, C), higher is likelier; labels (N,) in 0..C-1. Weighted by samples, not by batches."""
+    """Scores (N, C), higher is likelier; labels (N,) in 0..C-1. Weighted by samples, not by batches.
+
+    Where the scores are votes or counts (none is negative), a class without one is no answer, whatever its place.
+    """
     n, classes = scores.shape
     labels = labels.to(scores.device)
-    hits = scores.argmax(1) == labels
+    answered = scores > 0 if bool((scores >= 0).all()) else torch.ones_like(scores, dtype=torch.bool)
+    answered = answered.gather(1, labels[:, None])[:, 0]
+    hits = (scores.argmax(1) == labels) & answered
     top5 = None
     if classes >= 5:
-        top5 = (scores.topk(5, dim=1).indices == labels[:, None]).any(1).double().mean().item()
+        among = (scores.topk(5, dim=1).indices == labels[:, None]).any(1)
+        top5 = (among & answered).double().mean().item()
     seen = torch.bincount(labels, minlength=classes)
     per_class = torch.bincount(labels[hits], minlength=classes)[seen > 0] / seen[seen > 0].double()
     correct = int(hits.sum())
     low, high = wilson(correct, n)
     return Score(correct / n, top5, per_class.mean().item(), low, high, n)
+
+
+def average_precision(scores: Tensor, labels: Tensor) -> float:
+    """Mean over the classes of the average precision (scikit-learn's) of scores (N, C) for labels (N, C) bool; classes
+    that no sample has are left out. NaN scores come last."""
+    scores, labels = scores.nan_to_num(-torch.inf).clamp(-1e30, 1e30).cpu(), labels.cpu()
+    seen = labels.any(0)
+    return float(average_precision_score(labels[:, seen], scores[:, seen], average="macro"))
+
+
+def quality(scores: Tensor, labels: Tensor) -> float:
+    """What a rate is chosen by: top-1 of labels (N,), mean average precision of several labels a sample (N, C)."""
+    if labels.ndim == 2:
+        return average_precision(scores, labels)
+    # A head that diverged has scores that are not finite: it loses.
+    return score(scores.nan_to_num(-torch.inf), labels).top1
 
 
 def confusion(scores: Tensor, labels: Tensor) -> Tensor:

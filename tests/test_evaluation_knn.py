@@ -123,3 +123,29 @@ def test_any_size(n, queries, k, classes):
     for scores in (knn.cosine_exp(x, y, q, k=k, classes=classes), knn.euclid_invdist(x, y, q, k=k, classes=classes)):
         assert scores.shape == (queries, classes)
         assert (scores.argmax(1) == 0).all()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclid"])
+def test_ties_of_float32_are_ranked_exactly(metric):
+    """300 rows that float32's products cannot tell apart, more than there are candidates."""
+    generator = torch.Generator().manual_seed(0)
+    offset = 100 * torch.ones(64)
+    x = offset + 1e-3 * torch.randn(300, 64, generator=generator)
+    q = offset + 1e-3 * torch.randn(5, 64, generator=generator)
+    ids = knn.neighbours(x, q, 20, metric=metric)[1]
+    a, b = x.double(), q.double()
+    far = torch.cdist(b, a) if metric == "euclid" else -(b @ a.T) / b.norm(dim=1)[:, None] / a.norm(dim=1)
+    assert torch.equal(ids, far.sort(dim=1, stable=True).indices[:, :20])
+    twins = knn.neighbours(x[:1].expand(50, -1), q, 10, metric=metric)[1]
+    assert torch.equal(twins, torch.arange(10).expand(5, -1))  # of equals the first
+
+
+def test_ordinary_features_need_no_second_look(monkeypatch):
+    """The slack of candidates is what makes the exact search rare: with none, every query would need it."""
+    looks: list[int] = []
+    among_all = knn._among_all
+    monkeypatch.setattr(knn, "_among_all", lambda bank, q, *a: looks.append(len(q)) or among_all(bank, q, *a))
+    (x, _), (q, _) = clusters(2000), clusters(300, seed=1)
+    for metric in ("cosine", "euclid"):
+        knn.neighbours(x.float(), q.float(), 20, metric=metric)
+    assert sum(looks) < 6

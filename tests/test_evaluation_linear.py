@@ -31,7 +31,7 @@ def test_packed_heads_train_as_torch_modules_do(bn):
         generator = torch.Generator().manual_seed(3)
         for epoch in range(4):
             for group in optimizer.param_groups:
-                group["lr"] = rate * 64 / 256 * linear.schedule(epoch, 4, 2)
+                group["lr"] = rate * 60 / 256 * linear.schedule(epoch, 4, 2)
             for ids in torch.randperm(300, generator=generator).tensor_split(5):
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(net(x[ids]), y[ids]).backward()
@@ -127,3 +127,31 @@ def test_the_probes_benchmark_says_that_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr("sys.argv", ["speed", "--device", "cuda"])
     with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
         speed.main()
+
+
+def test_the_final_head_is_trained_on_all_of_it():
+    """One sample of a class of its own, which is never held out, and ten more that only the whole set has."""
+    (x, y), (q, _) = problem(400), problem(50, seed=1)
+    found = linear.sweep(x, y, q, 5, bn=False, epochs=5, seed=2)
+    whole = linear.train(x, y, 5, rates=(found.rate, linear.PAPER_RATE), bn=False, epochs=5, seed=2)
+    assert torch.equal(found.scores, whole.scores(q)[0]) and torch.equal(found.paper, whole.scores(q)[1])
+
+
+def test_rates_follow_the_batches_that_are_taken():
+    """1,030 samples are two batches of 515, not of 1,024: twice as many are the same batches, steps and rate apart."""
+    x, y = problem(1030)
+    two = linear.train(x, y, 5, rates=(0.1,), bn=False, epochs=2, batch=1024, seed=1)
+    same = linear.train(x, y, 5, rates=(0.1,), bn=False, epochs=2, batch=515, seed=1)
+    assert torch.equal(two.weight, same.weight)
+
+
+def test_several_labels_a_sample():
+    """Each class by itself, as scikit-learn's one-vs-rest; ranked by average precision."""
+    x, y = problem(1500)
+    labels = nn.functional.one_hot(y, 5).bool()
+    labels[:, 4] = x[:, 0] > 0
+    found = linear.sweep(x[:1000], labels[:1000], x[1000:], 5, bn=True, epochs=30)
+    for c in range(5):
+        theirs = LogisticRegression(max_iter=2000).fit(x[:1000], labels[:1000, c])
+        agree = (found.scores[:, c] > 0).numpy() == theirs.predict(x[1000:])
+        assert agree.mean() > 0.95

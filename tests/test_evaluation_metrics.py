@@ -108,3 +108,16 @@ def test_what_a_known_dataset_lacks_is_said():
     ]
     assert targets.differences("mine", train, test[:9000], 10) == ["1 of 10 classes have no test image"]
     assert len(targets.TARGETS) >= 5
+
+
+def test_a_class_without_a_vote_is_no_hit():
+    """Of votes and counts; a logit of 0 or less is an answer like any other."""
+    votes = torch.zeros(4, 20)
+    votes[:, 7] = 3.0
+    votes[1, 2] = 1.0
+    found = metrics.score(votes, torch.tensor([7, 2, 0, 1]))
+    assert (found.top1, found.top5) == (0.25, 0.5)
+    assert metrics.score(torch.zeros(3, 6), torch.tensor([0, 0, 0])).top1 == 0
+    logits = -torch.arange(20.0).repeat(4, 1)
+    assert metrics.score(logits, torch.tensor([0, 1, 4, 5])).top5 == 0.75
+    assert metrics.majority(torch.tensor([3, 3, 2]), torch.tensor([3, 0]), 10).top5 == 0.5
