@@ -73,13 +73,13 @@ def as_ours(check: str) -> Callable:
     """What our converter does to an image's bytes, but for laying them down."""
     from isal.isal_zlib import crc32
 
-    from manyview.pipeline import codec
-    from manyview.pipeline.convert import moments
+    from manyview.pipeline.convert import encode, moments
+    from manyview.pipeline.manifest import Options
 
     contents = Contents([], [], [], moments.nothing())
 
     def work(data: bytes) -> None:
-        found = codec.convert(np.frombuffer(data, np.uint8), codec.Settings(), CHECKS[check])
+        found = encode.convert(np.frombuffer(data, np.uint8), Options("folder"), CHECKS[check])
         contents.moments += _moments(found, contents)
         crc32(found.payload)
 

@@ -30,9 +30,7 @@ class Options:
     shard_mb: int = 0  # 0 = a 64th of the source, between 16 and 256 MB
     unlabelled: bool = False
     check: str = "decode"
-
-    def codec(self) -> codec.Settings:
-        return codec.Settings(self.encoding, self.size, self.quality, self.max_pixels)
+    white: float = 0  # the value that becomes 255 in pictures of more than 8 bits; 0 = what their type says
 
 
 def read_manifest(out: Path) -> dict | None:

@@ -10,8 +10,10 @@ from pictures import encoded, jpeg, pixels
 from PIL import Image
 
 from manyview.pipeline import codec
+from manyview.pipeline.convert import encode
+from manyview.pipeline.manifest import Options
 
-JPEG = codec.Settings()
+JPEG = Options("folder")
 
 
 def array(data: bytes) -> np.ndarray:
@@ -19,7 +21,7 @@ def array(data: bytes) -> np.ndarray:
 
 
 def convert(data: bytes, **options):
-    return codec.convert(array(data), codec.Settings(**options))[:2]
+    return encode.convert(array(data), Options("folder", **options))[:2]
 
 
 def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
@@ -132,12 +134,12 @@ def test_what_cannot_be_used_is_a_value_error_that_says_why(name):
     data, reason = REJECTED[name]
     for look in ("pixels", "thumbnail"):
         with pytest.raises(ValueError, match=reason or None):
-            codec.convert(array(data), JPEG, look)
+            encode.convert(array(data), JPEG, look)
 
 
 def verdict(data: bytes, look: str) -> str:
     try:
-        codec.convert(array(data), JPEG, look)
+        encode.convert(array(data), JPEG, look)
         return ""
     except ValueError as error:
         return str(error)
@@ -168,7 +170,7 @@ def test_a_thumbnail_finds_exactly_the_damage_that_all_pixels_find(subsampling, 
 
 
 def test_a_thumbnail_is_the_image_at_an_eighth():
-    found = codec.convert(array(jpeg(18, 250, 300)), JPEG, "thumbnail")
+    found = encode.convert(array(jpeg(18, 250, 300)), JPEG, "thumbnail")
     assert found.pixels is None and found.thumbnail.shape == (32, 38, 3)
     blocks = codec.decode(found.payload)[:248, :296].reshape(31, 8, 37, 8, 3).mean((1, 3))
     assert np.abs(blocks - found.thumbnail[:31, :37]).mean() < 1.5
@@ -206,7 +208,7 @@ def test_tiny_images_are_stored_raw_in_every_encoding():
         payload, image = convert(jpeg(11, 64, 64), encoding=encoding)
         assert payload.shape == (64, 64, 3) and np.array_equal(payload, image)
         assert convert(jpeg(11, 65, 64), encoding=encoding)[0].shape != (65, 64, 3) or encoding == "raw"
-    payload, *_ = codec.convert(np.full((8, 8), 7, np.uint8), JPEG)
+    payload, *_ = encode.convert(np.full((8, 8), 7, np.uint8), JPEG)
     assert payload.shape == (8, 8, 3) and (payload == 7).all()
     assert convert(encoded(Image.new("RGB", (1, 1), "red"), "PNG"))[0].tolist() == [[[255, 0, 0]]]
 
@@ -214,7 +216,7 @@ def test_tiny_images_are_stored_raw_in_every_encoding():
 @pytest.mark.parametrize("height,width", [(90, 120), (91, 120), (90, 121), (91, 121), (1, 100)])
 def test_yuv420_has_even_sides_and_nearly_the_same_pixels(height, width):
     image = pixels(12, height, width)
-    payload, _, *shape, _ = codec.convert(image, codec.Settings("yuv420"))
+    payload, _, *shape, _, _ = encode.convert(image, Options("folder", encoding="yuv420"))
     even = (height + height % 2, width + width % 2)
     assert tuple(shape) == even and payload.shape == (even[0] * 3 // 2, even[1])
     back = codec.decode(codec.view(payload.reshape(-1), codec.YUV420, *even))
@@ -227,23 +229,23 @@ def test_size_shrinks_the_short_side_and_never_enlarges():
     data = jpeg(13, 90, 130)
     assert convert(data, size=90)[0].tobytes() == data
     checks = np.indices((200, 200)).sum(0) % 2 * 255  # the finest pattern there is: antialiased it is plain grey
-    _, image, *_ = codec.convert(np.repeat(checks[..., None], 3, 2).astype(np.uint8), codec.Settings(size=100))
+    _, image, *_ = encode.convert(np.repeat(checks[..., None], 3, 2).astype(np.uint8), Options("folder", size=100))
     assert np.abs(image.astype(int) - 127).max() <= 1
 
 
 def test_without_a_look_only_whole_baseline_jpegs_pass():
     data = jpeg(16)
-    found = codec.convert(array(data), JPEG, look="headers")
+    found = encode.convert(array(data), JPEG, look="headers")
     assert found.pixels is None and found.payload.tobytes() == data and (found.height, found.width) == (90, 120)
     for other in (jpeg(16, progressive=True), encoded(pixels(16), "PNG"), jpeg(16, 60, 60)):
-        assert codec.convert(array(other), JPEG, look="headers").pixels is not None
-    for settings_ in (codec.Settings("raw"), codec.Settings(size=80)):
-        assert codec.convert(array(data), settings_, look="headers").pixels is not None
+        assert encode.convert(array(other), JPEG, look="headers").pixels is not None
+    for settings_ in (Options("folder", encoding="raw"), Options("folder", size=80)):
+        assert encode.convert(array(data), settings_, look="headers").pixels is not None
     for cut in (1, 2, 500):
         with pytest.raises(ValueError, match="nd of JPEG file"):
-            codec.convert(array(data[:-cut]), JPEG, look="headers")
+            encode.convert(array(data[:-cut]), JPEG, look="headers")
     with pytest.raises(ValueError, match="beyond the limit"):
-        codec.convert(array(data), codec.Settings(max_pixels=100), look="headers")
+        encode.convert(array(data), Options("folder", max_pixels=100), look="headers")
 
 
 def test_decode_refuses_what_is_no_payload():
@@ -260,7 +262,7 @@ def test_any_damage_is_a_value_error_or_a_picture(data):
         original[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.one_of(st.none(), st.integers(0, len(original))))
     try:
-        found = codec.convert(array(bytes(original[:cut])), codec.Settings(max_pixels=1_000_000))
+        found = encode.convert(array(bytes(original[:cut])), Options("folder", max_pixels=1_000_000))
     except ValueError:
         return
     assert codec.decode(found.payload).shape[:2] == (found.height, found.width)

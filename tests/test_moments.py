@@ -4,7 +4,7 @@ import numpy as np
 from pictures import jpeg, pixels
 
 from manyview.pipeline import codec
-from manyview.pipeline.convert import moments
+from manyview.pipeline.convert import encode, moments
 
 
 def exact(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -31,7 +31,7 @@ def test_thumbnails_have_the_mean_and_lose_no_variance():
     for i in range(40):
         data = np.frombuffer(jpeg(i, 200, 300), np.uint8)
         if i % 2:
-            data = codec.encode(rng.integers(60, 200, (200, 300, 3), np.uint8))
+            data = encode.encode(rng.integers(60, 200, (200, 300, 3), np.uint8))
         images.append(codec.decode(data))
         total += moments.of_thumbnail(codec.thumbnail(data), 200 * 300, images[-1] if i % 8 < 2 else None)
     mean, square = moments.average(total)

@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from isal.isal_zlib import crc32
 
-from manyview.pipeline import codec, files, index
+from manyview.pipeline import files, index
+from manyview.pipeline.convert import encode
 from manyview.pipeline.convert.sources import Source, Split
+from manyview.pipeline.manifest import Options
 
 NAME = ".stamp.json"
 TICK = 50_000_000  # ns; file times may lag the clock by one tick of the kernel
@@ -61,19 +63,19 @@ def _older(path: str, at: int) -> bool:
         return False
 
 
-def rewritten(split: Split, keys: list[str], rows: index.Index, settings: codec.Settings, at: int) -> list[str]:
+def rewritten(split: Split, keys: list[str], rows: index.Index, options: Options, at: int) -> list[str]:
     """Names of images younger than the stamp that no longer give the payload in `rows`."""
     number = {rows.key(i): i for i in range(len(rows))}
     return [
         split.names[i]
         for i in np.flatnonzero(split.times > at).tolist()
-        if _crc(split, i, settings) != (rows["crc"][number[keys[i]]] if keys[i] in number else None)
+        if _crc(split, i, options) != (rows["crc"][number[keys[i]]] if keys[i] in number else None)
     ]
 
 
-def _crc(split: Split, i: int, settings: codec.Settings) -> int | None:
+def _crc(split: Split, i: int, options: Options) -> int | None:
     """Of an image's payload; None if it is rejected."""
     try:
-        return crc32(codec.convert(split.read(i), settings, "thumbnail").payload)
+        return crc32(encode.convert(split.read(i), options, "thumbnail").payload)
     except ValueError:
         return None

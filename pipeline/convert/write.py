@@ -23,7 +23,7 @@ import numpy as np
 from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
 from manyview.pipeline import beton, bucket, codec, files, index, storage, tar
-from manyview.pipeline.convert import moments, pool, source_state
+from manyview.pipeline.convert import encode, moments, pool, source_state
 from manyview.pipeline.convert.sources import Source, datasets
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.manifest import (
@@ -44,7 +44,7 @@ EXECUTORS = {
 }  # loaded when asked for: Ray is an extra
 MIN_SHARD, MAX_SHARD = 16 << 20, 256 << 20
 KEY_LENGTH = 90  # a ustar name has 100 bytes
-CHECKS = {"decode": "thumbnail", "headers": "headers"}  # of JPEGs that keep their bytes, see `codec.convert`
+CHECKS = {"decode": "thumbnail", "headers": "headers"}  # of JPEGs that keep their bytes, see `encode.convert`
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,13 @@ def convert_shard(row: Row) -> dict:
 
 def _fill(writer, row: Row, job: Job) -> Contents:
     split, keys = job.source.splits[row.split], job.keys[row.split]
-    settings = job.options.codec()
     contents = Contents([], [], [], moments.nothing())
     for i in row.samples:
         pool.check_stop()
         key, label = keys[i], int(split.labels[i])
         try:
             data = split.read(i)
-            found = codec.convert(data, settings, CHECKS[job.options.check])
+            found = encode.convert(data, job.options, CHECKS[job.options.check])
             contents.moments += _moments(found, contents)
         except ValueError as error:
             item = {"split": split.name, "name": split.names[i], "key": key, "reason": str(error)}
@@ -195,7 +194,7 @@ def _fill(writer, row: Row, job: Job) -> Contents:
     return contents
 
 
-def _moments(found: codec.Converted, contents: Contents) -> np.ndarray:
+def _moments(found: encode.Converted, contents: Contents) -> np.ndarray:
     """What one image adds to the statistics; see `moments`. ValueError if it has to be decoded for that and cannot be."""
     if found.pixels is not None:
         return moments.of_pixels(found.pixels)
@@ -322,12 +321,15 @@ def _refuse_foreign(out: Path) -> None:
 def _already_done(options: Options, source: Path | None, out: Path, manifest: dict) -> bool:
     """Whether these very shards are there; a stamp (times of the source's folders) saves listing the source."""
     size_of = _sizes(out)
-    if manifest["options"] != asdict(options):
-        changed = [
-            f"{name} {manifest['options'].get(name)!r}, now {value!r}"
-            for name, value in asdict(options).items()
-            if manifest["options"].get(name) != value
-        ]
+    options_before = {
+        **asdict(Options("")),
+        **manifest["options"],
+    }  # older shards lack the newest options: they had the defaults
+    if changed := [
+        f"{name} {options_before[name]!r}, now {value!r}"
+        for name, value in asdict(options).items()
+        if options_before[name] != value
+    ]:
         raise UserError(
             f"{storage.where(out)} holds shards made otherwise ({'; '.join(changed)}): choose another OUT or remove it"
         )
@@ -360,10 +362,10 @@ def _sizes(out: Path) -> Callable[[str], int | None]:
 def _check_source(found: Source, source: Path | None, out: Path, manifest: dict, since: int) -> None:
     """UserError if a source is no longer what the shards were made from, by its list and, of what is younger, by content."""
     _check_same(found, source, manifest)
-    settings = Options(**manifest["options"]).codec()
+    options = Options(**manifest["options"])
     for split in found.splits:
         rows = index.read(out / manifest["splits"][split.name]["index"]["file"])
-        if names := source_state.rewritten(split, safe_keys(split.names), rows, settings, since):
+        if names := source_state.rewritten(split, safe_keys(split.names), rows, options, since):
             raise UserError(
                 f"{len(names)} images of {source} were rewritten since the shards were made from it, the first is "
                 f"{names[0]!r}: choose another OUT or remove them"

@@ -157,7 +157,7 @@ def number_labels(labels: list[int | str]) -> tuple[list[str], np.ndarray]:
 
 
 def payload(record: Record, data: np.ndarray) -> np.ndarray:
-    """What `codec.convert` takes: the bytes of an image file, or pixels. ValueError for arrays that are no image."""
+    """What `encode.convert` takes: the bytes of an image file, or pixels. ValueError for arrays that are no image."""
     if record.extension == "raw":
         return data.reshape(record.height, record.width, 3)
     if record.extension != "npy":
