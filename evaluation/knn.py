@@ -33,7 +33,7 @@ def neighbours(
         raise UserError(f"kNN with k = {k} needs at least {k} labelled training samples, but there are {len(bank)}")
     chunk = chunk or max(1, 2**26 // len(bank))
     if metric == "cosine":
-        fast_bank, fast_queries, offset = F.normalize(bank, dim=1), F.normalize(queries, dim=1), 0
+        fast_bank, fast_queries, offset = F.normalize(bank, dim=1), F.normalize(queries, dim=1), bank.new_zeros(1)
     else:
         # |q - x|^2 = |x|^2 - 2 q.x + |q|^2 loses digits when features sit far from the origin; centring is free.
         center = bank.mean(0)
