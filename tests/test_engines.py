@@ -84,6 +84,8 @@ MATRIX += [
         ("dali", "tiny", POLICIES[0]),
         ("dali gpu graph", "photos", POLICIES[0]),
         ("dali gpu graph", "tiny", POLICIES[2]),
+        ("fused", "photos", POLICIES[1]),
+        ("fused", "tiny", POLICIES[2]),
     ]
 ]
 

@@ -24,30 +24,28 @@ def images() -> list[np.ndarray]:
     return [np.array(pixels(i, height, width)) for i, (height, width) in enumerate(SHAPES)]
 
 
-def parameters(name: str, count: int, size: int, changes: dict | None = None) -> views.Parameters:
+def parameters(name: str, count: int, size: int, changes: dict | None = None) -> views.ViewParameters:
     heights, widths = (np.array(column) for column in zip(*SHAPES))
     ids = np.arange(len(SHAPES))
     return views.parameters(views.policy(name, count, size, changes), 3, 0 * ids, ids, heights, widths)
 
 
-def render(pictures: list[torch.Tensor], strides: list[list[int]], p: views.Parameters) -> list[torch.Tensor]:
+def render(pictures: list[torch.Tensor], strides: list[list[int]], p: views.ViewParameters) -> list[torch.Tensor]:
     """A group of views each: (V, B, 3, S, S)."""
-    addresses, steps = torch.tensor([x.data_ptr() for x in pictures]), torch.tensor(strides)
+    where = torch.tensor([[x.data_ptr(), *steps] for x, steps in zip(pictures, strides, strict=True)]).to(DEVICE)
     groups = []
-    for group in p.groups:
-        rows = fused.table(*(array[group] for array in (p.box, p.flip, p.color, p.sigma, p.solarize)))
-        words = torch.from_numpy(rows.view(np.int32).reshape(*rows.shape, -1)).to(DEVICE)
-        blurred = int((rows["sigma"] > 0).sum())
-        views_of_group = fused.render(addresses.to(DEVICE), steps.to(DEVICE), words, p.sizes[group.start], blurred)
-        groups.append(views_of_group.permute(0, 1, 4, 2, 3).cpu())
+    for part, size in p.groups:
+        rows = torch.from_numpy(fused.table(p.views[part])).to(DEVICE)
+        blurred = int((p.views["sigma"][part] > 0).sum())
+        groups.append(fused.render(where, rows, size, blurred).permute(0, 1, 4, 2, 3).cpu())
     return groups
 
 
-def truth(p: views.Parameters) -> list[torch.Tensor]:
-    every = [
-        torch.stack([reference.render(image, p, v, b) for b, image in enumerate(images())]) for v in range(len(p.sizes))
-    ]
-    return [torch.stack(every[group]) for group in p.groups]
+def truth(p: views.ViewParameters) -> list[torch.Tensor]:
+    def views_of(row, size):
+        return torch.stack([reference.render(image, view, size) for image, view in zip(images(), row, strict=True)])
+
+    return [torch.stack([views_of(row, size) for row in p.views[part]]) for part, size in p.groups]
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -95,9 +93,9 @@ def test_a_box_at_the_edge_reads_nothing_beyond_it():
 
 def test_the_number_of_blurred_views_is_what_scratch_is_for():
     p = parameters("byol", 3, 8)
-    rows = fused.table(p.box, p.flip, p.color, p.sigma, p.solarize)
-    slots = rows["scratch"][p.sigma > 0]
-    assert sorted(slots.tolist()) == list(range(len(slots))) and (rows["scratch"][p.sigma == 0] == -1).all()
+    slots = fused.table(p.views).reshape(*p.views.shape, -1)[..., -1]
+    blurred = p.views["sigma"] > 0
+    assert sorted(slots[blurred].tolist()) == list(range(blurred.sum())) and (slots[~blurred] == -1).all()
 
 
 @pytest.mark.slow
@@ -108,7 +106,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from manyview.pipeline.engines import fused
-crop = dict(addresses="*i64", strides="*i64", rows="*i32", out="*u8", scratch="*u8", batch="i32", size="i32", BLOCK="constexpr")
+crop = dict(images="*i64", rows="*i32", out="*u8", scratch="*u8", batch="i32", size="i32", BLOCK="constexpr")
 blur = dict(rows="*i32", scratch="*u8", half="*fp32", out="*u8", batch="i32", size="i32", DOWN="constexpr", BLOCK="constexpr")
 for kernel, signature, constants in [
     (fused._crop, crop, {}), (fused._blur, blur, {"DOWN": True}), (fused._blur, blur | {"out": "*fp32"}, {"DOWN": False})

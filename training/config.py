@@ -134,7 +134,7 @@ class Config:
     # --- how fast: none of these changes what is learned beyond rounding ---
 
     engine: str = "auto"
-    """What makes the views: dali, cpu, resident, auto."""
+    """What makes the views: dali, cpu, resident, fused (Triton behind DALI's decoder), auto."""
     device: str = "auto"
     """cpu, cuda, auto."""
     precision: str = "auto"

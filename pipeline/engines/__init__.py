@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from importlib import import_module
@@ -15,7 +16,12 @@ from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.store import Store
 from manyview.pipeline.views import ViewParameters
 
-ENGINES = {"cpu": "CPUEngine", "dali": "DALIEngine", "resident": "ResidentEngine"}  # module of this package: its class
+ENGINES = {
+    "cpu": "CPUEngine",
+    "dali": "DALIEngine",
+    "resident": "ResidentEngine",
+    "fused": "FusedEngine",
+}  # module of this package: its class
 NAMES = ("auto", *ENGINES)
 SMALL = 96  # pixels a side up to which dense resize matrices beat reading and decoding
 SHARE = 0.25  # of the device's free memory that resident pixels may take
@@ -112,6 +118,8 @@ def unfit(name: str, store: Store, device: torch.device) -> str:
         return f"DALI is not installed; {INSTALL}"
     if name == "resident" and (why_not := _not_resident(store, device)):
         return f"{why_not}; use cpu or dali"
+    if name == "fused" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its kernels are Triton's, which need a GPU (TRITON_INTERPRET=1 plays them in Python, very slowly)"
     return ""
 
 

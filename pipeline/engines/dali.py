@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ class DALIEngine:
         self.seconds = {"read": 0.0, "feed": 0.0}
         self._readers = ThreadPoolExecutor(min(self.threads, 8), "read")
         self.fused = self.device.type != "cuda"  # DALI's own color and blur are slow on the CPU: one operator does both
-        self._graphs: dict[tuple, _Graph] = {}
+        self._graphs: dict[tuple, Graph] = {}
 
     def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
         return self.submit(ids, parameters).result()
@@ -55,27 +56,33 @@ class DALIEngine:
         batch = self._start(parameters, payloads)
         self.seconds["feed"] += time.perf_counter() - begun
         self.decoded += len(ids)
-        return Pending([], lambda: self._views(ids, batch))
+        return Pending([], lambda: self._views(ids, parameters, batch))
 
-    def _start(self, parameters: ViewParameters, payloads: list[np.ndarray]) -> _Batch:
+    def _start(self, parameters: ViewParameters, payloads: list[np.ndarray]) -> Batch:
         key = (str(parameters.groups), payloads[0].ndim)
         graph = self._graphs.get(key)
         if graph is None or graph.size < len(payloads):
             if graph is not None:
                 graph.close()
-            graph = self._graphs[key] = _Graph(parameters, payloads, self.device, self.fused, self.threads)
-        return graph.feed(parameters, payloads)
+            make = partial(build, parameters, payloads[0].ndim, self.device.type, self.fused)
+            graph = self._graphs[key] = Graph(make, len(payloads), self.device, self.threads)
+        return graph.feed({**inputs(parameters, self.fused), "images": payloads})
 
-    def _views(self, ids: np.ndarray, batch: _Batch) -> list[torch.Tensor]:
+    def _views(self, ids: np.ndarray, parameters: ViewParameters, batch: Batch) -> list[torch.Tensor]:
         """A batch that DALI's decoder refused is made from images decoded on the host, which names the culprit if there
         is one; a second time it is not an image's fault."""
         if isinstance(batch.wait(), RuntimeError):
             payloads = [decoded(self.store, i, self.store.read(i)) for i in ids.tolist()]
-            batch = self._start(batch.parameters, payloads)
-        views = batch.wait()
-        if isinstance(views, Exception):
-            raise views
-        return views
+            batch = self._start(parameters, payloads)
+        outputs = batch.wait()
+        if isinstance(outputs, Exception):
+            raise outputs
+        views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        if self.fused:
+            groups = [view.transpose(0, 1).contiguous() for view in views]
+        else:
+            groups = [torch.stack(views[part]) for part, _ in parameters.groups]
+        return [group.permute(0, 1, 4, 2, 3) for group in groups]
 
     def close(self) -> None:
         for graph in self._graphs.values():
@@ -85,62 +92,58 @@ class DALIEngine:
 
 
 @dataclass(eq=False)
-class _Batch:
-    """A batch in a graph; its views, or why there are none, come when it is its turn."""
+class Batch:
+    """A batch in a graph; DALI's outputs, or why there are none, come when it is its turn."""
 
-    graph: _Graph
-    parameters: ViewParameters
-    views: list[torch.Tensor] | RuntimeError | None = None
+    graph: Graph
+    outputs: tuple | RuntimeError | None = None
 
-    def wait(self) -> list[torch.Tensor] | RuntimeError:
-        while self.views is None:
+    def wait(self) -> Any:
+        while self.outputs is None:
             self.graph.collect_oldest()
-        return self.views
+        return self.outputs
 
 
-class _Graph:
-    """A DALI pipeline for up to `size` images and the batches in it, oldest first."""
+class Graph:
+    """A DALI pipeline for up to `size` images and the batches in it, oldest first. `make`: a function of `pipeline_def`."""
 
-    def __init__(
-        self, parameters: ViewParameters, payloads: list[np.ndarray], device: torch.device, fused: bool, threads: int
-    ):
-        self.size, self.device, self.fused, self.waiting = len(payloads), device, fused, deque[_Batch]()
+    def __init__(self, make: Callable[..., Any], size: int, device: torch.device, threads: int):
+        self.size, self.device, self.waiting = size, device, deque[Batch]()
         index = (device.index or 0) if device.type == "cuda" else None
         # Not "pipelined", because then the first run would wait for DEPTH batches: here each is scheduled as it comes.
-        self.pipeline = build(
-            parameters, payloads[0].ndim, device.type, fused, batch_size=self.size, num_threads=threads, device_id=index,
+        self.pipeline = make(
+            batch_size=size, num_threads=threads, device_id=index,
             prefetch_queue_depth=DEPTH, exec_dynamic=True, exec_pipelined=False,
         )  # fmt: skip
         self.pipeline.build()
 
-    def feed(self, parameters: ViewParameters, payloads: list[np.ndarray]) -> _Batch:
+    def feed(self, arrays: dict[str, Any]) -> Batch:
         while len(self.waiting) >= DEPTH:
             self.collect_oldest()
-        for name, value in inputs(parameters, self.fused).items():
+        for name, value in arrays.items():
             self.pipeline.feed_input(name, value)
-        self.pipeline.feed_input("images", payloads)
         self.pipeline.schedule_run()
-        self.waiting.append(_Batch(self, parameters))
+        self.waiting.append(Batch(self))
         return self.waiting[-1]
 
     def collect_oldest(self) -> None:
         batch = self.waiting.popleft()
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
-            outputs = [torch.from_dlpack(view.as_tensor()) for view in self.pipeline.outputs(cuda_stream=stream)]
+            batch.outputs = self.pipeline.outputs(cuda_stream=stream)
         except RuntimeError as error:  # an image that DALI's decoder refuses costs the batch; the graph goes on
-            batch.views = error
-            return
-        if self.fused:
-            outputs = [output.transpose(0, 1).contiguous() for output in outputs]
-        else:
-            outputs = [torch.stack(outputs[part]) for part, _ in batch.parameters.groups]
-        batch.views = [output.permute(0, 1, 4, 2, 3) for output in outputs]
+            batch.outputs = error
 
     def close(self) -> None:
         while self.waiting:
             self.collect_oldest()
         del self.pipeline
+
+
+@pipeline_def
+def images_alone(device: str) -> Any:
+    """Bytes in, RGB images out, each of its own size: for engines that make views by other means."""
+    return decode(device)
 
 
 def inputs(p: ViewParameters, fused: bool) -> dict[str, np.ndarray]:

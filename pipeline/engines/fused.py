@@ -11,10 +11,22 @@ without a GPU.
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+from manyview.pipeline.engines import Pending, has_dali
+from manyview.pipeline.engines.cpu import decoded
+from manyview.pipeline.machine import cores
+from manyview.pipeline.store import Corrupt, Store
+from manyview.pipeline.views import ViewParameters
 
 BLOCK, INTERPRETED = 512, 4096  # pixels of a view that one program makes, on the GPU and where Python plays it
 REACH = 3  # sigmas that a blur reaches, as in `pixels.blur`
@@ -32,21 +44,22 @@ ROW = np.dtype(
 WORDS = tl.constexpr(ROW.itemsize // 4)
 
 
-def table(box, flip, color, sigma, solarize) -> np.ndarray:
-    """(V, B) rows of `ROW` from arrays as in `views`; `scratch` numbers the blurred views, -1 elsewhere."""
-    rows = np.zeros(flip.shape, ROW)
-    rows["box"], rows["flip"], rows["solarize"], rows["sigma"] = box, flip, solarize, sigma
-    rows["color"] = color.reshape(*flip.shape, 12)
-    blurred = sigma > 0
-    rows["scratch"] = np.where(blurred, np.cumsum(blurred).reshape(flip.shape) - 1, -1)
-    return rows
+def table(views: np.ndarray) -> np.ndarray:
+    """(V, B, WORDS) int32, rows of `ROW` from (V, B) of `views.VIEW`; `scratch` numbers the blurred views, -1 elsewhere."""
+    rows = np.zeros(views.shape, ROW)
+    for name in ("box", "flip", "solarize", "sigma"):
+        rows[name] = views[name]
+    rows["color"] = views["color"].reshape(*views.shape, 12)
+    blurred = views["sigma"] > 0
+    rows["scratch"] = np.where(blurred, np.cumsum(blurred).reshape(views.shape) - 1, -1)
+    return rows.view(np.int32).reshape(*views.shape, -1)
 
 
-def render(addresses: torch.Tensor, strides: torch.Tensor, rows: torch.Tensor, size: int, blurred: int) -> torch.Tensor:
+def render(images: torch.Tensor, rows: torch.Tensor, size: int, blurred: int) -> torch.Tensor:
     """(V, B, S, S, 3) uint8: the views of one size of a batch.
 
-    `addresses`: (B,) int64, where each image's first pixel lies on the device; `strides`: (B, 3) int64, bytes from one row,
-    one pixel and one channel to the next; `rows`: (V, B, WORDS) int32, `table`'s bytes; `blurred`: how many views are.
+    `images`: (B, 4) int64, where each image's first pixel lies on the device, and the bytes from one row, one pixel and one
+    channel to the next; `rows`: (V, B, WORDS) int32, see `table`; `blurred`: how many views are.
     """
     views, batch, _ = rows.shape
     out = torch.empty((views, batch, size, size, 3), dtype=torch.uint8, device=rows.device)
@@ -54,11 +67,118 @@ def render(addresses: torch.Tensor, strides: torch.Tensor, rows: torch.Tensor, s
     half = torch.empty((max(blurred, 1), size, size, 3), dtype=torch.float32, device=rows.device)
     block = BLOCK if rows.is_cuda else INTERPRETED
     grid = (triton.cdiv(size * size, block), batch, views)
-    _crop[grid](addresses, strides, rows, out, scratch, batch, size, block)
+    _crop[grid](images, rows, out, scratch, batch, size, block)
     if blurred:
         _blur[grid](rows, scratch, half, half, batch, size, False, block)
         _blur[grid](rows, scratch, half, out, batch, size, True, block)
     return out
+
+
+class FusedEngine:
+    """An `Engine` for GPUs: JPEGs decoded by DALI (by threads of the host where there is none), views by the two kernels.
+
+    `seconds` has read, decode (on the host) and feed.
+    """
+
+    name, holds_all = "fused", False
+
+    def __init__(self, store: Store, device: str | torch.device = "cuda", threads: int | None = None):
+        self.store, self.device = store, torch.device(device)
+        self.threads = threads or cores()
+        self.decoded = 0
+        self.seconds = {"read": 0.0, "decode": 0.0, "feed": 0.0}
+        self._readers = ThreadPoolExecutor(self.threads, "read")
+        self._graph: Any = None
+        self._busy: deque[tuple[Any, Any]] = deque()  # an event of the device, and the images that must live until then
+
+    def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
+        return self.submit(ids, parameters).result()
+
+    def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
+        begun = time.perf_counter()
+        try:
+            payloads = list(self._readers.map(self.store.read, ids.tolist()))
+            self.seconds["read"] += time.perf_counter() - begun
+            self.decoded += len(ids)
+            if any(payload.ndim != 1 for payload in payloads) or not has_dali():
+                views = self._views(parameters, *self._upload(self._decode(ids, payloads)))
+                return Pending([], lambda: views)
+        except Corrupt as error:
+            return Pending.failed(error)
+        begun = time.perf_counter()
+        batch = self._decoder(len(ids)).feed({"images": payloads})
+        self.seconds["feed"] += time.perf_counter() - begun
+        return Pending([], lambda: self._of_graph(ids, parameters, batch))
+
+    def _decode(self, ids: np.ndarray, payloads: list[np.ndarray]) -> list[np.ndarray]:
+        begun = time.perf_counter()
+        images = list(self._readers.map(partial(decoded, self.store), ids.tolist(), payloads))
+        self.seconds["decode"] += time.perf_counter() - begun
+        return images
+
+    def _decoder(self, size: int) -> Any:
+        """DALI's graph for batches up to this size."""
+        from manyview.pipeline.engines import dali
+
+        if self._graph is None or self._graph.size < size:
+            if self._graph is not None:
+                self._graph.close()
+            make = partial(dali.images_alone, self.device.type)
+            self._graph = dali.Graph(make, size, self.device, self.threads)
+        return self._graph
+
+    def _of_graph(self, ids: np.ndarray, parameters: ViewParameters, batch: Any) -> list[torch.Tensor]:
+        """Views of a decoded batch; one that DALI refused is decoded on the host, which names the culprit if there is one."""
+        outputs = batch.wait()
+        if isinstance(outputs, RuntimeError):
+            payloads = [self.store.read(i) for i in ids.tolist()]
+            return self._views(parameters, *self._upload(self._decode(ids, payloads)))
+        (images,) = outputs
+        told = np.stack([parameters.heights, parameters.widths], axis=1)
+        wrong = np.flatnonzero((np.array(images.shape())[:, :2] != told).any(axis=1))
+        if len(wrong):  # the kernels trust the boxes, which were drawn for images of the index's sizes
+            i = int(ids[wrong[0]])
+            raise Corrupt(i, self.store.key(i), "its pixels are not of the size that the index says")
+        return self._views(parameters, images, [images[i].data_ptr() for i in range(len(ids))])
+
+    def _upload(self, images: list[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
+        """The images end to end on the device, and where each begins."""
+        pixels = self._send(torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])))
+        starts = np.cumsum([0, *(image.size for image in images)])[:-1] + pixels.data_ptr()
+        return pixels, starts.tolist()
+
+    def _views(self, parameters: ViewParameters, images: Any, addresses: list[int]) -> list[torch.Tensor]:
+        """Queue the kernels; `images` are kept until they are done."""
+        row = 3 * parameters.widths
+        strides = np.stack([row, np.full_like(row, 3), np.ones_like(row)], axis=1)
+        where = self._send(torch.from_numpy(np.concatenate([np.array(addresses)[:, None], strides], axis=1)))
+        groups = []
+        for part, size in parameters.groups:
+            views = parameters.views[part]
+            rows = self._send(torch.from_numpy(table(views)))
+            blurred = int((views["sigma"] > 0).sum())
+            groups.append(render(where, rows, size, blurred).permute(0, 1, 4, 2, 3))
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+            self._busy.append((event, images))
+            while self._busy[0][0].query():
+                self._busy.popleft()
+                if not self._busy:
+                    break
+        return groups
+
+    def _send(self, numbers: torch.Tensor) -> torch.Tensor:
+        """To the device. From pinned memory: CUDA may wait for all queued work before it copies 64 KB or more from other."""
+        return numbers.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else numbers
+
+    def close(self) -> None:
+        if self._graph is not None:
+            self._graph.close()
+        self._readers.shutdown(cancel_futures=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        self._busy.clear()
 
 
 @triton.jit
@@ -89,7 +209,7 @@ def _level(x):
 
 
 @triton.jit
-def _crop(addresses, strides, rows, out, scratch, batch, size, BLOCK: tl.constexpr):
+def _crop(images, rows, out, scratch, batch, size, BLOCK: tl.constexpr):
     sample, view = tl.program_id(1), tl.program_id(2)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < size * size
@@ -97,10 +217,9 @@ def _crop(addresses, strides, rows, out, scratch, batch, size, BLOCK: tl.constex
     words = rows + (view * batch + sample) * WORDS
     top, left, height, width = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
     x_from = tl.where(tl.load(words + 4) != 0, size - 1 - x, x)
-    row_step, step, channel = (
-        tl.load(strides + 3 * sample), tl.load(strides + 3 * sample + 1), tl.load(strides + 3 * sample + 2)
-    )  # fmt: skip
-    image = tl.load(addresses + sample).to(tl.pointer_type(tl.uint8)) + top * row_step + left * step
+    where = images + 4 * sample
+    row_step, step, channel = tl.load(where + 1), tl.load(where + 2), tl.load(where + 3)
+    image = tl.load(where).to(tl.pointer_type(tl.uint8)) + top * row_step + left * step
 
     y_first, y_center, y_inverse = _filter(y, height, size)
     x_first, x_center, x_inverse = _filter(x_from, width, size)
