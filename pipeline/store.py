@@ -17,6 +17,7 @@ from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import MANIFEST, read_manifest
 
 GAP = 128 << 10  # bytes: reading over less than this is cheaper than another request
+LEAST_STD = 1.0  # of values 0..255: a channel that hardly varies would else drown the others, or be divided by zero
 REQUEST = 128 << 10  # bytes: the kernel cuts a longer read-ahead short without saying so
 
 
@@ -180,7 +181,8 @@ def _manifest(path: Path) -> dict:
 
 
 def statistics(manifest: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation a channel, 0..255, of `train` (of the first split where there is no such)."""
+    """Mean and standard deviation a channel, 0..255, of `train` (of the first split where there is no such); no deviation is
+    below `LEAST_STD`."""
     splits = manifest["splits"]
     part = splits.get("train") or next(iter(splits.values()))
-    return tuple(part["mean"]), tuple(part["std"])
+    return tuple(part["mean"]), tuple(max(LEAST_STD, deviation) for deviation in part["std"])
