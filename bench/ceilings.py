@@ -21,7 +21,7 @@ from manyview.bench.host import Spent, interval, now, spent, synchronize
 from manyview.bench.workload import Training, Workload, draw
 from manyview.pipeline import codec, views
 from manyview.pipeline.loader import normalize
-from manyview.pipeline.views import Parameters
+from manyview.pipeline.views import ViewParameters
 from manyview.training.step import embed, local_views
 
 SMALL_SECONDS = 0.002  # of a stage that is so short that it is repeated
@@ -238,19 +238,19 @@ class Ceilings:
         return taken
 
 
-def without(drawn: Parameters, name: str) -> Parameters:
+def without(drawn: ViewParameters, name: str) -> ViewParameters:
     """The same views without one of their steps; `drawn` itself where there is none of it."""
-    if name == "color":
-        identity = np.broadcast_to(np.eye(3, 4, dtype=np.float32), drawn.color.shape)
-        return drawn if np.array_equal(drawn.color, identity) else replace(drawn, color=np.ascontiguousarray(identity))
-    key = {"blur": "sigma"}.get(name, name)
-    values = getattr(drawn, key)
-    return replace(drawn, **{key: np.zeros_like(values)}) if values.any() else drawn
+    field, nothing = {"blur": ("sigma", 0), "color": ("color", np.eye(3, 4))}.get(name, (name, 0))
+    if (drawn.views[field] == nothing).all():
+        return drawn
+    views = drawn.views.copy()
+    views[field] = nothing
+    return replace(drawn, views=views)
 
 
-def one_tiny_view(work: Workload, ids: np.ndarray) -> Parameters:
+def one_tiny_view(work: Workload, ids: np.ndarray) -> ViewParameters:
     """One view of 8 pixels from a box of 8: what is left is reading, decoding and the engine's own work."""
     heights, widths = work.store.heights[ids], work.store.widths[ids]
-    drawn = views.clean(8, heights, widths)
-    drawn.box[..., 2], drawn.box[..., 3] = np.minimum(8, heights), np.minimum(8, widths)
-    return drawn
+    tiny = views.clean(8, heights, widths)
+    tiny.views["box"][..., 2], tiny.views["box"][..., 3] = np.minimum(8, heights), np.minimum(8, widths)
+    return tiny

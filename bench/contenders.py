@@ -27,7 +27,7 @@ from manyview.pipeline import engines
 from manyview.pipeline.loader import Loader, normalize
 from manyview.pipeline.plan import plan
 from manyview.pipeline.store import Store
-from manyview.pipeline.views import Group, Parameters, Policy, parameters
+from manyview.pipeline.views import Group, Policy, ViewParameters, parameters
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -221,17 +221,17 @@ def floor(s: Setting) -> Iterator[Contender]:
     cv2.setNumThreads(0)
     data = [torch.from_numpy(np.fromfile(f, np.uint8)) for f in s.files]
 
-    def image(i: int, drawn: Parameters, b: int, out: np.ndarray) -> None:
+    def image(i: int, drawn: ViewParameters, b: int, out: np.ndarray) -> None:
         pixels = decode_jpeg(data[i], mode=ImageReadMode.RGB)
-        for v in range(s.views):
-            top, left, height, width = drawn.box[v, b].tolist()
+        for v, view_of in enumerate(drawn.views[:, b]):
+            top, left, height, width = view_of["box"].tolist()
             crop = pixels[None, :, top : top + height, left : left + width]
             view = torch.nn.functional.interpolate(crop, out.shape[2:4], mode="bilinear", antialias=True)
-            flat = cv2.transform(view[0].permute(1, 2, 0).numpy(), drawn.color[v, b])
-            if drawn.sigma[v, b] > 0:
-                window = 2 * int(np.ceil(3 * drawn.sigma[v, b])) + 1
-                flat = cv2.GaussianBlur(flat, (window, window), float(drawn.sigma[v, b]))
-            out[v, b] = flat[:, ::-1] if drawn.flip[v, b] else flat
+            flat = cv2.transform(view[0].permute(1, 2, 0).numpy(), view_of["color"])
+            if (sigma := float(view_of["sigma"])) > 0:
+                window = 2 * int(np.ceil(3 * sigma)) + 1
+                flat = cv2.GaussianBlur(flat, (window, window), sigma)
+            out[v, b] = flat[:, ::-1] if view_of["flip"] else flat
 
     def run() -> int:
         made = 0

@@ -82,7 +82,7 @@ def photos(args: Args) -> list[torch.Tensor]:
     views = []
     for b, i in enumerate(ids):
         image = torch.from_numpy(np.array(decode(store.read(int(i))))).permute(2, 0, 1)
-        views.append(F.resized_crop(image, *drawn.box[0, b].tolist(), [args.size, args.size], antialias=True))
+        views.append(F.resized_crop(image, *drawn.views["box"][0, b].tolist(), [args.size, args.size], antialias=True))
     return views
 
 

@@ -20,7 +20,7 @@ from manyview.pipeline.loader import Loader, normalize
 from manyview.pipeline.machine import tune
 from manyview.pipeline.plan import Plan, plan
 from manyview.pipeline.store import Store, training_split
-from manyview.pipeline.views import Parameters, Policy, parameters
+from manyview.pipeline.views import Policy, ViewParameters, parameters
 from manyview.training import estimate, optim, precision
 from manyview.training.step import PretrainingModel, Update, backward
 
@@ -179,7 +179,7 @@ def trial_batch(work: Workload, size: int, step_seconds: float) -> int:
     return min(work.setup.batch_size, max(2, int(step_seconds / seconds)))
 
 
-def draw(work: Workload, ids: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, Parameters]:
+def draw(work: Workload, ids: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, ViewParameters]:
     """`ids` and the parameters of their views."""
     epochs = np.full(len(ids), epoch, np.int64)
     store = work.store

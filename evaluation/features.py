@@ -27,7 +27,7 @@ from manyview.evaluation.encoder import Encoder, calibrating, frozen
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.loader import normalize
 from manyview.pipeline.store import Corrupt, Store
-from manyview.pipeline.views import Parameters, Policy, clean, parameters
+from manyview.pipeline.views import Policy, ViewParameters, clean, parameters
 
 VERSION = "1"
 CALIBRATION, CALIBRATION_BATCH = 1024, 256  # images; fixed, so that --batch changes no number
@@ -50,7 +50,7 @@ class Views:
         drawn = f"{self.policy} with seed {self.seed}" if self.policy else ""
         return " + ".join(filter(None, ["1 clean view" if self.clean else "", drawn]))
 
-    def draw(self, size: int, crop_ratio: float, ids: np.ndarray, store: Store) -> list[Parameters]:
+    def draw(self, size: int, crop_ratio: float, ids: np.ndarray, store: Store) -> list[ViewParameters]:
         heights, widths = store.heights[ids], store.widths[ids]
         made = [clean(size, heights, widths, crop_ratio)] if self.clean else []
         if self.policy is not None:

@@ -28,7 +28,7 @@ from manyview.pipeline.loader import Loader, normalize
 from manyview.pipeline.machine import tune
 from manyview.pipeline.plan import Plan, plan
 from manyview.pipeline.store import Corrupt, Store, training_split
-from manyview.pipeline.views import Parameters, Policy, overrides, parameters
+from manyview.pipeline.views import Policy, ViewParameters, overrides, parameters
 from manyview.pipeline.views import policy as named_policy
 
 
@@ -199,7 +199,7 @@ class Views:
         labels = torch.from_numpy(np.asarray(self.store.labels[ids], np.int64))
         return Batch(self._finished(pending.result()), labels, torch.from_numpy(ids), torch.zeros_like(labels))
 
-    def _draw(self, ids: np.ndarray) -> Parameters:
+    def _draw(self, ids: np.ndarray) -> ViewParameters:
         heights, widths = self.store.heights[ids], self.store.widths[ids]
         return parameters(self.policy, self.seed, np.zeros(len(ids), np.int64), ids, heights, widths)
 

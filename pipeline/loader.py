@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 
+from manyview.pipeline.engines import Engine, Pending
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.machine import Memory
 from manyview.pipeline.plan import Plan
@@ -47,7 +47,7 @@ class Loader:
         store: Store,
         plan: Plan,
         policy: Policy,
-        engine: Any,
+        engine: Engine,
         *,
         seed: int,
         prefetch: int = 2,
@@ -60,14 +60,14 @@ class Loader:
 
     @property
     def timings(self) -> dict[str, float]:
-        return self._timings | getattr(self.engine, "seconds", {})
+        return self._timings | self.engine.seconds
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps `start` .. `stop - 1`, in order."""
         waiting: deque = deque()
         step = told = start
         # An engine that holds every image lets storage rest: pages that the system has dropped would be read again for nothing.
-        reading = iter(()) if getattr(self.engine, "holds_all", False) else self.plan.reading(start, stop)
+        reading = iter(()) if self.engine.holds_all else self.plan.reading(start, stop)
         try:
             while step < stop or waiting:
                 while step < stop and len(waiting) < self.prefetch:
@@ -85,11 +85,11 @@ class Loader:
         begun = time.perf_counter()
         ids, epochs = self.plan.batch(step)
         ids = self._replace(ids)
-        drawn = parameters(self.policy, self.seed, epochs, ids, self.store.heights[ids], self.store.widths[ids])
+        p = parameters(self.policy, self.seed, epochs, ids, self.store.heights[ids], self.store.widths[ids])
         self._timings["parameters"] += time.perf_counter() - begun
-        return step, ids, epochs, self.engine.submit(ids, drawn)
+        return step, ids, epochs, self.engine.submit(ids, p)
 
-    def _finish(self, step: int, ids: np.ndarray, epochs: np.ndarray, pending: Any) -> Batch:
+    def _finish(self, step: int, ids: np.ndarray, epochs: np.ndarray, pending: Pending) -> Batch:
         begun = time.perf_counter()
         while True:
             try:
@@ -158,7 +158,7 @@ def _rows_of(mean: tuple, std: tuple, width: int, device: torch.device) -> tuple
     return scale.repeat(width), shift.repeat(width)
 
 
-def clean_views(store: Store, engine: Any, size: int, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+def clean_views(store: Store, engine: Engine, size: int, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
     """One centre view of each of these images that can be read: (their ids (B,), views (B, 3, size, size) uint8)."""
     while True:
         try:

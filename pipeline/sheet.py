@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from manyview.pipeline.codec import decode
 from manyview.pipeline.store import Store
-from manyview.pipeline.views import Parameters, Policy, parameters
+from manyview.pipeline.views import Policy, ViewParameters, parameters
 
-Render = Callable[[np.ndarray, Parameters], list[torch.Tensor]]
+Render = Callable[[np.ndarray, ViewParameters], list[torch.Tensor]]
 CELL, GAP, LINE, MARGIN = 168, 14, 17, 40  # pixels: a view's side, between views, a line of text, around the sheet
 PAPER, INK, FAINT = (252, 251, 248), (32, 34, 38), (128, 130, 136)
 
@@ -32,9 +32,9 @@ def contact_sheet(
 ) -> None:
     """Write a PNG of the views of samples `ids` in epoch 0. `renders`: name -> engine, one row of views for each."""
     ids = np.asarray(ids, np.int64)
-    drawn = parameters(policy, seed, 0 * ids, ids, store.heights[ids], store.widths[ids])
-    made = {name: [view for group in render(ids, drawn) for view in group.cpu()] for name, render in renders.items()}
-    views, tall = len(drawn.sizes), len(made) * (CELL + GAP) - GAP
+    p = parameters(policy, seed, 0 * ids, ids, store.heights[ids], store.widths[ids])
+    pixels = {name: [view for group in render(ids, p) for view in group.cpu()] for name, render in renders.items()}
+    views, tall = len(p.views), len(pixels) * (CELL + GAP) - GAP
     first = 2 * CELL + GAP  # the original's width
     width = 2 * MARGIN + first + views * (CELL + GAP) + 2 * GAP
     block = tall + 4 * LINE + 3 * GAP
@@ -45,36 +45,36 @@ def contact_sheet(
     pen.text((MARGIN, MARGIN + 26), f"seed {seed}, epoch 0; {legend}", FAINT, _font(14))
     for b, i in enumerate(ids.tolist()):
         top = MARGIN + 3 * LINE + GAP + b * block
-        below = top + _original(sheet, decode(store.read(i)), drawn.box[:, b], (MARGIN, top), first, tall) + 8
+        below = top + _original(sheet, decode(store.read(i)), p.views["box"][:, b], (MARGIN, top), first, tall) + 8
         pen.text((MARGIN, below), _shorten(store.key(i), first), INK, _font(13, bold=True))
         label = f", class {store.classes[store.labels[i]]}" if store.labels[i] >= 0 else ""
         about = f"sample {i}, {store.widths[i]} x {store.heights[i]} px{label}"
         pen.text((MARGIN, below + LINE + 2), _shorten(about, first), FAINT, _font(12))
-        for row, name in enumerate(made):
+        for row, name in enumerate(pixels):
             _upright(sheet, name, (MARGIN + first + GAP, top + row * (CELL + GAP)))
         for v in range(views):
             left = MARGIN + first + 3 * GAP + v * (CELL + GAP)
-            for row, pictures in enumerate(made.values()):
+            for row, pictures in enumerate(pixels.values()):
                 _place(sheet, pictures[v][b].permute(1, 2, 0).numpy(), (left, top + row * (CELL + GAP)))
             pen.rectangle((left, top + tall + 4, left + CELL - 1, top + tall + 7), _hue(v, views))
-            for k, line in enumerate(describe(drawn, v, b, int(store.heights[i]) * int(store.widths[i]))):
+            for k, line in enumerate(describe(p.views[v, b], int(p.heights[b] * p.widths[b]))):
                 pen.text((left, top + tall + 12 + k * LINE), line, INK if k == 0 else FAINT, _font(12))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
 
 
-def describe(p: Parameters, v: int, b: int, pixels: int) -> list[str]:
-    """What was drawn for a view, in three short lines."""
-    box, sigma = p.box[v, b], float(p.sigma[v, b])
-    share = f"{100 * int(box[2]) * int(box[3]) / pixels:.0f} %, {box[3]} x {box[2]}"
-    brightness, contrast, saturation, hue = factors(p.color[v, b])
+def describe(view: np.void, pixels: int) -> list[str]:
+    """What was drawn for a view (of `views.VIEW`) of an image of so many pixels, in three short lines."""
+    _, _, height, width = view["box"].tolist()
+    share = f"{100 * height * width / pixels:.0f} %, {width} x {height}"
+    brightness, contrast, saturation, hue = factors(view["color"])
     color = f"b {brightness:.2f} c {contrast:.2f} " + (
         f"s {saturation:.2f} h {hue:+.0f}°" if saturation > 1e-3 else "grey"
     )
-    if np.array_equal(p.color[v, b], np.eye(3, 4)):
+    if np.array_equal(view["color"], np.eye(3, 4)):
         color = "color as it is"
-    rest = [f"blur {sigma:.2f} px"] * (sigma > 0) + ["solarize"] * bool(p.solarize[v, b])
-    return [share + ("  flipped" if p.flip[v, b] else ""), color, "  ".join(rest)]
+    rest = [f"blur {view['sigma']:.2f} px"] * bool(view["sigma"]) + ["solarize"] * bool(view["solarize"])
+    return [share + ("  flipped" if view["flip"] else ""), color, "  ".join(rest)]
 
 
 def factors(color: np.ndarray) -> tuple[float, float, float, float]:
@@ -136,5 +136,5 @@ def _shorten(text: str, width: int) -> str:
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib."""
     weight = "bold" if bold else "normal"
-    found = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight))
-    return ImageFont.truetype(found, size)
+    path = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight))
+    return ImageFont.truetype(path, size)

@@ -41,6 +41,11 @@ class Group:
     solarize: tuple[float, ...] = (0.0,)
 
 
+PROBABILITIES = ("flip", "jitter", "grey", "blur", "solarize")
+STRENGTHS = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}  # and the largest there is
+PAIRS = {"scale": 1, "ratio": math.inf, "sigma": math.inf}  # lowest and highest; what is the largest there is
+
+
 @dataclass(frozen=True)
 class Policy:
     """`groups[0]` are the global views, `groups[1]`, if there, the local crops."""
@@ -54,22 +59,25 @@ class Policy:
         return sum(group.count for group in self.groups)
 
 
+VIEW = np.dtype(
+    [
+        ("box", np.int32, (4,)),  # top, left, height, width in source pixels
+        ("flip", np.bool_),
+        ("color", np.float32, (3, 4)),  # out = color @ (r, g, b, 1), values 0..255
+        ("sigma", np.float32),  # of the blur, in pixels of the view; 0 = none
+        ("solarize", np.bool_),  # invert values of 128 and more
+    ]
+)  # one view of one image
+
+
 @dataclass
-class Parameters:
+class ViewParameters:
     """Everything that makes the V views of B images; V runs over all groups in order."""
 
-    sizes: tuple[int, ...]  # (V,) pixels
-    box: np.ndarray  # (V, B, 4) int32: top, left, height, width in source pixels
-    flip: np.ndarray  # (V, B) bool
-    color: np.ndarray  # (V, B, 3, 4) float32: out = color @ (r, g, b, 1), values 0..255
-    sigma: np.ndarray  # (V, B) float32: pixels of the view, 0 = no blur
-    solarize: np.ndarray  # (V, B) bool: invert values of 128 and more
-
-    @property
-    def groups(self) -> list[slice]:
-        """The runs of equal size: one output tensor each."""
-        edges = [v for v in range(1, len(self.sizes)) if self.sizes[v] != self.sizes[v - 1]]
-        return [slice(a, b) for a, b in zip([0, *edges], [*edges, len(self.sizes)])]
+    groups: tuple[tuple[slice, int], ...]  # the views of each output tensor, and their side in pixels
+    heights: np.ndarray  # (B,) int64, as `widths`: pixels of the source images; every box lies inside
+    widths: np.ndarray
+    views: np.ndarray  # (V, B) of VIEW
 
 
 SIMCLR = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "blur": (0.5,)}
@@ -125,12 +133,12 @@ def overrides(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         try:
-            found = {key.strip(): yaml.safe_load(value)} if equals else yaml.safe_load(Path(text).read_text())
+            values = {key.strip(): yaml.safe_load(value)} if equals else yaml.safe_load(Path(text).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"view setting {text!r} is neither key=value nor a readable YAML file: {error}") from None
-        if not isinstance(found, dict):
+        if not isinstance(values, dict):
             raise UserError(f"{text}: expected lines of `key: value`, as in `hue: 0.1`")
-        result.update({str(key): value for key, value in found.items()})
+        result.update({str(key): value for key, value in values.items()})
     return result
 
 
@@ -147,39 +155,38 @@ def _override(groups: list[Group], changes: dict[str, Any]) -> list[Group]:
             errors.append(f"view setting {key!r}: this policy has no local crops; `multicrop` has")
             continue
         try:
-            convert = _convert(field, value)
+            number = _convert(field, value)
         except (TypeError, ValueError, OverflowError):
             errors.append(f"view setting {key}={value!r} is not a number or a list of numbers as in {field}="
                           f"{getattr(groups[0], field)}")  # fmt: skip
             continue
         for g in [names[where]] if where else range(len(groups)):
-            groups[g] = replace(groups[g], **{field: convert})
+            groups[g] = replace(groups[g], **{field: number})
     if errors:
         raise UserError("\n".join(errors))
     return groups
 
 
 def _convert(field: str, value: Any) -> Any:
-    if field in ("count", "size"):
-        if int(value) != float(value):
-            raise ValueError(value)
-        return int(value)
-    if field in ("scale", "ratio", "sigma", "blur", "solarize"):
+    default = getattr(Group(1, 1), field)
+    if isinstance(default, tuple):
         return tuple(float(x) for x in (value if isinstance(value, list | tuple) else [value]))
-    return float(value)
+    if isinstance(default, int) and int(value) != float(value):
+        raise ValueError(value)
+    return type(default)(value)
 
 
 def _check(group: Group) -> list[str]:
     errors = []
-    for name in ("flip", "jitter", "grey", "blur", "solarize"):
+    for name in PROBABILITIES:
         value = getattr(group, name)
         if not all(0 <= p <= 1 for p in (value if isinstance(value, tuple) else (value,))) or value == ():
             errors.append(f"view setting {name} must be a probability in [0, 1], not {value}")
-    for name, low, high in (("scale", 0, 1), ("ratio", 0, math.inf), ("sigma", 0, math.inf)):
+    for name, high in PAIRS.items():
         value = getattr(group, name)
-        if len(value) != 2 or not low < value[0] <= value[1] <= high or not math.isfinite(value[1]):
-            errors.append(f"view setting {name} must be two ascending numbers above {low}, not {value}")
-    for name, high in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+        if len(value) != 2 or not 0 < value[0] <= value[1] <= high or not math.isfinite(value[1]):
+            errors.append(f"view setting {name} must be two ascending numbers above 0, not {value}")
+    for name, high in STRENGTHS.items():
         if not 0 <= getattr(group, name) <= high:
             errors.append(f"view setting {name} must be in [0, {high}], not {getattr(group, name)}")
     if group.count < 1 or group.size < 1:
@@ -189,16 +196,14 @@ def _check(group: Group) -> list[str]:
 
 def parameters(
     chosen: Policy, seed: int, epochs: np.ndarray, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
-) -> Parameters:
+) -> ViewParameters:
     """Draw the views of a batch. `epochs`, `ids`, `heights`, `widths`: (B,) integers; sizes in source pixels."""
     if chosen.centre:
         return clean(chosen.groups[0].size, heights, widths, chosen.centre)
-    sizes = tuple(group.size for group in chosen.groups for _ in range(group.count))
-    empty = _empty(sizes, len(ids))
-    integers = [np.ascontiguousarray(a, np.int64) for a in (epochs, ids, heights, widths)]
-    outputs = (empty.box, empty.flip, empty.color, empty.sigma, empty.solarize)
-    _draw(_table(chosen), np.uint64(seed), *integers, *outputs)  # type: ignore[call-arg]
-    return empty
+    result = _identity([(group.count, group.size) for group in chosen.groups], heights, widths)
+    epochs, ids = (np.ascontiguousarray(a, np.int64) for a in (epochs, ids))
+    _draw(_settings(chosen), np.uint64(seed), epochs, ids, result.heights, result.widths, result.views)
+    return result
 
 
 def crop_ratio(size: int) -> float:
@@ -206,96 +211,78 @@ def crop_ratio(size: int) -> float:
     return 1.0 if size <= 96 else 0.875
 
 
-def clean(size: int, heights: np.ndarray, widths: np.ndarray, crop_ratio: float = 1.0) -> Parameters:
+def clean(size: int, heights: np.ndarray, widths: np.ndarray, crop_ratio: float = 1.0) -> ViewParameters:
     """One view for evaluation: the centre square of `crop_ratio` times the short side, resized."""
-    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
-    result = _empty((size,), len(heights))
+    result = _identity([(1, size)], heights, widths)
+    heights, widths = result.heights, result.widths
     side = np.maximum(1, np.rint(np.minimum(heights, widths) * crop_ratio)).astype(np.int64)
-    result.box[0] = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
+    result.views["box"][0] = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
     return result
 
 
-def _empty(sizes: tuple[int, ...], batch: int) -> Parameters:
-    shape = (len(sizes), batch)
-    color = np.zeros((*shape, 3, 4), np.float32)
-    color[..., :3] = np.eye(3)
-    box, sigma = np.zeros((*shape, 4), np.int32), np.zeros(shape, np.float32)
-    return Parameters(sizes, box, np.zeros(shape, np.bool_), color, sigma, np.zeros(shape, np.bool_))
+def _identity(groups: list[tuple[int, int]], heights: np.ndarray, widths: np.ndarray) -> ViewParameters:
+    """Views (`groups`: count and size) that change nothing, of boxes yet to be set."""
+    stops = np.cumsum([count for count, _ in groups]).tolist()
+    parts = tuple((slice(stop - count, stop), size) for stop, (count, size) in zip(stops, groups))
+    views = np.zeros((stops[-1], len(heights)), VIEW)
+    views["color"] = np.eye(3, 4)
+    return ViewParameters(parts, np.ascontiguousarray(heights, np.int64), np.ascontiguousarray(widths, np.int64), views)
 
 
-def _table(chosen: Policy) -> np.ndarray:
-    """One row of numbers a view, in the order in which `_draw` reads them."""
-    return np.array(
-        [
-            (
-                *group.scale, *map(math.log, group.ratio), group.flip, group.jitter, group.brightness, group.contrast,
-                group.saturation, group.hue, group.grey, group.blur[i % len(group.blur)], *group.sigma,
-                group.solarize[i % len(group.solarize)],
-            )
-            for group in chosen.groups
-            for i in range(group.count)
-        ]
-    )  # fmt: skip
+def _settings(chosen: Policy) -> np.ndarray:
+    """(V,) of the fields of `Group`: each view's own."""
+    rows = []
+    for group in chosen.groups:
+        for i in range(group.count):
+            own = {name: getattr(group, name)[i % len(getattr(group, name))] for name in ("blur", "solarize")}
+            rows.append(tuple((vars(group) | own).values()))
+    return np.array(rows, [(f.name, np.float64, (2,) if f.name in PAIRS else ()) for f in fields(Group)])
 
 
 @njit(cache=True, nogil=True)
-def _draw(table, seed, epochs, ids, heights, widths, box, flip, color, sigma, solarize):
-    for v in range(len(table)):
-        (
-            low,
-            high,
-            log_low,
-            log_high,
-            flip_p,
-            jitter_p,
-            b,
-            c,
-            s,
-            h,
-            grey_p,
-            blur_p,
-            sigma_low,
-            sigma_high,
-            solarize_p,
-        ) = table[v]
+def _draw(settings, seed, epochs, ids, heights, widths, views):
+    for v in range(len(settings)):
+        s = settings[v]
         for i in range(len(ids)):
-            _crop(seed, ids[i], epochs[i], v, heights[i], widths[i], low, high, log_low, log_high, box[v, i])
+            view = views[v, i]
+            _crop(seed, ids[i], epochs[i], v, heights[i], widths[i], s.scale, s.ratio, view.box)
             # Every number has its own fixed place in the counter: none moves when another is not used.
             x0, x1, x2, x3 = philox(seed, ids[i], epochs[i], v, 16)
             y0, y1, y2, y3 = philox(seed, ids[i], epochs[i], v, 17)
             z0, z1, _, _ = philox(seed, ids[i], epochs[i], v, 18)
-            flip[v, i] = uniform(x0) < flip_p
-            grey, jitter = uniform(x1) < grey_p, uniform(x2) < jitter_p
-            solarize[v, i] = uniform(x3) < solarize_p
+            view.flip = uniform(x0) < s.flip
+            grey, jitter = uniform(x1) < s.grey, uniform(x2) < s.jitter
+            view.solarize = uniform(x3) < s.solarize
             if jitter or grey:
                 strength = 1.0 if jitter else 0.0
                 color_map(
-                    1 + strength * b * (2 * uniform(y0) - 1),
-                    1 + strength * c * (2 * uniform(y1) - 1),
-                    0.0 if grey else 1 + strength * s * (2 * uniform(y2) - 1),
-                    strength * h * (2 * uniform(y3) - 1),
-                    color[v, i],
+                    1 + strength * s.brightness * (2 * uniform(y0) - 1),
+                    1 + strength * s.contrast * (2 * uniform(y1) - 1),
+                    0.0 if grey else 1 + strength * s.saturation * (2 * uniform(y2) - 1),
+                    strength * s.hue * (2 * uniform(y3) - 1),
+                    view.color,
                 )
-            if uniform(z0) < blur_p:
-                sigma[v, i] = sigma_low + (sigma_high - sigma_low) * uniform(z1)
+            if uniform(z0) < s.blur:
+                view.sigma = s.sigma[0] + (s.sigma[1] - s.sigma[0]) * uniform(z1)
 
 
 @njit(cache=True, nogil=True)
-def _crop(seed, sample, epoch, view, height, width, low, high, log_low, log_high, box):
+def _crop(seed, sample, epoch, view, height, width, scale, ratio, box):
     """torchvision's RandomResizedCrop.get_params: area uniform, aspect ratio log-uniform, ten tries, then the centre."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(10):
         x0, x1, x2, x3 = philox(seed, sample, epoch, view, attempt)
-        area = height * width * (low + (high - low) * uniform(x0))
-        aspect = math.exp(log_low + (log_high - log_low) * uniform(x1))
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform(x0))
+        aspect = math.exp(low + (high - low) * uniform(x1))
         w, h = np.int64(np.rint(math.sqrt(area * aspect))), np.int64(np.rint(math.sqrt(area / aspect)))
         if 0 < w <= width and 0 < h <= height:
             box[0], box[1], box[2], box[3] = below(x2, height - h + 1), below(x3, width - w + 1), h, w
             return
     w, h = width, height
-    if width < height * math.exp(log_low):
-        h = np.int64(np.rint(width / math.exp(log_low)))
-    elif width > height * math.exp(log_high):
-        w = np.int64(np.rint(height * math.exp(log_high)))
+    if width < height * math.exp(low):
+        h = np.int64(np.rint(width / math.exp(low)))
+    elif width > height * math.exp(high):
+        w = np.int64(np.rint(height * math.exp(high)))
     box[0], box[1], box[2], box[3] = (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
 
 

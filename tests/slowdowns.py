@@ -128,21 +128,20 @@ def slow_view(step: str, times: int) -> list:
 
     def render(*call: Any) -> None:
         original(*call)
-        images, heights, widths, first, box, flip, color, sigma, solarize, out = call
+        images, heights, widths, first, views, out = call
         size = out.shape[2]
         scratch = np.empty((size, 3 * size), np.uint8)
         parts = np.split(images, 3 * np.cumsum(heights * widths)[:-1])
         for v in range(len(out)):
             for b, (part, height) in enumerate(zip(parts, heights), first):
-                view = out[v, b].reshape(size, 3 * size)
-                if step == "blur" and sigma[v, b] > 0:
-                    repeated(pixels.blur, times - 1)(view, sigma[v, b], scratch)
+                view, target = views[v, b], out[v, b].reshape(size, 3 * size)
+                if step == "blur" and view["sigma"] > 0:
+                    repeated(pixels.blur, times - 1)(target, view["sigma"], scratch)
                 elif step == "resize":
-                    if min(box[v, b, 2:]) > 8:  # a view, and not what is left when the profiler takes the views away
-                        rows = part.reshape(height, -1)
-                        repeated(pixels.resize, times - 1)(rows, box[v, b], flip[v, b], color[v, b], scratch)
-                elif (step == "color" and not np.array_equal(color[v, b], np.eye(3, 4))) or (
-                    step == "solarize" and solarize[v, b]
+                    if min(view["box"][2:]) > 8:  # a view, and not what is left when the profiler takes the views away
+                        repeated(pixels.resize, times - 1)(part.reshape(height, -1), view, scratch)
+                elif (step == "color" and not np.array_equal(view["color"], np.eye(3, 4))) or (
+                    step == "solarize" and view["solarize"]
                 ):
                     work(times)
 

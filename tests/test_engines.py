@@ -23,7 +23,7 @@ from manyview.pipeline.engines.cpu import CPUEngine
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import Options
 from manyview.pipeline.store import Corrupt, Store
-from manyview.pipeline.views import Parameters, clean, parameters, policy
+from manyview.pipeline.views import ViewParameters, clean, parameters, policy
 
 HAS_DALI = engines.has_dali()
 
@@ -56,7 +56,7 @@ def tiny(tmp_path_factory) -> Path:
     return root / "out"
 
 
-def drawn(store: Store, ids: np.ndarray, name="simclr", count=4, size=64, changes=STEPS) -> Parameters:
+def drawn(store: Store, ids: np.ndarray, name="simclr", count=4, size=64, changes=STEPS) -> ViewParameters:
     return parameters(policy(name, count, size, changes), 0, 0 * ids, ids, store.heights[ids], store.widths[ids])
 
 
@@ -242,11 +242,11 @@ def test_what_fails_twice_is_no_images_fault(photos, monkeypatch):
     tried = []
 
     def broken(self):
-        pending = self.waiting.popleft()
-        pending.error = RuntimeError("out of memory")
-        tried.append(pending)
+        batch = self.waiting.popleft()
+        batch.views = RuntimeError("out of memory")
+        tried.append(batch)
 
-    monkeypatch.setattr("manyview.pipeline.engines.dali._Graph._collect_oldest", broken)
+    monkeypatch.setattr("manyview.pipeline.engines.dali._Graph.collect_oldest", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         engine(np.arange(4), drawn(store, np.arange(4)))
     assert len(tried) == 2
@@ -319,7 +319,7 @@ images.flags.writeable = False  # as the engine gives them
 drawn = views.parameters(views.policy("simclr", 2, 8, {}), 0, np.zeros(n, int), np.arange(n), *2 * [np.full(n, 8)])
 out = np.empty((2, n, 8, 8, 3), np.uint8)
 sizes = np.full((2, n), 8)
-pixels.render(images.reshape(-1), *sizes, 0, drawn.box, drawn.flip, drawn.color, drawn.sigma, drawn.solarize, out)
+pixels.render(images.reshape(-1), *sizes, 0, drawn.views, out)
 print(hashlib.sha256(out).hexdigest())
 """
 

@@ -24,30 +24,32 @@ def images() -> list[np.ndarray]:
     return [np.array(pixels(i, height, width)) for i, (height, width) in enumerate(SHAPES)]
 
 
-def parameters(name: str, count: int, size: int, changes: dict | None = None) -> views.Parameters:
+def parameters(name: str, count: int, size: int, changes: dict | None = None) -> views.ViewParameters:
     heights, widths = (np.array(column) for column in zip(*SHAPES))
     ids = np.arange(len(SHAPES))
     return views.parameters(views.policy(name, count, size, changes), 3, 0 * ids, ids, heights, widths)
 
 
-def render(pictures: list[torch.Tensor], strides: list[list[int]], p: views.Parameters) -> list[torch.Tensor]:
+def render(pictures: list[torch.Tensor], strides: list[list[int]], p: views.ViewParameters) -> list[torch.Tensor]:
     """A group of views each: (V, B, 3, S, S)."""
     addresses, steps = torch.tensor([x.data_ptr() for x in pictures]), torch.tensor(strides)
     groups = []
-    for group in p.groups:
-        rows = fused.table(*(array[group] for array in (p.box, p.flip, p.color, p.sigma, p.solarize)))
+    for group, size in p.groups:
+        rows = fused.table(p.views[group])
         words = torch.from_numpy(rows.view(np.int32).reshape(*rows.shape, -1)).to(DEVICE)
         blurred = int((rows["sigma"] > 0).sum())
-        views_of_group = fused.render(addresses.to(DEVICE), steps.to(DEVICE), words, p.sizes[group.start], blurred)
+        views_of_group = fused.render(addresses.to(DEVICE), steps.to(DEVICE), words, size, blurred)
         groups.append(views_of_group.permute(0, 1, 4, 2, 3).cpu())
     return groups
 
 
-def truth(p: views.Parameters) -> list[torch.Tensor]:
-    every = [
-        torch.stack([reference.render(image, p, v, b) for b, image in enumerate(images())]) for v in range(len(p.sizes))
+def truth(p: views.ViewParameters) -> list[torch.Tensor]:
+    return [
+        torch.stack(
+            [torch.stack([reference.render(*one, size) for one in zip(images(), row)]) for row in p.views[group]]
+        )
+        for group, size in p.groups
     ]
-    return [torch.stack(every[group]) for group in p.groups]
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -95,9 +97,9 @@ def test_a_box_at_the_edge_reads_nothing_beyond_it():
 
 def test_the_number_of_blurred_views_is_what_scratch_is_for():
     p = parameters("byol", 3, 8)
-    rows = fused.table(p.box, p.flip, p.color, p.sigma, p.solarize)
-    slots = rows["scratch"][p.sigma > 0]
-    assert sorted(slots.tolist()) == list(range(len(slots))) and (rows["scratch"][p.sigma == 0] == -1).all()
+    rows, blurred = fused.table(p.views), p.views["sigma"] > 0
+    slots = rows["scratch"][blurred]
+    assert sorted(slots.tolist()) == list(range(len(slots))) and (rows["scratch"][~blurred] == -1).all()
 
 
 @pytest.mark.slow

@@ -30,10 +30,11 @@ def test_factors_are_read_back_from_a_map(brightness, contrast, saturation, hue)
 
 def test_what_was_drawn_is_said():
     p = clean(8, np.array([10]), np.array([20]))
-    assert describe(p, 0, 0, 200) == ["50 %, 10 x 10", "color as it is", ""]
-    p.flip[0, 0], p.sigma[0, 0], p.solarize[0, 0] = True, 1.5, True
-    color_map(1.25, 0.8, 0.0, 0.0, p.color[0, 0])
-    assert describe(p, 0, 0, 200) == ["50 %, 10 x 10  flipped", "b 1.25 c 0.80 grey", "blur 1.50 px  solarize"]
+    assert describe(p.views[0, 0], 200) == ["50 %, 10 x 10", "color as it is", ""]
+    view = p.views[0, 0]
+    view["flip"], view["sigma"], view["solarize"] = True, 1.5, True
+    color_map(1.25, 0.8, 0.0, 0.0, view["color"])
+    assert describe(p.views[0, 0], 200) == ["50 %, 10 x 10  flipped", "b 1.25 c 0.80 grey", "blur 1.50 px  solarize"]
 
 
 def test_a_sheet_shows_the_views(digits, tmp_path):

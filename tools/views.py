@@ -5,6 +5,7 @@ Originals with their crop boxes, the views of each engine side by side, and the 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ if __name__ == "__main__":  # the checkout on the path instead of this folder, w
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+import torch
 import tyro
 
 from manyview.pipeline import engines, errors, sheet
@@ -37,7 +39,7 @@ class Args:
     images: int = 4
     seed: int = 0
     engines: str = "all"
-    """all (the slow reference and every engine that works here), or some of cpu,dali,resident,reference."""
+    """all (the slow reference and every engine that works here), or some of them: cpu,reference."""
     device: str = "cpu"
     split: str = "train"
     out: Path = Path("views.png")
@@ -57,31 +59,29 @@ def main() -> None:
     chosen = policy(args.policy, args.views, size, overrides(args.augment))
     ids = plan(len(store), seed=args.seed, batch=min(args.images, len(store))).batch(0)[0]
     renders: dict[str, sheet.Render] = {}
-    running = []
-    for name in names(args, store):
-        if name == "reference":
-            renders[name] = partial(reference.engine, store)
-            continue
-        engine, _ = engines.create(name, store, device)
-        renders[name] = engine
-        running.append(engine)
-    sheet.contact_sheet(store, chosen, np.asarray(ids), args.out, renders=renders, seed=args.seed)
-    for engine in running:
-        engine.close()
+    with contextlib.ExitStack() as stack:
+        for name in names(args, store, device):
+            if name == "reference":
+                renders[name] = partial(reference.engine, store)
+            else:
+                engine, _ = engines.create(name, store, device)
+                renders[name] = stack.enter_context(contextlib.closing(engine))
+        sheet.contact_sheet(store, chosen, np.asarray(ids), args.out, renders=renders, seed=args.seed)
     print(f"{args.out}: {len(ids)} images, {chosen.views} views of {size} px, {', '.join(renders)}")
 
 
-def names(args: Args, store: Store) -> list[str]:
+def names(args: Args, store: Store, device: torch.device) -> list[str]:
     if args.engines != "all":
-        valid = ["reference", *engines.NAMES[1:]]
         wanted = args.engines.split(",")
+        valid = ["reference", *engines.ENGINES]
         for name in wanted:
             if name not in valid:
                 raise errors.UserError(errors.nearest("engine", name, valid))
         return wanted
-    one_size = len(np.unique(store.heights)) == len(np.unique(store.widths)) == 1
-    found = ["reference", "cpu"] + (["dali"] if engines.has_dali() else [])
-    return found + (["resident"] if one_size and store.heights[0] <= engines.SMALL else [])
+    # One that holds the whole set would load much for a few pictures where they are large.
+    large = max(store.heights.max(), store.widths.max()) > engines.SMALL
+    fit = [name for name in engines.ENGINES if not engines.unfit(name, store, device)]
+    return ["reference", *(name for name in fit if not (large and name == "resident"))]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 import yaml
 
-from manyview.pipeline import storage
+from manyview.pipeline import engines, storage
 from manyview.pipeline.errors import UserError, nearest
 from manyview.training.monitor import TRACKERS
 
@@ -25,7 +25,7 @@ CHOICES = {
     "optimizer": ("adamw", "sgd", "lars"),
     "bn": ("pooled", "view"),
     "order": ("random", "blocks"),
-    "engine": ("auto", "dali", "cpu", "resident"),
+    "engine": engines.NAMES,
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "bf16", "fp16", "fp32"),
 }

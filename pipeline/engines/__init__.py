@@ -1,20 +1,75 @@
-"""Engines turn ids and parameters into pixels; `create` picks one."""
+"""Engines turn ids and view parameters into pixels; `create` picks one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.store import Store
+from manyview.pipeline.views import ViewParameters
 
-NAMES = ("auto", "cpu", "dali", "resident")
+ENGINES = {"cpu": "CPUEngine", "dali": "DALIEngine", "resident": "ResidentEngine"}  # module of this package: its class
+NAMES = ("auto", *ENGINES)
 SMALL = 96  # pixels a side up to which dense resize matrices beat reading and decoding
 SHARE = 0.25  # of the device's free memory that resident pixels may take
 INSTALL = "pip install nvidia-dali-cuda130 (drivers before 580: nvidia-dali-cuda120)"
+
+
+class Pending:
+    """A batch under way: `work` must end first, then `views()` gives its tensors."""
+
+    def __init__(self, work: Sequence[Future], views: Callable[[], list[torch.Tensor]]):
+        self._work, self._views = work, views
+
+    @classmethod
+    def failed(cls, error: Exception) -> Pending:
+        """A batch whose `result` raises."""
+        work: Future = Future()
+        work.set_exception(error)
+        return cls([work], list)
+
+    def result(self) -> list[torch.Tensor]:
+        """Wait for the views. Raises `store.Corrupt`."""
+        for one in self._work:
+            one.result()
+        return self._views()
+
+    def cancel(self) -> None:
+        """Drop what has not begun and wait for what has."""
+        wait([one for one in self._work if not one.cancel()])
+
+
+class Engine(Protocol):
+    """What makes views: `Class(store, device, threads)`, threads None = the cores that this process may use.
+
+    It draws nothing, decodes an image once for all its views, and makes the pixels of `reference.render`, to 40 dB, the
+    same ones for any batch, order and threads. A sample that cannot be read or decoded is `store.Corrupt`, raised by
+    `Pending.result`; the engine goes on.
+    """
+
+    name: str
+    holds_all: bool  # every image is in memory: nothing need be fetched from storage
+    decoded: int  # images so far
+    seconds: dict[str, float]  # by stage, summed over threads
+
+    def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
+        """Start a batch of samples `ids` (B,): a tensor a group, uint8 (V, B, 3, S, S) on the device, channels-last memory.
+
+        Called by one thread at a time, also while earlier batches are under way.
+        """
+
+    def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
+        """`submit` and wait."""
+
+    def close(self) -> None:
+        """End threads and give memory back; batches not begun are dropped."""
 
 
 def device_of(name: str) -> torch.device:
@@ -36,27 +91,28 @@ def has_dali() -> bool:
 
 def create(
     name: str, store: Store, device: str | torch.device = "cpu", *, threads: int | None = None
-) -> tuple[Any, str]:
+) -> tuple[Engine, str]:
     """(engine, reason): the named engine, or for `auto` the best one here; `reason` is for the user to read.
 
-    UserError: no such engine, DALI is not installed, or a set that `resident` cannot hold.
+    UserError: no such engine, or one that cannot make this set's views here.
     """
     if name not in NAMES:
         raise UserError(nearest("engine", name, NAMES))
     device, reason = torch.device(device), "asked for"
     if name == "auto":
         name, reason = choose(store, device)
-    if name == "dali":
-        if not has_dali():
-            raise UserError(f"--engine dali: DALI is not installed; {INSTALL}")
-        from manyview.pipeline.engines.dali import DALIEngine as Engine
-    elif name == "resident":
-        if not_resident := _not_resident(store, device):
-            raise UserError(f"--engine resident: {not_resident}; use cpu or dali")
-        from manyview.pipeline.engines.resident import ResidentEngine as Engine  # type: ignore[assignment]
-    else:
-        from manyview.pipeline.engines.cpu import CPUEngine as Engine  # type: ignore[assignment]
-    return Engine(store, device, threads), reason
+    elif why_not := unfit(name, store, device):
+        raise UserError(f"--engine {name}: {why_not}")
+    return getattr(import_module(f"{__name__}.{name}"), ENGINES[name])(store, device, threads), reason
+
+
+def unfit(name: str, store: Store, device: torch.device) -> str:
+    """Why this engine cannot make this set's views here, or nothing."""
+    if name == "dali" and not has_dali():
+        return f"DALI is not installed; {INSTALL}"
+    if name == "resident" and (why_not := _not_resident(store, device)):
+        return f"{why_not}; use cpu or dali"
+    return ""
 
 
 def choose(store: Store, device: torch.device) -> tuple[str, str]:
@@ -67,7 +123,7 @@ def choose(store: Store, device: torch.device) -> tuple[str, str]:
     if side <= SMALL and not (reason := _not_resident(store, device)):
         return "resident", f"auto: all {len(store):,} images of {side} px fit in {_gigabytes(store)} on the device"
     why = f"images up to {side} px are larger than {SMALL}" if side > SMALL else reason
-    if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
+    if not has_dali():
         return "cpu", f"auto: {why}, and DALI, which would decode on the GPU, is not installed; {INSTALL}"
     return "dali", f"auto: {why}, so they are decoded on the GPU"
 

@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from manyview.pipeline.codec import decode
+from manyview.pipeline.engines import Pending
 from manyview.pipeline.engines.pixels import render
 from manyview.pipeline.machine import Memory, cores
 from manyview.pipeline.store import Corrupt, Store
-from manyview.pipeline.views import Parameters
+from manyview.pipeline.views import ViewParameters
 
 PIXELS = 2**18  # of the images and views of a task, if it is more than one image: a part of what a cache holds
 
 
 class CPUEngine:
-    """`engine(ids, parameters)` -> a group: uint8 (V, B, 3, S, S) on `device`, channels-last memory.
+    """An `Engine` of compiled threads; `seconds` has read, decode and render."""
 
-    Raises `store.Corrupt`. `decoded` counts images; `seconds` sums the threads' time by stage. `submit` may be called
-    while earlier batches are under way, from any thread. `threads`: default the cores this process may use.
-    """
-
-    name = "cpu"
+    name, holds_all = "cpu", False
 
     def __init__(self, store: Store, device: str | torch.device = "cpu", threads: int | None = None):
         self.store, self.device = store, torch.device(device)
@@ -40,33 +37,30 @@ class CPUEngine:
         self._memory = Memory()
         self._pool = ThreadPoolExecutor(self.threads, "views")
 
-    def __call__(self, ids: np.ndarray, parameters: Parameters) -> list[torch.Tensor]:
+    def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
         return self.submit(ids, parameters).result()
 
-    def submit(self, ids: np.ndarray, parameters: Parameters) -> Pending:
-        """Start a batch; `result()` of what is returned waits for it, `cancel()` drops it."""
+    def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
         batch = len(ids)
-        outputs = []
-        for group in parameters.groups:
-            size = parameters.sizes[group.start]
-            outputs.append(self._empty((group.stop - group.start, batch, size, size, 3)))
+        shapes = [(part.stop - part.start, batch, size, size, 3) for part, size in parameters.groups]
+        outputs = [self._empty(shape) for shape in shapes]
         arrays = [output.numpy() for output in outputs]
         # Several images a task where they are small: what holds Python's lock is then little beside what does not.
-        largest = parameters.box[..., 2:].max((0, 1))  # box: of all the views of a batch, hardly less than an image
-        cost = int(largest.prod(dtype=np.int64)) + sum(size**2 for size in parameters.sizes)
+        largest = parameters.views["box"][..., 2:].max((0, 1))  # of all views of a batch: hardly less than an image
+        cost = int(largest.prod(dtype=np.int64)) + sum(views * size**2 for views, _, size, *_ in shapes)
         chunk = max(1, min(batch // (2 * self.threads), PIXELS // cost))
         work = [
             self._pool.submit(self._images, ids, range(first, min(first + chunk, batch)), parameters, arrays)
             for first in range(0, batch, chunk)
         ]
-        return Pending(work, outputs, self.device)
+        return Pending(work, lambda: [o.permute(0, 1, 4, 2, 3).to(self.device, non_blocking=True) for o in outputs])
 
     def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
         if self.device.type == "cuda":
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps and reuses pinned memory itself
         return torch.from_numpy(self._memory.empty(shape))
 
-    def _images(self, ids: np.ndarray, rows: range, p: Parameters, outputs: list[np.ndarray]) -> None:
+    def _images(self, ids: np.ndarray, rows: range, p: ViewParameters, outputs: list[np.ndarray]) -> None:
         times = [time.perf_counter()]
         payloads = [self.store.read(int(ids[b])) for b in rows]
         times.append(time.perf_counter())
@@ -75,8 +69,8 @@ class CPUEngine:
         heights, widths = np.array([image.shape[:2] for image in images], np.int64).T.copy()
         pixels = images[0].reshape(-1) if len(images) == 1 else np.concatenate([image.reshape(-1) for image in images])
         pixels.setflags(write=False)  # one compiled version of `render`, for decoded and for stored pixels
-        for g, out in zip(p.groups, outputs):
-            render(pixels, heights, widths, rows.start, p.box[g], p.flip[g], p.color[g], p.sigma[g], p.solarize[g], out)
+        for (part, _), out in zip(p.groups, outputs):
+            render(pixels, heights, widths, rows.start, p.views[part], out)
         times.append(time.perf_counter())
         with self._lock:
             self.decoded += len(rows)
@@ -84,24 +78,7 @@ class CPUEngine:
                 self.seconds[stage] += float(seconds)
 
     def close(self) -> None:
-        """End the threads; batches not begun are dropped."""
         self._pool.shutdown(cancel_futures=True)
-
-
-class Pending:
-    """The images of one batch under way."""
-
-    def __init__(self, work: list[Future], outputs: list[torch.Tensor], device: torch.device):
-        self._work, self._outputs, self._device = work, outputs, device
-
-    def result(self) -> list[torch.Tensor]:
-        for one in self._work:
-            one.result()
-        return [o.permute(0, 1, 4, 2, 3).to(self._device, non_blocking=True) for o in self._outputs]
-
-    def cancel(self) -> None:
-        """Drop what has not begun and wait for what has."""
-        wait([one for one in self._work if not one.cancel()])
 
 
 def decoded(store: Store, i: int, payload: np.ndarray) -> np.ndarray:

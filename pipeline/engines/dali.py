@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,23 +14,21 @@ import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
 
+from manyview.pipeline.engines import Pending
 from manyview.pipeline.engines.cpu import decoded
 from manyview.pipeline.engines.pixels import finish
 from manyview.pipeline.machine import cores
 from manyview.pipeline.store import Corrupt, Store
-from manyview.pipeline.views import Parameters
+from manyview.pipeline.views import ViewParameters
 
 HARDWARE_SHARE = 0.65  # of a batch, for the GPU's JPEG hardware: 46 % faster than DALI's default (results/cuda.md)
 DEPTH = 3  # batches inside DALI at a time: one being fed, one being made, one ready
 
 
 class DALIEngine:
-    """`engine(ids, parameters)` -> a group: uint8 (V, B, 3, S, S) on `device`, channels-last memory.
+    """An `Engine`; `seconds` has read and feed. A graph is built for each new list of sizes. Call it from one thread."""
 
-    Raises `store.Corrupt`. `decoded` counts images. A graph is built for each new list of sizes. Call it from one thread.
-    """
-
-    name = "dali"
+    name, holds_all = "dali", False
 
     def __init__(self, store: Store, device: str | torch.device = "cpu", threads: int | None = None):
         self.store, self.device = store, torch.device(device)
@@ -40,41 +39,43 @@ class DALIEngine:
         self.fused = self.device.type != "cuda"  # DALI's own color and blur are slow on the CPU: one operator does both
         self._graphs: dict[tuple, _Graph] = {}
 
-    def __call__(self, ids: np.ndarray, parameters: Parameters) -> list[torch.Tensor]:
+    def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
         return self.submit(ids, parameters).result()
 
-    def submit(self, ids: np.ndarray, parameters: Parameters) -> Pending:
-        """Start a batch; `result()` of what is returned waits for it, `cancel()` drops it."""
-        pending = Pending(self, ids, parameters)
+    def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
         begun = time.perf_counter()
         try:
             payloads = list(self._readers.map(self.store.read, ids.tolist()))
+            self.seconds["read"] += time.perf_counter() - begun
+            begun = time.perf_counter()
+            if any(p.ndim != 1 for p in payloads):
+                payloads = list(self._readers.map(partial(decoded, self.store), ids.tolist(), payloads))
         except Corrupt as error:
-            pending.error = error
-            return pending
-        self.seconds["read"] += time.perf_counter() - begun
-        begun = time.perf_counter()
-        if any(p.ndim != 1 for p in payloads):
-            payloads = list(self._readers.map(partial(decoded, self.store), ids.tolist(), payloads))
-        self._start(pending, payloads)
+            return Pending.failed(error)
+        batch = self._start(parameters, payloads)
         self.seconds["feed"] += time.perf_counter() - begun
         self.decoded += len(ids)
-        return pending
+        return Pending([], lambda: self._views(ids, batch))
 
-    def _start(self, pending: Pending, payloads: list[np.ndarray]) -> None:
-        key = (pending.parameters.sizes, payloads[0].ndim)
+    def _start(self, parameters: ViewParameters, payloads: list[np.ndarray]) -> _Batch:
+        key = (str(parameters.groups), payloads[0].ndim)
         graph = self._graphs.get(key)
-        if graph is None or graph.batch < len(payloads):
+        if graph is None or graph.size < len(payloads):
             if graph is not None:
                 graph.close()
-            graph = _Graph(pending.parameters, payloads, self.device, self.fused, self.threads)
-            self._graphs[key] = graph
-        graph.feed(pending, payloads)
+            graph = self._graphs[key] = _Graph(parameters, payloads, self.device, self.fused, self.threads)
+        return graph.feed(parameters, payloads)
 
-    def again(self, pending: Pending) -> None:
-        """Make a batch that DALI's decoder refused from images decoded on the host; names the culprit if there is one."""
-        payloads = [decoded(self.store, i, self.store.read(i)) for i in pending.ids.tolist()]
-        self._start(pending, payloads)
+    def _views(self, ids: np.ndarray, batch: _Batch) -> list[torch.Tensor]:
+        """A batch that DALI's decoder refused is made from images decoded on the host, which names the culprit if there
+        is one; a second time it is not an image's fault."""
+        if isinstance(batch.wait(), RuntimeError):
+            payloads = [decoded(self.store, i, self.store.read(i)) for i in ids.tolist()]
+            batch = self._start(batch.parameters, payloads)
+        views = batch.wait()
+        if isinstance(views, Exception):
+            raise views
+        return views
 
     def close(self) -> None:
         for graph in self._graphs.values():
@@ -83,114 +84,96 @@ class DALIEngine:
         self._readers.shutdown(cancel_futures=True)
 
 
-class Pending:
-    """One batch under way. Its tensors come when it is their turn in the graph."""
+@dataclass(eq=False)
+class _Batch:
+    """A batch in a graph; its views, or why there are none, come when it is its turn."""
 
-    def __init__(self, engine: DALIEngine, ids: np.ndarray, parameters: Parameters):
-        self.engine, self.ids, self.parameters = engine, ids, parameters
-        self.graph: _Graph | None = None
-        self.views: list[torch.Tensor] | None = None
-        self.error: Exception | None = None
-        self.tried = False
+    graph: _Graph
+    parameters: ViewParameters
+    views: list[torch.Tensor] | RuntimeError | None = None
 
-    def result(self) -> list[torch.Tensor]:
-        if self.graph is not None:
-            self.graph.collect(self)
-        if isinstance(self.error, RuntimeError) and not self.tried:  # a second time it is not an image's fault
-            self.error, self.graph, self.tried = None, None, True
-            self.engine.again(self)
-            return self.result()
-        if self.error is not None:
-            raise self.error
-        assert self.views is not None
+    def wait(self) -> list[torch.Tensor] | RuntimeError:
+        while self.views is None:
+            self.graph.collect_oldest()
         return self.views
-
-    def cancel(self) -> None:
-        """Drop the batch."""
-        if self.graph is not None:
-            self.graph.collect(self)
-        self.views = None
 
 
 class _Graph:
-    """A DALI pipeline and the batches in it, oldest first."""
+    """A DALI pipeline for up to `size` images and the batches in it, oldest first."""
 
     def __init__(
-        self, parameters: Parameters, payloads: list[np.ndarray], device: torch.device, fused: bool, threads: int
+        self, parameters: ViewParameters, payloads: list[np.ndarray], device: torch.device, fused: bool, threads: int
     ):
-        self.batch, self.device, self.fused, self.waiting = len(payloads), device, fused, deque[Pending]()
+        self.size, self.device, self.fused, self.waiting = len(payloads), device, fused, deque[_Batch]()
         index = (device.index or 0) if device.type == "cuda" else None
         # Not "pipelined", because then the first run would wait for DEPTH batches: here each is scheduled as it comes.
         self.pipeline = build(
-            parameters, payloads[0].ndim, device.type, fused, batch_size=self.batch, num_threads=threads, device_id=index,
+            parameters, payloads[0].ndim, device.type, fused, batch_size=self.size, num_threads=threads, device_id=index,
             prefetch_queue_depth=DEPTH, exec_dynamic=True, exec_pipelined=False,
         )  # fmt: skip
         self.pipeline.build()
 
-    def feed(self, pending: Pending, payloads: list[np.ndarray]) -> None:
+    def feed(self, parameters: ViewParameters, payloads: list[np.ndarray]) -> _Batch:
         while len(self.waiting) >= DEPTH:
-            self._collect_oldest()
-        for name, value in inputs(pending.parameters, self.fused).items():
+            self.collect_oldest()
+        for name, value in inputs(parameters, self.fused).items():
             self.pipeline.feed_input(name, value)
         self.pipeline.feed_input("images", payloads)
         self.pipeline.schedule_run()
-        pending.graph = self
-        self.waiting.append(pending)
+        self.waiting.append(_Batch(self, parameters))
+        return self.waiting[-1]
 
-    def collect(self, pending: Pending) -> None:
-        while pending in self.waiting:
-            self._collect_oldest()
-
-    def _collect_oldest(self) -> None:
-        pending = self.waiting.popleft()
+    def collect_oldest(self) -> None:
+        batch = self.waiting.popleft()
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
             outputs = [torch.from_dlpack(view.as_tensor()) for view in self.pipeline.outputs(cuda_stream=stream)]
         except RuntimeError as error:  # an image that DALI's decoder refuses costs the batch; the graph goes on
-            pending.error = error
+            batch.views = error
             return
         if self.fused:
             outputs = [output.transpose(0, 1).contiguous() for output in outputs]
         else:
-            outputs = [torch.stack(outputs[group]) for group in pending.parameters.groups]
-        pending.views = [output.permute(0, 1, 4, 2, 3) for output in outputs]
+            outputs = [torch.stack(outputs[part]) for part, _ in batch.parameters.groups]
+        batch.views = [output.permute(0, 1, 4, 2, 3) for output in outputs]
 
     def close(self) -> None:
         while self.waiting:
-            self._collect_oldest()
+            self.collect_oldest()
         del self.pipeline
 
 
-def inputs(p: Parameters, fused: bool) -> dict[str, np.ndarray]:
+def inputs(p: ViewParameters, fused: bool) -> dict[str, np.ndarray]:
     """What the graph is told: arrays whose first axis is the batch."""
-    start, end = np.zeros((*p.flip.shape, 2), np.float32), np.ones((*p.flip.shape, 2), np.float32)
-    start[..., 1], end[..., 1] = p.flip, ~p.flip  # DALI mirrors what starts beyond its end
+    flip = p.views["flip"]
+    start, end = np.zeros((*flip.shape, 2), np.float32), np.ones((*flip.shape, 2), np.float32)
+    start[..., 1], end[..., 1] = flip, ~flip  # DALI mirrors what starts beyond its end
     result: dict[str, np.ndarray] = {}
-    for v in range(len(p.sizes)):
-        result |= {f"corner{v}": p.box[v, :, :2], f"shape{v}": p.box[v, :, 2:]}
+    for v, view in enumerate(p.views):
+        result |= {f"corner{v}": view["box"][:, :2], f"shape{v}": view["box"][:, 2:]}
         result |= {f"start{v}": start[v], f"end{v}": end[v]}
         if not fused:
-            result |= {f"matrix{v}": p.color[v, :, :, :3], f"offset{v}": p.color[v, :, :, 3]}
-            result |= {f"sigma{v}": p.sigma[v], f"solarize{v}": p.solarize[v]}
+            result |= {f"matrix{v}": view["color"][:, :, :3], f"offset{v}": view["color"][:, :, 3]}
+            result |= {f"sigma{v}": view["sigma"], f"solarize{v}": view["solarize"]}
     if fused:
-        for g, group in enumerate(p.groups):
-            named = {"color": p.color, "sigma": p.sigma, "solarize": p.solarize}
-            result |= {f"{name}{g}": np.swapaxes(value[group], 0, 1) for name, value in named.items()}
+        for g, (part, _) in enumerate(p.groups):
+            result |= {f"{name}{g}": p.views[name][part].swapaxes(0, 1) for name in ("color", "sigma", "solarize")}
     return {name: np.ascontiguousarray(value) for name, value in result.items()}
 
 
 @pipeline_def(enable_conditionals=True)
-def build(parameters: Parameters, ndim: int, device: str, fused: bool) -> Any:
+def build(parameters: ViewParameters, ndim: int, device: str, fused: bool) -> Any:
     """The graph: bytes or pixels in; out, uint8, (B, S, S, 3) a view, or `fused` (B, V, S, S, 3) a group."""
     if ndim == 1:
         images = decode(device)
     else:
         images = fn.external_source(name="images", dtype=types.UINT8, ndim=3, layout="HWC")
         images = images.gpu() if device == "cuda" else images
-    crops = [_crop(images, v, size) for v, size in enumerate(parameters.sizes)]
-    if fused:
-        return tuple(_fused(crops[group], g) for g, group in enumerate(parameters.groups))
-    return tuple(_finish(crop, v, size) for v, (crop, size) in enumerate(zip(crops, parameters.sizes)))
+    outputs = []
+    for g, (part, size) in enumerate(parameters.groups):
+        crops = {v: _crop(images, v, size) for v in range(part.start, part.stop)}
+        outputs += [_fused([*crops.values()], g)] if fused else [_finish(crop, v, size) for v, crop in crops.items()]
+    return tuple(outputs)
 
 
 def decode(device: str) -> Any:

@@ -32,13 +32,14 @@ ROW = np.dtype(
 WORDS = tl.constexpr(ROW.itemsize // 4)
 
 
-def table(box, flip, color, sigma, solarize) -> np.ndarray:
-    """(V, B) rows of `ROW` from arrays as in `views`; `scratch` numbers the blurred views, -1 elsewhere."""
-    rows = np.zeros(flip.shape, ROW)
-    rows["box"], rows["flip"], rows["solarize"], rows["sigma"] = box, flip, solarize, sigma
-    rows["color"] = color.reshape(*flip.shape, 12)
-    blurred = sigma > 0
-    rows["scratch"] = np.where(blurred, np.cumsum(blurred).reshape(flip.shape) - 1, -1)
+def table(views: np.ndarray) -> np.ndarray:
+    """(V, B) rows of `ROW` from as many of `views.VIEW`; `scratch` numbers the blurred views, -1 elsewhere."""
+    rows = np.zeros(views.shape, ROW)
+    for name in ("box", "flip", "solarize", "sigma"):
+        rows[name] = views[name]
+    rows["color"] = views["color"].reshape(*views.shape, 12)
+    blurred = views["sigma"] > 0
+    rows["scratch"] = np.where(blurred, np.cumsum(blurred).reshape(blurred.shape) - 1, -1)
     return rows
 
 

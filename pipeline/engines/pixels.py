@@ -20,21 +20,20 @@ ONE, TWO, THREE = np.uint64(1), np.uint64(2), np.uint64(3)
 
 
 @njit(cache=True, nogil=True)
-def render(pixels, heights, widths, first, box, flip, color, sigma, solarize, out):
+def render(pixels, heights, widths, first, views, out):
     """Write the views of images that lie behind each other in `pixels` (uint8, flat), samples `first`, `first` + 1 … of a batch.
 
-    `heights` and `widths` are theirs, (n,) int64; `out` (V, B, S, S, 3) is uint8 and contiguous, all else as in
-    `views.Parameters`.
+    `heights` and `widths` are theirs, (n,) int64; `views` (V, B) of `views.VIEW`; `out` (V, B, S, S, 3) uint8, contiguous.
     """
     size, start = out.shape[2], 0
     for i in range(len(heights)):
         b, stop = first + i, start + 3 * heights[i] * widths[i]
         rows = pixels[start:stop].reshape(heights[i], 3 * widths[i])
         for v in range(out.shape[0]):
-            view = out[v, b].reshape(size, size * 3)
-            sharp = np.empty_like(view) if sigma[v, b] > 0 else view
-            resize(rows, box[v, b], flip[v, b], color[v, b], sharp)
-            _finish(sharp, sigma[v, b], solarize[v, b], view)
+            view, target = views[v, b], out[v, b].reshape(size, size * 3)
+            sharp = np.empty_like(target) if view.sigma > 0 else target
+            resize(rows, view, sharp)
+            _finish(sharp, view.sigma, view.solarize, target)
         start = stop
 
 
@@ -64,12 +63,12 @@ def _finish(sharp, sigma, solarize, view):
 
 
 @njit(cache=True, nogil=True, fastmath=EXACT)
-def resize(rows, box, flip, color, out):
-    """`out` (S, 3 S): the box of an image, (H, 3 W), resized, mirrored if `flip`, through the (3, 4) color map."""
-    size = len(out)
+def resize(rows, view, out):
+    """`out` (S, 3 S): the box of an image, (H, 3 W), resized, mirrored or not, through the color map of `view`."""
+    size, box, color = len(out), view.box, view.color
     left, width = 3 * box[1], 3 * box[3]
     y_first, y_weight = triangle(box[2], size, False)
-    x_first, x_weight = triangle(box[3], size, flip)
+    x_first, x_weight = triangle(box[3], size, view.flip)
     line = np.empty(width, np.float32)
     red, green, blue = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
     for y in range(size):

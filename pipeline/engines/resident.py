@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from manyview.pipeline.engines import Pending
 from manyview.pipeline.engines.cpu import decoded
 from manyview.pipeline.machine import Memory, cores, keep_memory
 from manyview.pipeline.store import Corrupt, Store
-from manyview.pipeline.views import Parameters
+from manyview.pipeline.views import VIEW, ViewParameters
 
 CHUNK = 128 * 32 * 32  # pixels a call on the CPU: small enough for the cache, large enough that calling costs little
 
 
 class ResidentEngine:
-    """`engine(ids, parameters)` -> a group: uint8 (V, B, 3, S, S) on `device`, channels-last memory.
-
-    All images are read and decoded once, when it is made; they must be of one size (`engines.create` asks). A sample
-    that cannot be read raises `store.Corrupt` when it is asked for. `decoded` counts images.
-    """
+    """An `Engine` that reads and decodes all images once, when it is made; they must be of one size (`engines.create`
+    asks). `seconds` has load and render."""
 
     name, holds_all = "resident", True
 
@@ -58,47 +56,41 @@ class ResidentEngine:
             return image
         return np.zeros((*shape, 3), np.uint8)  # never shown: asking for it raises
 
-    def __call__(self, ids: np.ndarray, parameters: Parameters) -> list[torch.Tensor]:
+    def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
         return self.submit(ids, parameters).result()
 
-    def submit(self, ids: np.ndarray, parameters: Parameters) -> Pending:
-        """Start a batch; `result()` of what is returned waits for it."""
-        bad = next((self.bad[i] for i in ids.tolist() if i in self.bad), None) if self.bad else None
-        if bad is not None:
-            return Pending([], [], bad)
+    def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
+        if self.bad and (errors := [self.bad[i] for i in ids.tolist() if i in self.bad]):
+            return Pending.failed(errors[0])
         begun = time.perf_counter()
-        outputs, work = [], []
-        for group in parameters.groups:
-            output, parts = self._group(ids, parameters, group)
-            outputs.append(output)
-            work += parts
+        work: list[Future] = []
+        outputs = [self._group(ids, parameters.views[part], size, work) for part, size in parameters.groups]
         self.seconds["render"] += time.perf_counter() - begun
-        return Pending(outputs, work, None)
+        return Pending(work, lambda: outputs)
 
-    def _group(self, ids: np.ndarray, p: Parameters, group: slice) -> tuple[torch.Tensor, list[Future]]:
-        """The views, and on the CPU what still writes them; on CUDA the kernels are only queued."""
-        views, size = group.stop - group.start, p.sizes[group.start]
-        flags = (bool(p.sigma[group].any()), bool(p.solarize[group].any()))
-        arrays = [np.tile(ids, views)]
-        arrays += [np.concatenate(array[group]) for array in (p.box, p.flip, p.color, p.sigma, p.solarize)]
-        which, *numbers = (self._send(torch.from_numpy(array)) for array in arrays)
+    def _group(self, ids: np.ndarray, views: np.ndarray, size: int, work: list[Future]) -> torch.Tensor:
+        """The pixels; on the CPU what still writes them is added to `work`, on CUDA the kernels are queued."""
+        flags = (bool(views["sigma"].any()), bool(views["solarize"].any()))
+        which = self._send(np.tile(ids, len(views)))
+        view = {name: self._send(np.concatenate(views[name])) for name in VIEW.names or ()}
         if self._pool is None:
-            output, work = self._render(self.images.index_select(0, which), numbers, size, *flags), []
+            output = self._render(self.images.index_select(0, which), view, size, *flags)
         else:
             output = torch.from_numpy(self._memory.empty((len(which), size, size, 3)))
             chunk = max(1, CHUNK // max(size**2, self.images[0, 0].numel()))
-            parts = zip(*(array.split(chunk) for array in (output, which, *numbers)))
-            work = [self._pool.submit(self._fill, part, size, *flags) for part in parts]
-        return output.unflatten(0, (views, -1)).permute(0, 1, 4, 2, 3), work
+            parts = [slice(first, first + chunk) for first in range(0, len(which), chunk)]
+            work += [self._pool.submit(self._fill, output, which, view, part, size, *flags) for part in parts]
+        return output.unflatten(0, (len(views), -1)).permute(0, 1, 4, 2, 3)
 
-    def _send(self, numbers: torch.Tensor) -> torch.Tensor:
+    def _send(self, numbers: np.ndarray) -> torch.Tensor:
         """To the device. From pinned memory: CUDA may wait for all queued work before it copies 64 KB or more from other."""
-        return numbers.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else numbers
+        sent = torch.from_numpy(numbers)
+        return sent.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else sent
 
     @torch.inference_mode()
-    def _fill(self, part: tuple[torch.Tensor, ...], *options) -> None:
-        output, which, *numbers = part
-        output.copy_(render(self.images.index_select(0, which), numbers, *options))
+    def _fill(self, output: torch.Tensor, which: torch.Tensor, view: dict, part: slice, *options) -> None:
+        images = self.images.index_select(0, which[part])
+        output[part] = render(images, {name: values[part] for name, values in view.items()}, *options)
 
     def close(self) -> None:
         self.images = self.images[:0]
@@ -122,43 +114,23 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-class Pending:
-    """A batch that is made or being made, or why it cannot be."""
-
-    def __init__(self, outputs: list[torch.Tensor], work: list[Future], error: Corrupt | None):
-        self._outputs, self._work, self._error = outputs, work, error
-
-    def result(self) -> list[torch.Tensor]:
-        if self._error is not None:
-            raise self._error
-        for one in self._work:
-            one.result()
-        return self._outputs
-
-    def cancel(self) -> None:
-        """Drop what has not begun and wait for what has."""
-        wait([one for one in self._work if not one.cancel()])
-        self._outputs = []
-
-
-def render(images, numbers, size: int, blurred: bool, solarized: bool) -> torch.Tensor:
-    """(N, size, size, 3) uint8, one view of each of `images` (N, 3, H, W); `numbers`: their box, flip, color, sigma
-    and solarize as in `views.Parameters`."""
-    box, flip, color, sigma, solarize = numbers
+def render(images: torch.Tensor, view: dict[str, torch.Tensor], size: int, blurred: bool, solarized: bool):
+    """(N, size, size, 3) uint8, one view of each of `images` (N, 3, H, W); `view`: the fields of `views.VIEW`, (N, ...)."""
+    box, color = view["box"], view["color"]
     height, width = images.shape[-2:]
-    rows = triangle(box[:, 0], box[:, 2], torch.zeros_like(flip), height, size)
-    columns = triangle(box[:, 1], box[:, 3], flip, width, size)
+    rows = triangle(box[:, 0], box[:, 2], torch.zeros_like(view["flip"]), height, size)
+    columns = triangle(box[:, 1], box[:, 3], view["flip"], width, size)
     # The color map keeps sums of weights 1 and comes before the clamp, so it may come before the resize: it is then
     # one small matrix product on the source's pixels. The half makes cutting off the fraction a rounding.
     x = torch.baddbmm(color[..., 3:] + 0.5, color[..., :3], images.flatten(2).to(color.dtype))
     x = x.view(-1, 3 * height, width) @ columns.mT
     x = (rows[:, None] @ x.view(-1, 3, height, size)).clamp_(0, 255.5)
     if blurred:
-        kernel = gaussian(sigma, size)[:, None]
+        kernel = gaussian(view["sigma"], size)[:, None]
         x = (kernel @ x.floor_() @ kernel.mT).add_(0.5)
     x = x.to(torch.uint8)
     if solarized:
-        x = torch.where(solarize[:, None, None, None], torch.minimum(x, 255 - x), x)
+        x = torch.where(view["solarize"][:, None, None, None], torch.minimum(x, 255 - x), x)
     return torch.stack(x.unbind(1), -1)
 
 
