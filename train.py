@@ -28,7 +28,7 @@ from manyview.pipeline.errors import run as run_program
 from manyview.pipeline.loader import Loader, normalize
 from manyview.pipeline.machine import tune
 from manyview.pipeline.plan import plan
-from manyview.pipeline.store import LEAST_STD, Store, training_split
+from manyview.pipeline.store import Store, flat_channels, training_split
 from manyview.training import checkpoint, config, estimate, monitor, optim, plots, resume, run, setup
 from manyview.training.config import Config
 from manyview.training.preemption import PREEMPTED, Stop
@@ -105,11 +105,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
         f"{seen * policy.views / 1e6:.3g} M views, {world} process(es)",
         f"estimate   {network_time} and {memory:.2f} GiB a process for the network alone (from a trial on {costs[0].rows} rows)",
     ]
-    flat = [name for name, deviation in zip(("red", "green", "blue"), store.std) if deviation <= LEAST_STD]
-    if flat:
-        said.append(
-            f"warning: {' and '.join(flat)} hardly vary over these images; deviation taken as {LEAST_STD:g} of 255"
-        )
+    said += [f"warning: {line}" for line in flat_channels(store.manifest)]
     if cfg.dry_run:
         plan_only = monitor.Console(None, quiet=rank != 0)
         plan_only.say("\n".join(said))
