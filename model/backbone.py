@@ -265,13 +265,18 @@ def fill(model: nn.Module, name: str, path: str | Path) -> None:
         raise UserError(f"{path} does not fit: it was trained at {size} px with stem {stem} ({what})") from error
 
 
+def timm_arguments(header: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """timm's name of the network and what `timm.create_model` needs beside it, but for a ResNet's small stem."""
+    name, image_size = header["backbone"], int(header["image_size"])
+    return _timm(name)[0], _kwargs(name, resolve(name, header["stem"], image_size), image_size)
+
+
 def timm_snippet(header: dict[str, str], path: str = "backbone.safetensors") -> str:
     """Lines of Python that load the weights at `path` into timm, strictly, with nothing of this project."""
-    name, image_size = header["backbone"], int(header["image_size"])
-    kwargs = _kwargs(name, resolve(name, header["stem"], image_size), image_size)
+    name, kwargs = timm_arguments(header)
     arguments = "".join(f", {key}={value!r}" for key, value in kwargs.items())
     lines = ["import timm, torch", "from safetensors.torch import load_file"]
-    lines.append(f"model = timm.create_model({_timm(name)[0]!r}, num_classes=0{arguments})")
+    lines.append(f"model = timm.create_model({name!r}, num_classes=0{arguments})")
     lines += stem_lines(header)
     lines.append(f"model.load_state_dict(load_file({path!r}), strict=True)")
     return "\n".join(lines)
