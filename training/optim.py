@@ -13,8 +13,8 @@ from torch import nn
 # Base learning rate and how it grows with the batch, per optimizer. The batch is counted in images, not views, so that
 # V alone never changes the rate. lars: Barlow Twins' 0.2-0.3 per 256 images, linear (You et al. 2017, Zbontar et al. 2021);
 # sgd: lightly's and solo-learn's 0.06 per 256 on small images, linear; adamw: 1e-3 per 256, square root (Malladi et al. 2022);
-# muon: 0.01 whatever the batch, whose gradient only gives the direction (measured at 64 images x 4 to 8 views: docs/recipes.md).
-RULES = {"lars": (0.3, 1.0), "sgd": (0.06, 1.0), "adamw": (1e-3, 0.5), "muon": (1e-2, 0.0)}
+# muon: 0.03 whatever the batch, whose gradient only gives the direction (64 and 128 images x 4 views: docs/recipes.md).
+RULES = {"lars": (0.3, 1.0), "sgd": (0.06, 1.0), "adamw": (1e-3, 0.5), "muon": (3e-2, 0.0)}
 MOMENTUM = 0.9
 
 
