@@ -154,7 +154,8 @@ def generate(out: Path, n: int, image_bytes: int, per_shard: int) -> None:
         rows.append({"file": name, "count": count, "bytes": count * image_bytes, "sha256": ""})
     write_index(out / "train.index", n, image_bytes, per_shard)
     part = {"count": n, "rejected": 0, "mean": [0.0] * 3, "std": [1.0] * 3, "fingerprint": "", "shards": rows}
-    part["index"] = {"file": "train.index", "sha256": ""}
+    with open(out / "train.index", "rb") as file:
+        part["index"] = {"file": "train.index", "sha256": index.sha256(file)}
     write_manifest(out, Options("imagenet"), [], {"train": part}, 0, "")
 
 
