@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,10 +102,9 @@ def _look_at(record: shards.Record, file: files.Opened, result: Result) -> None:
     if record.extension == "npy":
         offset += record.size - payload.nbytes
         whole = payload.ndim == 3 and np.array_equal(data[-payload.nbytes :], payload.reshape(-1))
+        pixels = payload if whole else None
     else:
-        header = codec.jpeg_header(payload) if payload.ndim == 1 else None
-        whole = payload.ndim == 3 or (header is not None and header.plain)
-    pixels = _decoded(payload) if whole else None
+        pixels = payload if payload.ndim == 3 else _pixels(payload)
     if pixels is None:
         result.foreign.append(record.key)
         return
@@ -117,13 +117,17 @@ def _look_at(record: shards.Record, file: files.Opened, result: Result) -> None:
     result.rows.append((record.label, offset, payload.nbytes, 0, height, width, crc, codec.kind(payload)))
 
 
-def _decoded(payload: np.ndarray) -> np.ndarray | None:
-    """Pixels; None for a good image of a kind that only conversion can read. ValueError for a damaged one."""
-    try:
-        return codec.decode(payload)
-    except ValueError:
-        encode.convert(payload, Options("shards"))
+def _pixels(data: np.ndarray) -> np.ndarray | None:
+    """Of a JPEG that every engine can read as it is; None for another image. ValueError for a damaged or a huge one."""
+    header = codec.jpeg_header(data)
+    if data[:3].tobytes() != b"\xff\xd8\xff" or (header and not header.plain):
         return None
+    pixels = encode.convert(data, Options("shards")).pixels
+    if header and header.usual:
+        return pixels
+    with contextlib.suppress(codec.UnknownSampling):
+        return codec.decode(data) if header else None
+    return None
 
 
 def _write_dali_indexes(names: dict[str, str], out: Path) -> None:
