@@ -7,6 +7,7 @@ header for the end of the archive, so that whatever lies behind is lost without 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import tarfile
@@ -214,17 +215,21 @@ def _number(text: str, at: int) -> int:
 
 
 def dali_index(path: Path) -> bytes:
-    """What `wds2idx` writes for any tar; names that are not text as they are. ValueError as `members`."""
+    """What `wds2idx` writes for any tar; names that are not text as they are. Of one that was cut off, what is whole.
+
+    ValueError, UserError as `members`.
+    """
     samples: list[list[str]] = []
     last = None
-    for member in members(path):
-        dot = member.name.find(".", member.name.rfind("/") + 1)  # -1 for none, and then as wds2idx has it
-        key, extension = member.name[:dot], member.name[dot + 1 :]
-        if member.type not in REGULAR or not key or key.endswith("/"):
-            continue
-        if key != last:
-            samples.append([])
-            last = key
-        samples[-1].append(f"{extension} {member.offset} {member.size} {member.name}")
+    with contextlib.suppress(CutOff):
+        for member in members(path):
+            dot = member.name.find(".", member.name.rfind("/") + 1)  # -1 for none, and then as wds2idx has it
+            key, extension = member.name[:dot], member.name[dot + 1 :]
+            if member.type not in REGULAR or not key or key.endswith("/"):
+                continue
+            if key != last:
+                samples.append([])
+                last = key
+            samples[-1].append(f"{extension} {member.offset} {member.size} {member.name}")
     lines = [f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples), ""]
     return "\n".join(lines).encode("utf-8", "surrogateescape")
