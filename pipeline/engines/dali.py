@@ -16,7 +16,7 @@ import torch
 from nvidia.dali import fn, math, pipeline_def, types
 
 from manyview.pipeline.engines import Pending
-from manyview.pipeline.engines.cpu import decoded
+from manyview.pipeline.engines.cpu import decoded, undecoded
 from manyview.pipeline.engines.pixels import finish
 from manyview.pipeline.machine import cores
 from manyview.pipeline.store import Corrupt, Store
@@ -46,7 +46,7 @@ class DALIEngine:
     def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
         begun = time.perf_counter()
         try:
-            payloads = list(self._readers.map(self.store.read, ids.tolist()))
+            payloads = list(self._readers.map(partial(undecoded, self.store), ids.tolist()))
             self.seconds["read"] += time.perf_counter() - begun
             begun = time.perf_counter()
             if any(p.ndim != 1 for p in payloads):
