@@ -148,7 +148,8 @@ def members(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Mem
                 _check_end(at, data_at + size, stop)
                 sparse = any(word.startswith("GNU.sparse") for word in said)
                 kind = tarfile.GNUTYPE_SPARSE if sparse else kind
-                yield Member(said.get("path", name).rstrip("/"), kind, data_at, size)
+                name = said.get("path", name)
+                yield Member(name.rstrip("/") if kind == FOLDER else name, kind, data_at, size)
             at = data_at + _padded(size)
         if not ended:
             raise CutOff(f"has no end marker at byte {stop}, where it ends" if stop > start else "is empty")
@@ -175,11 +176,11 @@ def _header(file: files.Opened, block: bytes, at: int, start: int) -> tuple[byte
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError) as error:
-        if len(block) < BLOCK:
-            raise CutOff(f"ends at byte {at + len(block)}, inside a header") from None
         packed = next((name for magic, name in COMPRESSED.items() if block.startswith(magic)), None)
         if packed and at == start:
             raise ValueError(f"is compressed with {packed}, so it cannot be read at random: unpack it") from None
+        if len(block) < BLOCK:
+            raise CutOff(f"ends at byte {at + len(block)}, inside a header") from None
         raise ValueError(f"no header of a tar at byte {at} ({error}): what lies behind it would be lost") from None
     if info.size < 0:
         raise ValueError(f"the header at byte {at} says {info.size} bytes")

@@ -161,11 +161,9 @@ def _read_tar(shard: Shard, reading: Reading) -> None:
                 Record(key, extension, members[name].offset, members[name].size, label, caption=caption)
             )
     if shard.records and not reading.label_part and not any(_of(members, LABELS) for members in samples.values()):
-        folders = {_folder(key) for key in samples} - {""}
-        names = f" ({', '.join(sorted(folders)[:3])}, … as classes)" if folders else ""
-        shard.notes[f"images without labels: no .cls, .json or .txt; --label-part folder takes folders{names}"] += len(
-            samples
-        )
+        classes = sorted({_folder(key) for key in samples} - {""})
+        way = f"; --label-part folder takes {', '.join(classes[:3])}, … as classes" if classes else ""
+        shard.notes[f"images without labels: no .cls, .json or .txt{way}"] += len(samples)
 
 
 def _samples(shard: Shard, reading: Reading) -> dict[str, dict[str, tar.Member]]:
