@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from numba import njit
 
+from manyview.pipeline.compiled import njit
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.philox import below, philox, uniform
 
@@ -239,7 +239,7 @@ def _settings(chosen: Policy) -> np.ndarray:
     return np.array(rows, [(f.name, np.float64, (2,) if f.name in PAIRS else ()) for f in fields(Group)])
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _draw(settings, seed, epochs, ids, heights, widths, views):
     for v in range(len(settings)):
         s = settings[v]
@@ -266,7 +266,7 @@ def _draw(settings, seed, epochs, ids, heights, widths, views):
                 view.sigma = s.sigma[0] + (s.sigma[1] - s.sigma[0]) * uniform(z1)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _crop(seed, sample, epoch, view, height, width, scale, ratio, box):
     """torchvision's RandomResizedCrop.get_params: area uniform, aspect ratio log-uniform, ten tries, then the centre."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -286,7 +286,7 @@ def _crop(seed, sample, epoch, view, height, width, scale, ratio, box):
     box[0], box[1], box[2], box[3] = (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def color_map(brightness, contrast, saturation, hue, out):
     """Write the (3, 4) map of a color jitter: three factors (1 = unchanged) and `hue` in turns (0 = unchanged).
 
