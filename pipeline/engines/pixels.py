@@ -32,33 +32,41 @@ def render(pixels, heights, widths, first, views, out):
         rows = pixels[start:stop].reshape(heights[i], 3 * widths[i])
         for v in range(out.shape[0]):
             view, target = views[v, b], out[v, b].reshape(size, size * 3)
-            sharp = np.empty_like(target) if view.sigma > 0 else target
+            sharp = np.empty_like(target) if view.sigma > 0 or view.transposed else target
             resize(rows, view, sharp)
-            _finish(sharp, view.sigma, view.solarize, target)
+            _finish(sharp, view, target)
         start = stop
 
 
 @njit
-def finish(crops, color, sigma, solarize, out):
-    """What follows the resize: `crops` and `out` (V, S, S, 3) uint8, `color` (V, 3, 4), `sigma` and `solarize` (V,)."""
+def finish(crops, views, out):
+    """What follows the resize: `crops` and `out` (V, S, S, 3) uint8, `views` (V,) of `views.VIEW`."""
     size = out.shape[1]
     red, green, blue = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
     for v in range(out.shape[0]):
-        crop, view = crops[v].reshape(size, size * 3), out[v].reshape(size, size * 3)
-        sharp = np.empty_like(view) if sigma[v] > 0 else view
+        view, crop, target = views[v], crops[v].reshape(size, size * 3), out[v].reshape(size, size * 3)
+        sharp = np.empty_like(target) if view.sigma > 0 or view.transposed else target
         for y in range(size):
             for x in range(size):
                 red[x], green[x], blue[x] = crop[y, 3 * x], crop[y, 3 * x + 1], crop[y, 3 * x + 2]
-            _color_row(red, green, blue, color[v], sharp[y])
-        _finish(sharp, sigma[v], solarize[v], view)
+            _color_row(red, green, blue, view.color, sharp[y])
+        _finish(sharp, view, target)
 
 
 @njit
-def _finish(sharp, sigma, solarize, view):
-    if sigma > 0:
-        blur(sharp, sigma, view)
-    if solarize:
-        values = view.reshape(view.size)
+def _finish(sharp, view, target):
+    """`target` from `sharp`, which is another array where the view is blurred or transposed."""
+    if view.transposed:
+        size = len(sharp)
+        source, sharp = sharp, np.empty_like(sharp) if view.sigma > 0 else target
+        for y in range(size):
+            for x in range(size):
+                for c in range(3):
+                    sharp[y, 3 * x + c] = source[x, 3 * y + c]
+    if view.sigma > 0:
+        blur(sharp, view.sigma, target)
+    if view.solarize:
+        values = target.reshape(target.size)
         for j in range(len(values)):
             values[j] = min(values[j], np.uint8(255) - values[j])
 
@@ -68,7 +76,7 @@ def resize(rows, view, out):
     """`out` (S, 3 S): the box of an image, (H, 3 W), resized, mirrored or not, through the color map of `view`."""
     size, box, color = len(out), view.box, view.color
     left, width = 3 * box[1], 3 * box[3]
-    y_first, y_weight = triangle(box[2], size, False)
+    y_first, y_weight = triangle(box[2], size, view.vflip)
     x_first, x_weight = triangle(box[3], size, view.flip)
     line = np.empty(width, np.float32)
     red, green, blue = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
