@@ -103,7 +103,7 @@ def theirs(image: torch.Tensor, factors: list[float], order: list[int]) -> torch
 
 def ours(image: torch.Tensor, factors: list[float], pivot: float = 128) -> torch.Tensor:
     out = np.zeros((3, 4), np.float32)
-    color_map(*factors, out)  # type: ignore[call-arg]
+    color_map(*factors, out)
     out[:, 3] *= pivot / 128
     m = torch.from_numpy(out)
     mapped = torch.einsum("dc,chw->dhw", m[:, :3], image.float()) + m[:, 3, None, None]

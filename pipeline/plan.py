@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
 
+from manyview.pipeline.compiled import njit
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.philox import below, philox
 
@@ -193,7 +193,7 @@ def shuffle_quality(order: np.ndarray) -> float:
     return float(np.abs(np.diff(place)).mean() / (len(order) / 3)) if len(order) > 1 else 1.0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _shuffled(n, seed, epoch, stream, part=0):
     """Fisher-Yates on 0..n-1 with Philox: uniform, and the same in every version of every library."""
     order = np.arange(n, dtype=np.int32)
@@ -208,7 +208,7 @@ def _shuffled(n, seed, epoch, stream, part=0):
     return order
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _take(order, classes, quota):
     keep = np.zeros(len(order), np.bool_)
     for i in order:
