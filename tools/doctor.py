@@ -169,13 +169,16 @@ def processor() -> Row:
     lines = info.read_text().splitlines() if info.is_file() else []
     about = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in reversed(lines) if ":" in line}
     name, flags = about.get("model name", "unknown"), about.get("flags", "").split()
-    amx, wide = "amx_bf16" in flags, "avx512f" in flags
-    text = f"{name}, {cores()} cores, {'AMX' if amx else 'no AMX'}, {'AVX-512' if wide else 'no AVX-512'}"
+    units = [
+        flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags
+    ]  # as training/precision.py, which loads torch
+    wide = "avx512f" in flags
+    text = f"{name}, {cores()} cores, {', '.join(units) or 'no bf16'}, {'AVX-512' if wide else 'no AVX-512'}"
     lost = [
-        *([] if amx else ["bf16 is no faster than fp32 here"]),
+        *([] if units else ["bf16 is no faster than fp32 here"]),
         *([] if wide else ["the views' kernels run on 256 bits"]),
     ]
-    return Row("processor", amx and wide, "; ".join([text, *lost]))
+    return Row("processor", bool(units) and wide, "; ".join([text, *lost]))
 
 
 def system() -> Iterator[Row]:
