@@ -11,6 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -74,12 +75,17 @@ def rows() -> Iterator[Row]:
         yield Row(name, bool(version), version or f"not installed: without it no {lost}", "" if version else command)
 
 
+@functools.cache
+def distributions() -> dict[str, list[str]]:
+    return dict(importlib.metadata.packages_distributions())  # slow
+
+
 def installed(module: str) -> str:
     """Its version; "there" where it has none, "" where it is not installed."""
     top = module.partition(".")[0]
     if importlib.util.find_spec(top) is None or importlib.util.find_spec(module) is None:
         return ""
-    names = importlib.metadata.packages_distributions().get(top, [top])
+    names = distributions().get(top, [top])
     if module == "nvidia.dali":  # a dozen packages of CUDA's libraries share its first name
         names = [name for name in names if "dali" in name]
     try:
