@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from manyview.pipeline.errors import UserError
+
 IMAGE_TYPES = "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pnm tga ico jp2 avif"
 SUFFIXES = frozenset(f".{name}" for name in IMAGE_TYPES.split())
 # What the machine or the network is at fault for, never the file: it may pass.
@@ -42,12 +44,13 @@ class Reading:
     disjoint: bool = False
 
     def digest(self) -> str:
-        """Of everything that decides labels; empty where that is the source alone. UserError: the table cannot be read."""
-        return (
-            hashlib.sha256(self.labels.read_bytes() + repr(self.columns).encode()).hexdigest()[:16]
-            if self.labels
-            else ""
-        )
+        """Of the table and its columns, "" without one. UserError: it cannot be read."""
+        if self.labels is None:
+            return ""
+        try:
+            return hashlib.sha256(self.labels.read_bytes() + repr(self.columns).encode()).hexdigest()[:16]
+        except OSError as error:
+            raise UserError(f"{self.labels} cannot be read as a table: {error.strerror}") from None
 
 
 AS_IT_IS = Reading()
