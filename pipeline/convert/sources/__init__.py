@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from manyview.pipeline import files
+from manyview.pipeline.errors import UserError
 
 IMAGE_TYPES = "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pnm tga ico jp2 avif"
 SUFFIXES = frozenset(f".{name}" for name in IMAGE_TYPES.split())
@@ -45,7 +46,12 @@ class Reading:
 
     def digest(self) -> str:
         """Of everything that decides labels; empty where that is the source alone. UserError: the table cannot be read."""
-        decides = self.labels.read_bytes() + repr(self.columns).encode() if self.labels else b""
+        decides = b""
+        if self.labels:
+            try:
+                decides = self.labels.read_bytes() + repr(self.columns).encode()
+            except OSError as error:
+                raise UserError(f"{self.labels} cannot be read as a table: {error.strerror}") from None
         decides += repr(self.parts).encode() if self.parts else b""
         return hashlib.sha256(decides).hexdigest()[:16] if decides else ""
 
