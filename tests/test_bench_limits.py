@@ -27,9 +27,9 @@ def test_flops_of_a_view_are_those_of_its_layers(work):
         first.append(2 * per_output * output[0].numel())
 
     kinds = (torch.nn.Conv2d, torch.nn.Linear)
-    hooks = [m.register_forward_hook(count) for m in work.training.plain.modules() if isinstance(m, kinds)]
+    hooks = [m.register_forward_hook(count) for m in work.training.model.modules() if isinstance(m, kinds)]
     with torch.no_grad():
-        work.training.plain(torch.zeros(2, 3, 32, 32))
+        work.training.model(torch.zeros(2, 3, 32, 32))
     for hook in hooks:
         hook.remove()
     assert limits.flops_per_view(work) == pytest.approx(3 * forward - first[0], rel=1e-6)
