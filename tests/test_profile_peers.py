@@ -84,7 +84,8 @@ def test_the_command_measures_and_writes_its_tables(tmp_path):
     ("words", "said"),
     [
         (["--views", "1,two"], "--views 1,two"), (["--rounds", "0"], "--rounds must be"),
-        (["--batch-size", "0"], "--batch-size must"), (["--table", "none.json"], "none.json: no such file"), (["--only", "nosuch"], "--only nosuch: no pipeline"),
+        (["--batch-size", "0"], "--batch-size must"),
+        (["--table", "none.json"], "none.json: no such file"), (["--only", "nosuch"], "--only nosuch: no pipeline"),
     ],
 )  # fmt: skip
 def test_bad_flags_are_named(digits, words, said):
