@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from manyview.bench import output, terminal, view
+from manyview.bench import output, view
 from manyview.bench.harness import apart
 from manyview.bench.output import number
 from manyview.bench.stages import read
@@ -76,7 +76,7 @@ def text(result: dict[str, Any]) -> str:
     whole, culprit, rates = result["core_ms"], result["stages"]["culprit"], result["images_per_s"]
     said = "no change" if not whole["changed"] else "slower" if whole["ratio"] > 1 else "faster"
     lines = [
-        *terminal.columns(view.changes(result["stages"])), "",
+        *view.columns(view.changes(result["stages"])), "",
         f"together, core-ms an image: {number(whole['before'])} -> {number(whole['after'])}, {whole['ratio']:.2f}x, {said}",
         f"images/s: {number(rates['before'])} -> {number(rates['after'])}, {rates['after'] / rates['before']:.2f}x" if rates
         else "images/s are not compared: one of the runs is not certified",

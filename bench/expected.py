@@ -7,7 +7,6 @@ Stages that share a resource add up; resources work at the same time, so the slo
     main     time of the stages in the thread that trains (what it launches counts, what runs on the device does not)
     device   time of the stages on the device
     copy     time of host-to-device copies
-    network  time of the all-reduce
 
 A prediction is the observed rate times the ratio of two expectations: what the whole loses against the expectation (its
 efficiency) is taken to stay as it is.
@@ -22,7 +21,7 @@ from manyview.bench.stage_cost import Cost
 
 RESOURCES = {
     "cores": "the cores", "engine": "the engine's threads", "main": "the training thread", "device": "the GPU",
-    "copy": "the copy engine", "network": "the network",
+    "copy": "the copy engine",
 }  # fmt: skip
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from statistics import median
@@ -14,17 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from manyview.bench.harness import Call, interleaved, interval, spent, synchronize
+from manyview.bench.harness import Call, interleaved, interval, spent
 from manyview.bench.workload import Setup, Workload
 from manyview.pipeline import storage
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.machine import cores
 from manyview.pipeline.store import Store, training_split
-
-ALL_REDUCE_BYTES = 64 << 20
 
 
 def disk(setup: Setup, seconds: float = 3.0, repeats: int = 5) -> dict[str, Any]:
@@ -180,7 +175,7 @@ def traffic(work: Workload) -> float:
 def shares(found: dict[str, Any], images_per_s: float) -> list[dict[str, Any]]:
     """Every limit that was found as the images a second that it alone would allow, and the share of it that is used."""
     cold, size = found["disk"], found["bytes_per_image"]
-    jpeg, network = found.get("jpeg") or {}, found.get("all_reduce") or {}
+    jpeg = found.get("jpeg") or {}
     # name, what there is of it and its interval, unit, what an image takes of it
     limits = [
         ("disk, cold, sequential", cold["sequential_bytes_per_s"], cold.get("sequential_interval"), "B/s", size),
@@ -191,19 +186,17 @@ def shares(found: dict[str, Any], images_per_s: float) -> list[dict[str, Any]]:
         ("nvJPEG", found.get("nvjpeg"), None, "images/s", 1.0),
         ("host to device", found.get("host_to_device_bytes_per_s"), None, "B/s", found.get("view_bytes_per_image")),
         (f"matrix product, {found.get('precision')}", found.get("peak_flops"), None, "FLOP/s", found.get("flops_per_image")),
-        (f"all-reduce ({network.get('backend')})", network.get("bytes_per_s"), network.get("interval"), "B/s",
-         found.get("gradient_bytes", 0) / found["batch"]),
     ]  # fmt: skip
     return [{"name": name, "limit": limit, "interval": between, "unit": unit, "per_image": per_image,
              "images_per_s": limit / per_image, "share": images_per_s * per_image / limit}
             for name, limit, between, unit, per_image in limits if limit and per_image]  # fmt: skip
 
 
-def measure(work: Workload, cold: dict[str, float], network: dict[str, Any] | None) -> dict[str, Any]:
+def measure(work: Workload, cold: dict[str, float]) -> dict[str, Any]:
     """All limits that apply to this workload on this machine."""
     found: dict[str, Any] = {
         "disk": cold, "cores": cores(), "memory_bytes_per_s": memory_bandwidth(), "traffic_per_image": traffic(work),
-        "bytes_per_image": work.store.nbytes() / len(work.store), "jpeg": jpeg(work.store), "all_reduce": network,
+        "bytes_per_image": work.store.nbytes() / len(work.store), "jpeg": jpeg(work.store),
         "view_bytes_per_image": sum(3.0 * g.count * g.size**2 for g in work.policy.groups), "batch": work.setup.batch_size,
     }  # fmt: skip
     if work.device.type == "cuda":
@@ -218,31 +211,3 @@ def measure(work: Workload, cold: dict[str, float], network: dict[str, Any] | No
             "gradient_bytes": sum(4 * p.numel() for p in work.training.model.parameters() if p.requires_grad),
         }  # fmt: skip
     return found
-
-
-def all_reduce(world: int = 2, n_bytes: int = ALL_REDUCE_BYTES) -> dict[str, Any]:
-    """Bytes a second of gradients that `world` processes on this machine average: NCCL over its GPUs, else gloo."""
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world, spawn) as ranks:
-        work = [ranks.submit(averaging, f"file://{folder}/meet", world, rank, n_bytes) for rank in range(world)]
-        backend, seconds = next(done.result(timeout=120) for done in work)
-    rates = [n_bytes / s for s in seconds]
-    return {"bytes_per_s": median(rates), "interval": interval(rates), "samples": rates, "world": world,
-            "backend": backend, "bytes": n_bytes}  # fmt: skip
-
-
-def averaging(address: str, world: int, rank: int, n_bytes: int) -> tuple[str, list[float]]:
-    """One rank: (backend, seconds of each of 12 all-reduces after the first)."""
-    torch.set_num_threads(1)
-    gpu = torch.cuda.device_count() >= world
-    device, backend = torch.device("cuda", rank) if gpu else torch.device("cpu"), "nccl" if gpu else "gloo"
-    dist.init_process_group(backend, init_method=address, world_size=world, rank=rank)
-    x, seconds = torch.ones(n_bytes // 4, device=device), []
-    for _ in range(13):
-        dist.barrier()
-        begun = time.perf_counter()
-        dist.all_reduce(x)
-        synchronize(device)
-        seconds.append(time.perf_counter() - begun)
-    dist.destroy_process_group()
-    return backend, seconds[1:]

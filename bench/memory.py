@@ -51,15 +51,16 @@ def measure(args: Args) -> list[dict[str, Any]]:
     for v, chunk in ((v, chunk) for v in args.views for chunk in args.chunks if chunk < v):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             peak_bytes, seconds = fresh.submit(peak, args, v, chunk).result()
-        row = {
-            "views": v,
-            "chunk": chunk,
-            "batch": args.batch_size,
-            "peak_bytes": peak_bytes,
-            "seconds": round(seconds, 3),
-        }
         print(f"V={v:<3d} chunk {chunk or 'all':<4} {peak_bytes / 2**20:8.0f} MiB  {seconds:.2f} s a step", flush=True)
-        rows.append(row)
+        rows.append(
+            {
+                "views": v,
+                "chunk": chunk,
+                "batch": args.batch_size,
+                "peak_bytes": peak_bytes,
+                "seconds": round(seconds, 3),
+            }
+        )
     return rows
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from manyview.bench.terminal import columns
+from manyview.bench.view import columns
 from manyview.pipeline.errors import UserError
 from manyview.training.monitor import read_metrics
 

@@ -177,18 +177,7 @@ def bounds(one: dict[str, Any], order: str, s: dict[str, Any]) -> dict[str, str]
 
 # --- the page -----------------------------------------------------------------------------------------------------------
 
-STARTED = (
-    "set",
-    "index",
-    "order",
-    "open",
-    "view size",
-    "plan and first batch",
-    "a batch",
-    "next epoch",
-    "own memory",
-    "peak",
-)
+STARTED = ["set", "index", "order", "open", "view size", "plan and first batch", "a batch", "next epoch", "own memory", "peak"]
 REPLAYED = ("set", "order", "nodes", "own", "first", "formula", "later", "formula", "hits", "late", "replayed")
 COMPUTED = ("set", "order", "nodes", "into a node, GB/s: first", "later", "from the storage: first", "later",
             "speed: first", "later", "images/s, later", "steps an epoch", "global batch")  # fmt: skip
@@ -246,12 +235,19 @@ def page(result: dict[str, Any]) -> str:
 
 def started(one: dict[str, Any], order: str) -> list[str]:
     x = one["start"][order]
-    times = [f"{x[key]:.2f} s" for key in ("open_s", "size_s", "plan_s")] + [
-        f"{x['batch_ms']:.1f} ms",
-        f"{x['epoch_s']:.2f} s",
-    ]
+    open_, size, plan, epoch = (f"{x[key]:.2f} s" for key in ("open_s", "size_s", "plan_s", "epoch_s"))
     sizes = (quantity(max(0, x["own_bytes"]), "B"), quantity(x["peak_bytes"], "B"))
-    return [name_of(one["images"]), quantity(one["start"]["index_bytes"], "B"), order, *times, *sizes]
+    return [
+        name_of(one["images"]),
+        quantity(one["start"]["index_bytes"], "B"),
+        order,
+        open_,
+        size,
+        plan,
+        f"{x['batch_ms']:.1f} ms",
+        epoch,
+        *sizes,
+    ]
 
 
 def replayed(one: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -281,16 +277,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             rows = sorted((row for row in one["rows"] if row["order"] == order), key=lambda row: row["nodes"])
             for epoch, style, label in (("first", "--", "first epoch"), ("later", "-", "later epochs")):
                 y = [100 * row[f"{epoch}_speed"] for row in rows]
-                axis.plot(
-                    nodes,
-                    y,
-                    style,
-                    color=color,
-                    linewidth=width,
-                    marker="o",
-                    markersize=width + 2,
-                    label=f"{order}, {label}",
-                )
+                look: Any = {"color": color, "linewidth": width, "marker": "o", "markersize": width + 2}
+                axis.plot(nodes, y, style, label=f"{order}, {label}", **look)
         axis.set(xscale="log", xlabel="nodes", title=name_of(one["images"]), ylim=(0, 105), xticks=nodes)
         axis.set_xticklabels(nodes)
         axis.minorticks_off()

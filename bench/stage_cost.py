@@ -39,7 +39,7 @@ TRAINED = ("forward", "backward", "objective", "optimizer")
 @dataclass
 class Cost:
     """One stage alone. `where` it runs: `engine` (the engine's threads, which are cores or the device), `main` (the
-    thread that trains, on the cores), `device`, `copy` (host to device), `network`. `core` and `wall`: milliseconds a
+    thread that trains, on the cores), `device`, `copy` (host to device). `core` and `wall`: milliseconds a
     unit, one a round; a unit is a `per`: image, view or step."""
 
     name: str

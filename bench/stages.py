@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from manyview.bench import expected, limits, output, page, runs, terminal, waterfall
+from manyview.bench import expected, limits, output, page, runs, view, waterfall
 from manyview.bench.end_to_end import EndToEnd, trace
 from manyview.bench.harness import LOAD_LIMIT, SPREAD_LIMIT, Neighbours
 from manyview.bench.stage_cost import Cost, StageCosts
@@ -52,17 +52,8 @@ class Args(Setup):
 
 
 def main(argv: list[str]) -> int:
-    least = {
-        "views": 1,
-        "size": 0,
-        "batch_size": 2,
-        "projector_dim": 2,
-        "threads": 0,
-        "prefetch": 1,
-        "seed": 0,
-        "seconds": 1,
-    }
-    args = output.parse(Args, argv, __doc__, "stages", **least)
+    least = {"views": 1, "size": 0, "batch_size": 2, "projector_dim": 2, "threads": 0, "prefetch": 1, "seed": 0}
+    args = output.parse(Args, argv, __doc__, "stages", seconds=1, **least)
     if args.run:
         print(runs.ask(args.run))
         return 0
@@ -76,7 +67,7 @@ def main(argv: list[str]) -> int:
         output.write(path, report)
     waterfall.draw(report, folder / "waterfall.png")
     (folder / "report.html").write_text(page.html(report))
-    print(terminal.text(report))
+    print(view.text(report))
     print(f"\nprofile.json, waterfall.png and report.html are in {folder}")
     return 0
 
@@ -105,15 +96,11 @@ def measure(args: Args, progress: Callable[[str], object] = lambda text: None, e
     opened = time.perf_counter()
     work = build(args, max(0.06, args.seconds / 150))
     startup = {"imports_s": imported, "build_s": time.perf_counter() - opened}
-    network = limits.all_reduce() if extras and work.training else None
     alone, whole = StageCosts(work, args.seconds / 300), EndToEnd(work)
     startup["first_batch_s"] = first_batch(work)
     sweep = Sweep(work, max(work.batch, min(args.batch_size, alone.images))) if extras else None
-    for part in (
-        "part 1 of 3: ",
-        "part 2 of 3: ",
-        "part 3 of 3: ",
-    ):  # by turns: what the machine does meanwhile hits all
+    for number in (1, 2, 3):  # by turns: what the machine does meanwhile hits all of them
+        part = f"part {number} of 3: "
         progress(part + "every stage alone   ")
         rounds(alone, 0.4 * args.seconds / 3)
         progress(part + "everything together ")
@@ -127,7 +114,7 @@ def measure(args: Args, progress: Callable[[str], object] = lambda text: None, e
     if sweep and cold:
         sweep.close()
         report["sweep"] = sweep.result()
-        report["limits"] = limits.measure(work, cold, network)
+        report["limits"] = limits.measure(work, cold)
         report["limits"]["shares"] = limits.shares(report["limits"], report["composed"]["images_per_s"])
     if args.trace:
         trace(work, args.trace)

@@ -41,12 +41,8 @@ class Sweep:
     def __init__(self, work: Workload, batch: int):
         """`batch`: images of a batch; the network's step may be too dear for as many as the data path does well with."""
         self.work = work
-        self.base = {
-            "views": work.policy.views,
-            "threads": work.threads,
-            "batch": batch,
-            "prefetch": work.setup.prefetch,
-        }
+        self.base = {"views": work.policy.views, "threads": work.threads}
+        self.base |= {"batch": batch, "prefetch": work.setup.prefetch}
         self.points = points(work, self.base)
         self.rows: list[dict[str, Any]] = [point | {"rate": [], "core": []} for point in self.points]
         self.engines: dict[int, Any] = {work.threads: work.engine}

@@ -168,3 +168,29 @@ def command(report: Report) -> str:
         words.append(f"--{field.name.replace('_', '-')}")
         words += [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
     return shlex.join(words)
+
+
+# --- as text
+
+
+def columns(table: Table) -> list[str]:
+    """A table in columns, the first to the left, the others to the right; nothing where there are no rows."""
+    head, rows = table
+    if not rows:
+        return []
+    widths = [max(len(line[i]) for line in (head, *rows)) + 2 for i in range(len(head))]
+    return ["".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+            for line in (head, *rows)]  # fmt: skip
+
+
+def text(report: Report) -> str:
+    """Stages, then the whole run, limits, cost model, the recommended command and the verdict."""
+    env = report["environment"]
+    lines = [heading(report), "", *columns(stages(report)), "", *end_to_end(report), ""]
+    for more in (columns(limits(report)), [law(report)] if law(report) else []):
+        lines += [*more, ""] if more else []
+    if report.get("sweep"):
+        lines.append("recommended: " + command(report))
+    lines.append(f"environment: {env['device']}, commit {env['commit']}, other processes {report['noise']['others']:.1%} of the"
+                 f" cores, measured in {report['took_s']:.0f} s")  # fmt: skip
+    return "\n".join([*lines, "", report["verdict"]])

@@ -140,14 +140,8 @@ def litdata(function: Callable) -> Prepare:
     def prepare(source: Path, target: Path, jobs: int) -> Callable:
         import litdata
 
-        return lambda: litdata.optimize(
-            fn=function,
-            inputs=photos(source),
-            output_dir=str(target / "x"),
-            num_workers=jobs,
-            chunk_bytes="8MB",
-            verbose=False,
-        )
+        into = {"output_dir": str(target / "x"), "num_workers": jobs, "chunk_bytes": "8MB", "verbose": False}
+        return lambda: litdata.optimize(fn=function, inputs=photos(source), **into)
 
     return prepare
 

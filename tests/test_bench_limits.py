@@ -75,13 +75,6 @@ def test_shares_are_the_rate_over_what_a_limit_allows(work):
     assert rows["matrix product, float32"]["share"] == pytest.approx(0.1)  # MFU
 
 
-@pytest.mark.slow
-def test_all_reduce_between_two_processes():
-    found = limits.all_reduce(2, 4 << 20)
-    assert found["world"] == 2 and found["bytes_per_s"] > 1e6
-    assert found["interval"][0] <= found["bytes_per_s"] <= found["interval"][1] and len(found["samples"]) == 12
-
-
 # ---------------------------------------------------------------------------------------------------------------- sweep
 
 
