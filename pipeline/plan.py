@@ -69,14 +69,15 @@ class Plan:
         """
         share, first = self.global_batch // self.world, step * self.global_batch
         epochs = range(first // self.n, (first + self.global_batch - 1) // self.n + 1)
-        keys = [
+        # The batch as (row, epoch) pairs in storage order, of which this rank takes its part. A pair is one number, row times
+        # epochs plus epoch, because numbers can be partitioned: of 131,072 in 2 ms, where sorting pairs takes 13.
+        pairs = np.concatenate([
             self._rows(epoch, max(0, first - epoch * self.n), min(self.n, first + self.global_batch - epoch * self.n))
             * len(epochs) + number
             for number, epoch in enumerate(epochs)
-        ]  # fmt: skip
-        ends = (self.rank * share, (self.rank + 1) * share)
-        key = np.partition(np.concatenate(keys), (ends[0], ends[1] - 1))[slice(*ends)]
-        rows, number = np.divmod(np.sort(key), len(epochs))
+        ])  # fmt: skip
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        rows, number = np.divmod(np.sort(np.partition(pairs, (mine.start, mine.stop - 1))[mine]), len(epochs))
         return rows if self.chosen is None else self.chosen[rows], epochs[0] + number
 
     def _rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
