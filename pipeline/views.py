@@ -85,6 +85,10 @@ class ViewParameters:
     widths: np.ndarray
     views: np.ndarray  # (V, B) of VIEW
 
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of the source images: (height, width)."""
+        return list(zip(self.heights.tolist(), self.widths.tolist()))
+
 
 SIMCLR = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "blur": (0.5,)}
 BYOL = {"saturation": 0.2, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)}

@@ -17,6 +17,7 @@ from pictures import class_folders, pixels
 from PIL import Image
 
 from manyview.pipeline import engines
+from manyview.pipeline.convert.encode import encode
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.engines import reference, resident
 from manyview.pipeline.engines.cpu import CPUEngine
@@ -222,6 +223,29 @@ def test_an_altered_record_is_named_and_the_engine_goes_on(name, tiny, tmp_path)
     assert error.value.id == 5 and error.value.key == store.key(5)
     ids = np.array([0, 1, 7])
     assert torch.equal(engine(ids, drawn(store, ids))[0], make(name, good)(ids, drawn(good, ids))[0])
+    engine.close()
+
+
+@pytest.mark.parametrize("size", [(40, 120), (90, 120), (200, 120)])
+@pytest.mark.parametrize("name", ["cpu", "fused", DALI, pytest.param("dali gpu graph", marks=DALI.marks)])
+def test_an_image_of_another_size_than_its_index_says_is_named(name, size, photos):
+    """Kernels read where boxes say, and boxes are drawn for the index's sizes: smaller, as wide as it is high, larger."""
+    store = Store(photos)
+    engine, ids = make(name, store), np.arange(3)
+    store.read = lambda i, read=store.read: encode(pixels(0, *size)) if i == 1 else read(i)
+    with pytest.raises(Corrupt, match=rf"sample 1 .*decodes to {size[1]} x {size[0]} pixels, its index says"):
+        engine(ids, drawn(store, ids))
+    del store.read
+    assert engine(ids, drawn(store, ids))[0].shape[1] == 3  # and the engine goes on
+    engine.close()
+
+
+def test_resident_names_an_image_of_another_size(tiny, monkeypatch):
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda self, i: pixels(0, 16, 64) if i == 1 else read(self, i))
+    engine = make("resident", store := Store(tiny))
+    with pytest.raises(Corrupt, match=r"sample 1 .*decodes to 64 x 16 pixels, its index says 32 x 32"):
+        engine(np.arange(3), drawn(store, np.arange(3)))
     engine.close()
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import simplejpeg
 import torch
 
 from manyview.pipeline.codec import decode
@@ -65,9 +65,10 @@ class CPUEngine:
         times = [time.perf_counter()]
         payloads = [self.store.read(int(ids[b])) for b in rows]
         times.append(time.perf_counter())
-        images = [decoded(self.store, int(ids[b]), payload) for b, payload in zip(rows, payloads)]
+        heights, widths = p.heights[rows.start : rows.stop], p.widths[rows.start : rows.stop]
+        told = zip(payloads, zip(heights.tolist(), widths.tolist()))
+        images = [decoded(self.store, int(ids[b]), payload, size) for b, (payload, size) in zip(rows, told)]
         times.append(time.perf_counter())
-        heights, widths = np.array([image.shape[:2] for image in images], np.int64).T.copy()
         pixels = images[0].reshape(-1) if len(images) == 1 else np.concatenate([image.reshape(-1) for image in images])
         pixels.setflags(write=False)  # one compiled version of `render`, for decoded and for stored pixels
         for (part, _), out in zip(p.groups, outputs):
@@ -82,30 +83,19 @@ class CPUEngine:
         self._pool.shutdown(cancel_futures=True)
 
 
-def decoded(store: Store, i: int, payload: np.ndarray) -> np.ndarray:
-    """Sample i's pixels, (H, W, 3) uint8 of the size that the index says, from its payload. Raises `Corrupt`."""
+def decoded(store: Store, i: int, payload: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Sample i's pixels, (H, W, 3) uint8, from its payload. Raises `Corrupt`, also if they are not of this height and width:
+    boxes were drawn for those, and kernels do not look beyond which pixel an image ends."""
     try:
         pixels = decode(payload)
     except ValueError as error:
         raise Corrupt(i, store.key(i), str(error)) from None
-    _check_size(store, i, pixels.shape)
+    check_size(store, i, pixels.shape[:2], size)
     return pixels
 
 
-def undecoded(store: Store, i: int) -> np.ndarray:
-    """Sample i's payload, for a decoder that is not told what size to expect: a JPEG's header is looked at. Raises `Corrupt`."""
-    payload = store.read(i)
-    if payload.ndim == 1:
-        try:
-            _check_size(store, i, simplejpeg.decode_jpeg_header(payload))
-        except ValueError as error:
-            raise Corrupt(i, store.key(i), str(error)) from None
-    return payload
-
-
-def _check_size(store: Store, i: int, shape: tuple) -> None:
-    """Boxes are drawn for the sizes in the index; of a smaller image they would reach into other memory."""
-    if shape[:2] != (store.heights[i], store.widths[i]):
-        raise Corrupt(
-            i, store.key(i), f"{shape[1]}x{shape[0]} pixels, the index says {store.widths[i]}x{store.heights[i]}"
-        )
+def check_size(store: Store, i: int, decoded: Sequence[int], told: Sequence[int]) -> None:
+    """Raise `Corrupt` if sample i has another height and width than its index told."""
+    if tuple(decoded) != tuple(told):
+        sizes = "{1} x {0} pixels, its index says {3} x {2}".format(*decoded, *told)
+        raise Corrupt(i, store.key(i), f"decodes to {sizes}")

@@ -16,7 +16,7 @@ import torch
 from nvidia.dali import fn, math, pipeline_def, types
 
 from manyview.pipeline.engines import Pending
-from manyview.pipeline.engines.cpu import decoded, undecoded
+from manyview.pipeline.engines.cpu import check_size, decoded
 from manyview.pipeline.engines.pixels import finish
 from manyview.pipeline.machine import cores
 from manyview.pipeline.store import Corrupt, Store
@@ -46,11 +46,13 @@ class DALIEngine:
     def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
         begun = time.perf_counter()
         try:
-            payloads = list(self._readers.map(partial(undecoded, self.store), ids.tolist()))
+            payloads = list(self._readers.map(self.store.read, ids.tolist()))
             self.seconds["read"] += time.perf_counter() - begun
             begun = time.perf_counter()
             if any(p.ndim != 1 for p in payloads):
-                payloads = list(self._readers.map(partial(decoded, self.store), ids.tolist(), payloads))
+                payloads = list(
+                    self._readers.map(partial(decoded, self.store), ids.tolist(), payloads, parameters.shapes())
+                )
         except Corrupt as error:
             return Pending.failed(error)
         batch = self._start(parameters, payloads)
@@ -72,11 +74,16 @@ class DALIEngine:
         """A batch that DALI's decoder refused is made from images decoded on the host, which names the culprit if there
         is one; a second time it is not an image's fault."""
         if isinstance(batch.wait(), RuntimeError):
-            payloads = [decoded(self.store, i, self.store.read(i)) for i in ids.tolist()]
+            payloads = [
+                decoded(self.store, i, self.store.read(i), of) for i, of in zip(ids.tolist(), parameters.shapes())
+            ]
             batch = self._start(parameters, payloads)
         outputs = batch.wait()
         if isinstance(outputs, Exception):
             raise outputs
+        *outputs, shapes = outputs
+        for i, shape, told in zip(ids.tolist(), np.array(shapes.as_tensor())[:, :2].tolist(), parameters.shapes()):
+            check_size(self.store, i, shape, told)
         views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
         if self.fused:
             groups = [view.transpose(0, 1).contiguous() for view in views]
@@ -166,7 +173,7 @@ def inputs(p: ViewParameters, fused: bool) -> dict[str, np.ndarray]:
 
 @pipeline_def(enable_conditionals=True)
 def build(parameters: ViewParameters, ndim: int, device: str, fused: bool) -> Any:
-    """The graph: bytes or pixels in; out, uint8, (B, S, S, 3) a view, or `fused` (B, V, S, S, 3) a group."""
+    """The graph: bytes or pixels in; out, uint8, (B, S, S, 3) a view, or `fused` (B, V, S, S, 3) a group; and the images' shapes."""
     if ndim == 1:
         images = decode(device)
     else:
@@ -176,7 +183,7 @@ def build(parameters: ViewParameters, ndim: int, device: str, fused: bool) -> An
     for g, (part, size) in enumerate(parameters.groups):
         crops = {v: _crop(images, v, size) for v in range(part.start, part.stop)}
         outputs += [_fused([*crops.values()], g)] if fused else [_finish(crop, v, size) for v, crop in crops.items()]
-    return tuple(outputs)
+    return (*outputs, images.shape())
 
 
 def decode(device: str) -> Any:

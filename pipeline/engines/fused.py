@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from manyview.pipeline.engines import Pending, has_dali
-from manyview.pipeline.engines.cpu import decoded
+from manyview.pipeline.engines.cpu import check_size, decoded
 from manyview.pipeline.machine import cores
 from manyview.pipeline.store import Corrupt, Store
 from manyview.pipeline.views import ViewParameters
@@ -103,7 +103,7 @@ class FusedEngine:
             self.seconds["read"] += time.perf_counter() - begun
             self.decoded += len(ids)
             if any(payload.ndim != 1 for payload in payloads) or not has_dali():
-                views = self._views(parameters, *self._upload(self._decode(ids, payloads)))
+                views = self._views(parameters, *self._upload(self._decode(ids, payloads, parameters)))
                 return Pending([], lambda: views)
         except Corrupt as error:
             return Pending.failed(error)
@@ -112,9 +112,9 @@ class FusedEngine:
         self.seconds["feed"] += time.perf_counter() - begun
         return Pending([], lambda: self._of_graph(ids, parameters, batch))
 
-    def _decode(self, ids: np.ndarray, payloads: list[np.ndarray]) -> list[np.ndarray]:
+    def _decode(self, ids: np.ndarray, payloads: list[np.ndarray], parameters: ViewParameters) -> list[np.ndarray]:
         begun = time.perf_counter()
-        images = list(self._readers.map(partial(decoded, self.store), ids.tolist(), payloads))
+        images = list(self._readers.map(partial(decoded, self.store), ids.tolist(), payloads, parameters.shapes()))
         self.seconds["decode"] += time.perf_counter() - begun
         return images
 
@@ -134,13 +134,10 @@ class FusedEngine:
         outputs = batch.wait()
         if isinstance(outputs, RuntimeError):
             payloads = [self.store.read(i) for i in ids.tolist()]
-            return self._views(parameters, *self._upload(self._decode(ids, payloads)))
+            return self._views(parameters, *self._upload(self._decode(ids, payloads, parameters)))
         (images,) = outputs
-        told = np.stack([parameters.heights, parameters.widths], axis=1)
-        wrong = np.flatnonzero((np.array(images.shape())[:, :2] != told).any(axis=1))
-        if len(wrong):  # the kernels trust the boxes, which were drawn for images of the index's sizes
-            i = int(ids[wrong[0]])
-            raise Corrupt(i, self.store.key(i), "its pixels are not of the size that the index says")
+        for i, shape, told in zip(ids.tolist(), images.shape(), parameters.shapes()):
+            check_size(self.store, i, shape[:2], told)
         return self._views(parameters, images, [images[i].data_ptr() for i in range(len(ids))])
 
     def _upload(self, images: list[np.ndarray]) -> tuple[torch.Tensor, list[int]]:

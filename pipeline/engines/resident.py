@@ -48,7 +48,7 @@ class ResidentEngine:
 
     def _load(self, i: int, shape: tuple[int, int]) -> np.ndarray:
         try:
-            image = np.array(decoded(self.store, i, self.store.read(i)))
+            image = np.array(decoded(self.store, i, self.store.read(i), shape))
         except Corrupt as error:
             self.bad[i] = error
         else:
