@@ -8,6 +8,7 @@ all ranks, so who takes which part of a batch changes no result; a rank takes th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ from manyview.pipeline.philox import below, philox
 ORDERS = ("random", "blocks")
 BLOCK = 512  # consecutive samples read together in `blocks` order: about 55 MB of ImageNet photos
 WINDOW = 64  # blocks mixed with each other
+MOST = 2**31 - 1  # samples that are shuffled as one list, of 32 bits each
 MIXED = BLOCK * WINDOW  # samples: 32768
 SUBSET, BLOCKS, SAMPLES = 0xFFFFFFFD, 0xFFFFFFFE, 0xFFFFFFFF  # counter words no view number reaches
 
@@ -129,6 +131,10 @@ def plan(
         errors.append(
             f"batch {batch} does not divide among {world} processes; nearest: {max(1, batch // world) * world}"
         )
+    if n > MOST and (order == "random" or fraction < 1):
+        errors.append(
+            f"{n:,} samples are more than {MOST:,}: only order blocks, of all of them, has no list of that length"
+        )
     if order not in ORDERS:
         errors.append(nearest("order", order, ORDERS))
     if seed < 0:
@@ -139,7 +145,12 @@ def plan(
         raise UserError("\n".join(errors))
     if fraction == 1:
         return Plan(n, seed, batch, world, rank, order)
-    chosen = subset(np.full(n, -1) if np.ndim(labels) == 0 else np.asarray(labels), fraction, seed)
+    labels = np.full(n, -1) if np.ndim(labels) == 0 else np.asarray(labels)
+    chosen = subset(labels, fraction, seed)
+    classes, asked = len(np.unique(labels)), round(n * fraction)
+    if classes > asked and rank == 0:
+        print(f"fraction {fraction:g} of {n:,} images is {asked:,}, and there are {classes:,} classes: at least one image of "
+              f"each is kept, {len(chosen):,} in all ({len(chosen) / n:.3g} of them)", file=sys.stderr)  # fmt: skip
     return Plan(len(chosen), seed, batch, world, rank, order, chosen)
 
 
@@ -154,7 +165,7 @@ def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 @lru_cache(maxsize=3)
 def permutation(n: int, seed: int, epoch: int, order: str = "random") -> np.ndarray:
-    """The order of epoch `epoch`: (n,) int32, read-only. `blocks` shuffles blocks of neighbours, then the samples
+    """The order of epoch `epoch`: (n,) integers, read-only. `blocks` shuffles blocks of neighbours, then the samples
     inside each window of blocks, so that only a window's part of the storage is being read at any time."""
     if order == "random":
         result = _shuffled(n, seed, epoch, SAMPLES)
@@ -166,14 +177,14 @@ def permutation(n: int, seed: int, epoch: int, order: str = "random") -> np.ndar
 
 @lru_cache(maxsize=16)
 def _window(n: int, seed: int, epoch: int, number: int) -> np.ndarray:
-    """Window `number` of an epoch in `blocks` order: places number * MIXED .. of it, (MIXED,) int32, the last one shorter.
+    """Window `number` of an epoch in `blocks` order: places number * MIXED .. of it, (MIXED,) int64, the last one shorter.
 
     The set's last block may be short; windows that come after it begin so many samples late, and take them from the
     next block.
     """
     blocks, short = _blocks(n, seed, epoch)
     some = blocks[number * WINDOW : (number + 1) * WINDOW + 1]
-    ids = (some[:, None] * BLOCK + np.arange(BLOCK, dtype=np.int32)).ravel()
+    ids = (some[:, None].astype(np.int64) * BLOCK + np.arange(BLOCK)).ravel()
     late = -n % BLOCK if short < number * WINDOW else 0
     ids = ids[ids < n][late : late + MIXED]
     return ids[_shuffled(len(ids), seed, epoch, SAMPLES, number)]

@@ -101,7 +101,8 @@ def _original(
     pen = ImageDraw.Draw(sheet)
     for v in np.argsort(-boxes[:, 2].astype(int) * boxes[:, 3]):  # large ones first, so that small ones stay visible
         top, left, tall, wide = (boxes[v] * scale).tolist()
-        corner = (at[0] + left, at[1] + top, at[0] + left + wide - 1, at[1] + top + tall - 1)
+        left, top = at[0] + left, at[1] + top
+        corner = (left, top, left + max(wide - 1, 0), top + max(tall - 1, 0))
         pen.rectangle(corner, outline=PAPER, width=4)
         pen.rectangle(corner, outline=_hue(v, len(boxes)), width=3)
     return size[1]

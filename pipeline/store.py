@@ -141,6 +141,11 @@ class Store:
         """Bytes of all payloads."""
         return int(self._rows["length"].sum(dtype=np.int64))
 
+    @property
+    def grey(self) -> bool:
+        """Whether its pictures have no color: what is measured of them is the same in every channel."""
+        return len(set(self.mean)) == len(set(self.std)) == 1
+
     def default_size(self) -> int:
         """View side in pixels: the median short side of the images, at most 224."""
         return min(224, int(np.median(np.minimum(self.heights, self.widths))))

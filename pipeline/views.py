@@ -45,6 +45,7 @@ class Group:
     solarize: tuple[float, ...] = (0.0,)
 
 
+SMALL = 96  # pixels a side up to which a picture is small
 PROBABILITIES = ("flip", "vflip", "turn", "jitter", "grey", "blur", "solarize")
 STRENGTHS = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}  # and the largest there is
 PAIRS = {"scale": 1, "ratio": math.inf, "sigma": math.inf}  # lowest and highest; what is the largest there is
@@ -61,6 +62,18 @@ class Policy:
     @property
     def views(self) -> int:
         return sum(group.count for group in self.groups)
+
+    def describe(self) -> str:
+        """The name; of `auto` also its numbers, as `--augment` takes them."""
+        if self.name != "auto":
+            return self.name
+        values = {key: value for key, value in vars(self.groups[0]).items() if key not in ("count", "size", "ratio")}
+        told = {key: value for key, value in values.items() if value not in (0, (0.0,)) or key in STRENGTHS}
+        return "auto: " + " ".join(f"{key}={_plain(value)}" for key, value in told.items())
+
+
+def _plain(value: float | tuple[float, ...]) -> str:
+    return "[" + ",".join(map(_plain, value)) + "]" if isinstance(value, tuple) else f"{value:g}"
 
 
 VIEW = np.dtype(
@@ -90,6 +103,7 @@ class ViewParameters:
         return list(zip(self.heights.tolist(), self.widths.tolist()))
 
 
+LARGEST = 16_384  # pixels of a view a side
 SIMCLR = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "blur": (0.5,)}
 BYOL = {"saturation": 0.2, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)}
 POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {  # global views, local crops
@@ -105,15 +119,16 @@ POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {  # global 
     ),
     "supervised": ({"jitter": 0.0, "grey": 0.0}, None),  # crop and flip, as classifiers have been trained since 2014
     "clean": ({}, None),  # one view, nothing random: what the evaluation sees
+    "auto": ({}, None),  # see `_auto`
     "none": ({"scale": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "grey": 0.0}, None),
 }
 
 
-def policy(name: str, views: int, size: int, overrides: dict[str, Any] | None = None) -> Policy:
-    """The named policy for this many views of `size` pixels.
+def policy(name: str, views: int, size: int, overrides: dict[str, Any] | None = None, grey: bool = False) -> Policy:
+    """The named policy for this many views of `size` pixels; `grey`: the pictures have no color, which `auto` asks.
 
     `overrides` changes fields of `Group` by name: `{"hue": 0, "local.scale": [0.05, 0.25]}`; `global.` and `local.`
-    pick one group. `count` and `size` of the local crops may be given too.
+    pick one group. `count` and `size` of the local crops may be given too, and `sigma` in shares of the view: `["0.1%", "1%"]`.
     """
     if name not in POLICIES:
         raise UserError(nearest("policy", name, POLICIES))
@@ -129,11 +144,20 @@ def policy(name: str, views: int, size: int, overrides: dict[str, Any] | None = 
     groups = [Group(views if second is None else 2, size, **first)]
     if second is not None:
         groups.append(Group(views - 2, max(1, round(size * 3 / 7)), **second))
-    changed = _override(groups, overrides or {})
+    changed = _override(groups, (_auto(size, grey) if name == "auto" else {}) | (overrides or {}))
     errors = [error for group in changed for error in _check(group)]
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
     return Policy(name, tuple(changed))
+
+
+def _auto(size: int, grey: bool) -> dict[str, Any]:
+    """What fits the pictures: SimCLR's numbers, its blur by up to 2 pixels of 224 in shares of the view. Small views at half
+    its strength and without blur, as SimCLR itself has them for CIFAR, and of larger crops. Grey pictures by light alone, at
+    half strength: with no color to tell them apart, more of it leaves white and black squares."""
+    numbers: dict[str, Any] = {**SIMCLR, "sigma": ["0.05%", "0.9%"]} if size > SMALL else {"scale": [0.2, 1.0]}
+    light = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.0, "hue": 0.0, "grey": 0.0}
+    return numbers | (light if grey else {})
 
 
 def overrides(texts: Iterable[str]) -> dict[str, Any]:
@@ -156,7 +180,9 @@ def _override(groups: list[Group], changes: dict[str, Any]) -> list[Group]:
     names = {"global": 0, "local": 1}
     valid = [field.name for field in fields(Group)]
     errors = []
-    for key, value in changes.items():
+    for key, value in sorted(
+        changes.items(), key=lambda item: not item[0].endswith("size")
+    ):  # what shares are taken of
         where, _, field = key.rpartition(".")
         if field not in valid or (where and where not in names):
             errors.append(nearest("view setting", key, [*valid, *(f"{n}.{v}" for n in names for v in valid)]))
@@ -164,21 +190,22 @@ def _override(groups: list[Group], changes: dict[str, Any]) -> list[Group]:
         if where and names[where] >= len(groups):
             errors.append(f"view setting {key!r}: this policy has no local crops; `multicrop` has")
             continue
-        try:
-            number = _convert(field, value)
-        except (TypeError, ValueError, OverflowError):
-            errors.append(f"view setting {key}={value!r} is not a number or a list of numbers as in {field}="
-                          f"{getattr(groups[0], field)}")  # fmt: skip
-            continue
         for g in [names[where]] if where else range(len(groups)):
-            groups[g] = replace(groups[g], **{field: number})
+            try:
+                groups[g] = replace(groups[g], **{field: _convert(field, value, groups[g].size)})
+            except (TypeError, ValueError, OverflowError):
+                errors.append(f"view setting {key}={value!r} is not a number or a list of numbers as in {field}="
+                              f"{getattr(groups[0], field)}")  # fmt: skip
+                break
     if errors:
         raise UserError("\n".join(errors))
     return groups
 
 
-def _convert(field: str, value: Any) -> Any:
+def _convert(field: str, value: Any, size: int) -> Any:
     default = getattr(Group(1, 1), field)
+    if field == "sigma" and isinstance(value, list | tuple):
+        value = [float(x[:-1]) / 100 * size if isinstance(x, str) and x.endswith("%") else x for x in value]
     if isinstance(default, tuple):
         return tuple(float(x) for x in (value if isinstance(value, list | tuple) else [value]))
     if isinstance(default, int) and int(value) != float(value):
@@ -199,8 +226,11 @@ def _check(group: Group) -> list[str]:
     for name, high in STRENGTHS.items():
         if not 0 <= getattr(group, name) <= high:
             errors.append(f"view setting {name} must be in [0, {high}], not {getattr(group, name)}")
-    if group.count < 1 or group.size < 1:
-        errors.append(f"view settings count and size must be at least 1, not {group.count} and {group.size}")
+    if group.count < 1 or not 1 <= group.size <= LARGEST:
+        errors.append(f"view settings count and size must be at least 1 (size at most {LARGEST}), not {group.count} and "
+                      f"{group.size}")  # fmt: skip
+    if group.sigma[-1:] > (10 * max(group.size, 1),):
+        errors.append(f"view setting sigma must be at most ten times the view's {group.size} pixels, not {group.sigma}")
     return errors
 
 
@@ -218,7 +248,7 @@ def parameters(
 
 def crop_ratio(size: int) -> float:
     """Of the short side that a clean view of `size` pixels shows: all of a tiny image, the usual 7/8 of a photo."""
-    return 1.0 if size <= 96 else 0.875
+    return 1.0 if size <= SMALL else 0.875
 
 
 def clean(size: int, heights: np.ndarray, widths: np.ndarray, crop_ratio: float = 1.0) -> ViewParameters:

@@ -138,6 +138,26 @@ def test_four_hundred_million_samples_in_blocks_cost_nothing():
     assert seconds < 2, f"{seconds:.2f} s"
 
 
+def test_more_samples_than_32_bits_count():
+    n = 5_000_000_000
+    p = plan(n, seed=0, batch=32_768, world=8, rank=7, order="blocks")
+    ids = np.concatenate([p.batch(step)[0] for step in (0, 70_000, 152_000)])
+    assert ids.min() >= 0 and 2**32 < ids.max() < n and len(np.unique(ids)) == len(ids)
+    for options in ({"order": "random"}, {"order": "blocks", "fraction": 0.5}):
+        with pytest.raises(UserError, match="more than 2,147,483,647: only order blocks"):
+            plan(n, seed=0, batch=2, **options)
+
+
+def test_a_fraction_of_fewer_images_than_classes_is_told(capsys):
+    labels = np.arange(1000) % 50
+    assert plan(labels, seed=0, batch=2, fraction=0.05).n == 50 and not capsys.readouterr().err
+    assert plan(labels, seed=0, batch=2, fraction=0.03).n == 50
+    text = capsys.readouterr().err
+    assert "fraction 0.03 of 1,000 images is 30" in text and "50 classes" in text and "50 in all" in text
+    plan(labels, seed=0, batch=2, fraction=0.03, world=2, rank=1)
+    assert not capsys.readouterr().err  # one process says it
+
+
 def test_the_order_says_how_well_it_mixes():
     assert plan(100, seed=0, batch=2).describe() == "random (uniform)"
     assert "as far apart" in plan(100_000, seed=0, batch=2, order="blocks").describe()

@@ -13,9 +13,9 @@ from PIL import Image
 
 from manyview.pipeline.engines import reference
 from manyview.pipeline.engines.cpu import CPUEngine
-from manyview.pipeline.sheet import CELL, contact_sheet, describe, factors
+from manyview.pipeline.sheet import CELL, _original, contact_sheet, describe, factors
 from manyview.pipeline.store import Store
-from manyview.pipeline.views import clean, color_map, policy
+from manyview.pipeline.views import clean, color_map, parameters, policy
 
 factor = st.floats(0.2, 1.8)
 
@@ -50,6 +50,14 @@ def test_a_sheet_shows_the_views(digits, tmp_path):
     assert len(rows[0]) > 3 * CELL
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 3000), (3000, 1), (2, 700), (1, 1)])
+def test_thin_pictures_have_frames(height, width):
+    sheet = Image.new("RGB", (700, 400))
+    boxes = parameters(policy("simclr", 3, 8), 0, *(np.array([x]) for x in (0, 0, height, width))).views["box"][:, 0]
+    tall = _original(sheet, np.full((height, width, 3), 90, np.uint8), boxes, (20, 20), 350, 200)
+    assert 1 <= tall <= 200 and np.asarray(sheet).any()
+
+
 @pytest.mark.slow
 def test_the_command_draws_every_engine(digits, tmp_path):
     line = ("tools/views.py", "--data", digits, "--views", 2, "--images", 2, "--engines", "reference,cpu,resident")
@@ -68,6 +76,8 @@ def test_the_command_draws_every_engine(digits, tmp_path):
         (["--policy", "byoll"], "unknown policy 'byoll'; nearest: byol"),
         (["--augment", "hew=0"], "unknown view setting 'hew'; nearest: hue"),
         (["--split", "test"], "no split 'test'"),
+        (["--size", "200000"], "at most 16384"),
+        (["--size", "16000", "--views", "100"], "GiB: a smaller --size"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_2(digits, tmp_path, flags, words, monkeypatch, capsys):

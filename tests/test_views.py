@@ -3,6 +3,7 @@ from __future__ import annotations
 import colorsys
 import hashlib
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -227,6 +228,34 @@ def test_any_number_can_be_changed(tmp_path):
     assert (g.hue, g.scale, g.blur, g.grey, local.grey) == (0.05, (0.3, 0.9), (1.0, 0.0), 0.2, 0.5)
 
 
+def test_auto_fits_the_pictures_and_tells_its_numbers():
+    simclr, photos = policy("simclr", 2, 224).groups[0], policy("auto", 2, 224).groups[0]
+    assert photos.sigma == pytest.approx(simclr.sigma, rel=0.13)  # the same blur at the size that it was chosen for
+    assert replace(photos, sigma=simclr.sigma) == simclr
+    assert policy("auto", 2, 448).groups[0].sigma == pytest.approx([2 * x for x in photos.sigma])
+    small = draw(policy("auto", 2, 32))
+    assert not small.sigma.any() and small.box[..., 2:].astype(float).prod(-1).min() > 0.19 * 375 * 500
+    grey = draw(policy("auto", 2, 32, grey=True)).color
+    gain = grey[..., :3].sum(-1)
+    assert np.allclose(grey[..., :3], gain[..., None] * np.eye(3), atol=1e-5)
+    assert gain.min() < 0.5 and gain.max() > 1.7
+    chosen = policy("auto", 2, 32, {"blur": 0.5, "sigma": ["1%", "5%"]}, grey=True)
+    assert chosen.groups[0].sigma == pytest.approx((0.32, 1.6))
+    told = chosen.describe().removeprefix("auto: ").split()
+    assert policy("none", 2, 32, overrides([*told, "grey=0"])).groups == chosen.groups  # it can be given again
+    assert policy("byol", 2, 32).describe() == "byol"
+
+
+def test_shares_are_of_each_groups_own_size():
+    a, b = policy("multicrop", 4, 200, {"sigma": ["1%", "2%"], "local.size": 50}).groups
+    assert (a.sigma, b.sigma) == ((2.0, 4.0), (0.5, 1.0))
+
+
+def test_local_crops_of_the_global_size_are_local_still():
+    p = parameters(policy("multicrop", 5, 32, {"local.size": 32}), 0, *4 * [np.zeros(0, int)])
+    assert p.groups == ((slice(0, 2), 32), (slice(2, 5), 32))
+
+
 @pytest.mark.parametrize(
     ("name", "count", "changes", "words"),
     [
@@ -244,6 +273,12 @@ def test_any_number_can_be_changed(tmp_path):
         ("simclr", 2, {"jitter": float("nan")}, "probability"),
         ("simclr", 2, {"hue": None}, "not a number"),
         ("simclr", 2, {"size": float("inf")}, "not a number"),
+        ("simclr", 2, {"size": 200_000}, "at most 16384"),
+        ("simclr", 2, {"sigma": [1, 1e9]}, "ten times the view's 224 pixels"),
+        ("simclr", 2, {"sigma": ["1%", "5000%"]}, "ten times"),
+        ("simclr", 2, {"sigma": ["1%", "x%"]}, "not a number"),
+        ("multicrop", 4, {"local.sigma": ["2%", "1%"]}, "ascending"),
+        ("simclr", 2, {"vflip": 2, "turn": -1}, "probability"),
     ],
 )
 def test_bad_settings_are_named(name, count, changes, words):

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # the checkout on the path instead of this folder, w
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+import psutil
 import torch
 import tyro
 
@@ -31,7 +32,8 @@ class Args:
     """Shards."""
     views: int = 8
     policy: str = "simclr"
-    """simclr, byol, barlow, cifar, stl, imagenet100, multicrop or none."""
+    """simclr, byol, barlow, cifar, stl, imagenet100, multicrop, supervised, none, or auto: by view size and whether pictures are
+    grey."""
     augment: list[str] = field(default_factory=list)
     """Changes to it: key=value each, as hue=0 or local.scale=[0.05,0.25], or a YAML file of such keys."""
     size: int = 0
@@ -56,7 +58,14 @@ def main() -> None:
         raise errors.UserError(f"--out {args.out}: a picture's name ends in .png, .jpg or .webp")
     store = Store(args.data, args.split)
     size = args.size or store.default_size()
-    chosen = policy(args.policy, args.views, size, overrides(args.augment))
+    chosen = policy(args.policy, args.views, size, overrides(args.augment), store.grey)
+    # The slow reference makes views of floats, four of 8 bytes a pixel at its worst; the others keep bytes.
+    need = sum(group.count * group.size**2 for group in chosen.groups) * args.images * 3 * 5 + 100 * size**2
+    if need > psutil.virtual_memory().available:
+        raise errors.UserError(
+            f"{args.images} images x {chosen.views} views of {size} px need about {need / 2**30:,.0f} GiB: a smaller --size, "
+            "fewer --views or --images"
+        )
     ids = plan(len(store), seed=args.seed, batch=min(args.images, len(store))).batch(0)[0]
     renders: dict[str, sheet.Render] = {}
     with contextlib.ExitStack() as stack:
@@ -68,6 +77,8 @@ def main() -> None:
                 renders[name] = stack.enter_context(contextlib.closing(engine))
         sheet.contact_sheet(store, chosen, np.asarray(ids), args.out, renders=renders, seed=args.seed)
     print(f"{args.out}: {len(ids)} images, {chosen.views} views of {size} px, {', '.join(renders)}")
+    if chosen.name == "auto":
+        print(f"policy {chosen.describe()}")
 
 
 def names(args: Args, store: Store, device: torch.device) -> list[str]:

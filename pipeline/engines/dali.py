@@ -173,7 +173,8 @@ def inputs(p: ViewParameters, fused: bool) -> dict[str, np.ndarray]:
 
 @pipeline_def(enable_conditionals=True)
 def build(parameters: ViewParameters, ndim: int, device: str, fused: bool) -> Any:
-    """The graph: bytes or pixels in; out, uint8, (B, S, S, 3) a view, or `fused` (B, V, S, S, 3) a group; and the images' shapes."""
+    """The graph: bytes or pixels in; out, uint8, (B, S, S, 3) a view, or `fused` (B, V, S, S, 3) a group; last the images'
+    shapes."""
     if ndim == 1:
         images = decode(device)
     else:
