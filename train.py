@@ -61,7 +61,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
     store = Store(cfg.data, training_split(cfg.data))
     labelled = store if store.split == "train" else Store(cfg.data)
     size = cfg.size or store.default_size()
-    policy = setup.policy(cfg, size)
+    policy = setup.policy(cfg, size, store.grey)
     order = plan(
         store.labels,
         seed=cfg.seed,
@@ -94,7 +94,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
     seen = steps * cfg.batch_size
     said = [
         f"data       {store.name}{' unlabelled' * (store.split != 'train')}: {order.n:,} of {len(store):,} images, {size} px, "
-        f"policy {cfg.policy}, {order.describe()}",
+        f"policy {policy.describe()}, {order.describe()}",
         f"engine     {engine.name}: {engine_reason}",
         f"model      {cfg.backbone}, {training.weights}, on {device}, {training.precision}; batch-norm statistics "
         + ("per view" if cfg.bn == "view" else "pooled over views"),

@@ -134,7 +134,7 @@ def build(asked: Setup, step_seconds: float = float("inf")) -> Workload:
     tune(device)
     store = Store(asked.data, asked.split or training_split(asked.data))
     size = asked.size or store.default_size()
-    policy = views.policy(asked.policy, asked.views, size, views.overrides(asked.augment))
+    policy = views.policy(asked.policy, asked.views, size, views.overrides(asked.augment), store.grey)
     engine, reason = engines.create(asked.engine, store, device, threads=asked.threads or None)
     trained = None if asked.backbone == "none" else training(asked, size, device)
     whole = plan(store.labels, seed=asked.seed, batch=asked.batch_size)

@@ -68,6 +68,8 @@ class Policy:
         if self.name != "auto":
             return self.name
         values = {key: value for key, value in vars(self.groups[0]).items() if key not in ("count", "size", "ratio")}
+        if not any(self.groups[0].blur):
+            del values["sigma"]
         told = {key: value for key, value in values.items() if value not in (0, (0.0,)) or key in STRENGTHS}
         return "auto: " + " ".join(f"{key}={_plain(value)}" for key, value in told.items())
 

@@ -82,7 +82,8 @@ class Config:
     views: int = 4
     """Views an image (V); under multicrop two are global and the rest local crops."""
     policy: str = "simclr"
-    """Augmentation policy: simclr, byol, barlow, cifar, stl, imagenet100, multicrop."""
+    """Augmentation policy: simclr, byol, barlow, cifar, stl, imagenet100, multicrop, or auto: by view size and whether pictures
+    are grey."""
     augment: tuple[str, ...] = ()
     """Changes to the policy as name=value or YAML files, e.g. `--augment blur=0 hue=0.1 local.scale=[0.05,0.3]`."""
     size: int = 0
@@ -279,24 +280,27 @@ def check(config: Config) -> list[str]:
 def _check_names(config: Config) -> list[str]:
     """Names that the data and model packages know best."""
     from manyview.model import backbone, objective
-    from manyview.pipeline import views
 
     errors = []
     for flag, test in (
         ("--backbone", lambda: backbone.check(config.backbone)),
         ("--objective", lambda: objective.create(config.objective, **objective_options(config))),
-        (
-            "--policy",
-            lambda: views.policy(
-                config.policy, max(2, config.views), config.size or 224, views.overrides(config.augment)
-            ),
-        ),
+        ("--policy", lambda: _check_policy(config)),
     ):
         try:
             test()
         except UserError as error:
             errors += [f"{flag}: {line}" for line in str(error).splitlines()]
     return errors
+
+
+def _check_policy(config: Config) -> None:
+    from manyview.pipeline import views
+
+    size, changes = config.size or 224, views.overrides(config.augment)
+    chosen = views.policy(config.policy, max(2, config.views), size, changes)
+    if chosen.views < 2:
+        raise UserError(f"{chosen.views} view of an image; the objective wants two that agree")
 
 
 def objective_options(config: Config) -> dict[str, Any]:

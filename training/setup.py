@@ -48,15 +48,16 @@ class Training:
     weights: str  # where those come from
 
 
-def policy(cfg: Config, size: int) -> Policy:
-    """The views that `cfg` asks for, global ones of `size` pixels. A network of patches gets local crops of whole ones."""
+def policy(cfg: Config, size: int, grey: bool = False) -> Policy:
+    """The views that `cfg` asks for, of `grey` pictures or not, global ones of `size` pixels. A network of patches gets local
+    crops of whole ones."""
     changes = views.overrides(cfg.augment)
-    asked = views.policy(cfg.policy, cfg.views, size, changes)
+    asked = views.policy(cfg.policy, cfg.views, size, changes, grey)
     if len(asked.groups) == 1 or {"size", "local.size"} & changes.keys():
         return asked
     patch = backbone.patch_size(cfg.backbone, image_size=size, stem=cfg.stem)
     whole = max(1, round(asked.groups[1].size / patch)) * patch
-    return views.policy(cfg.policy, cfg.views, size, {**changes, "local.size": whole})
+    return views.policy(cfg.policy, cfg.views, size, {**changes, "local.size": whole}, grey)
 
 
 def network(cfg: Config, size: int) -> PretrainingModel:
