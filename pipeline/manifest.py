@@ -90,10 +90,13 @@ def _odd_part(part: Any, anywhere: bool) -> str:
 
 
 def _lacking(value: Any, keys: dict[str, type]) -> str:
-    """The first of these keys that is missing or of another type; a number is whole and not negative."""
+    """The first of these keys that is missing or of another type; a number is whole, not negative, and one a file can have."""
     if not isinstance(value, dict):
         return "content"
-    right = {key: type(value.get(key)) is kind and (kind is not int or value[key] >= 0) for key, kind in keys.items()}
+    right = {
+        key: type(value.get(key)) is kind and (kind is not int or 0 <= value[key] < 1 << 62)
+        for key, kind in keys.items()
+    }
     return next((key for key, well in right.items() if not well), "")
 
 

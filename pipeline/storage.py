@@ -17,18 +17,15 @@ from manyview.pipeline import files
 from manyview.pipeline.errors import UserError
 
 PIECE = 8 << 20  # bytes: long enough that a request's first byte (tens of ms) is not most of its time
-TRIES, FIRST, LONGEST = (
-    10,
-    0.1,
-    30.0,
-)  # of a request; seconds to wait after the first failure, and at most: a minute in all
+TRIES = 10  # of a request
+FIRST, LONGEST = 0.1, 30.0  # seconds to wait after the first failure, and at most: a minute in all
 # Waiting and trying again are done here, once, not also in two layers below.
 OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}},
     "file": {"auto_mkdir": True},
 }
-ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
-CHAINED = re.compile(r".*::[a-z][a-z0-9+.-]+:/.*")
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.IGNORECASE)
+CHAINED = re.compile(r".*::[a-z][a-z0-9+.-]+:/.*", re.IGNORECASE)
 
 
 def address(path: str | Path) -> str | None:
@@ -40,11 +37,11 @@ def address(path: str | Path) -> str | None:
         raise UserError(
             f"{path}: addresses chained by :: are not read here; give the bucket's own, such as s3://bucket/name"
         )
-    found = ADDRESS.fullmatch(str(path))
-    if found is None:
+    match = ADDRESS.fullmatch(str(path))
+    if match is None:
         return None
-    protocol, rest = found.groups()
-    return f"{protocol}://{'/' if protocol in ('file', 'local') else ''}{rest.rstrip('/')}"
+    protocol, rest = match[1].lower(), match[2].rstrip("/")
+    return f"{protocol}://{'/' if protocol in ('file', 'local') else ''}{rest}"
 
 
 def where(path: str | Path) -> str:
@@ -79,8 +76,8 @@ class Storage:
         protocol, _, _ = url.partition(":")
         try:
             self.fs, root = fsspec.core.url_to_fs(url, **OPTIONS.get(protocol, {}))
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{url}: {error}") from None
+        except Exception as error:  # each protocol has its own way to say what it lacks
+            raise UserError(f"{url}: {_line(error)}") from None
         if protocol == "s3":
             self.fs.retries = 1
         self._root = root.rstrip("/")
@@ -121,10 +118,10 @@ class Storage:
         """Bytes of all objects under the address, by name; none if there is nothing."""
         try:
             self.fs.invalidate_cache()
-            found = self._persist("", lambda: self.fs.find(self._root, detail=True))
+            objects = self._persist("", lambda: self.fs.find(self._root, detail=True))
         except Missing:
             return {}
-        return {path[len(self._root) + 1 :]: about["size"] for path, about in found.items()}
+        return {path[len(self._root) + 1 :]: state["size"] for path, state in objects.items()}
 
     def size(self, name: str) -> int | None:
         """Bytes of one object, None if there is no such."""
@@ -135,7 +132,7 @@ class Storage:
 
     def _path(self, name: str) -> str:
         path = f"{self._root}/{name}"
-        return posixpath.normpath(path) if ".." in name else path  # shards adopted from a folder beside
+        return posixpath.normpath(path) if ".." in name else path  # shards that were indexed from a folder beside
 
     def _persist(self, name: str, request: Callable[[], Any]) -> Any:
         place = f"{self.url}/{name}".rstrip("/")

@@ -13,12 +13,11 @@ from pictures import encoded, jpeg, pixels
 
 from manyview.pipeline import beton, tar
 from manyview.pipeline.convert.index_foreign import index_foreign
-from manyview.pipeline.convert.sources import datasets
-from manyview.pipeline.convert.sources.shards import Parts
+from manyview.pipeline.convert.sources import Reading, datasets
 from manyview.pipeline.convert.verify import verify
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.errors import UserError
-from manyview.pipeline.manifest import Options
+from manyview.pipeline.manifest import Options, read_manifest
 from manyview.pipeline.store import Store, splits
 
 SMALL = jpeg(1, 72, 96)
@@ -52,7 +51,7 @@ def samples(*parts: str, n: int = 6, text=lambda i: str(i % 3)) -> list[tuple[st
 
 def labels(source: Path, **parts) -> dict[str, int]:
     """Label by key, as `import` and `index` both have it."""
-    loaded = datasets.load("shards", source, parts=Parts(**parts))
+    loaded = datasets.load("shards", source, Reading(**parts))
     return {
         name.rpartition(".")[0]: int(label) for split in loaded.splits for name, label in zip(split.names, split.labels)
     }
@@ -60,9 +59,9 @@ def labels(source: Path, **parts) -> dict[str, int]:
 
 def both_ways(source: Path, tmp_path: Path, **parts) -> dict[str, int]:
     """The same by `import` and by `index`, each verified; labels by key."""
-    options = Options("shards", **{f"{k}_part" if k != "cut" else "allow_cut": v for k, v in parts.items()})
-    write_shards(options, source, tmp_path / "import", quiet=True, max_rejected=0.5)
-    index_foreign(source, tmp_path / "index", parts=Parts(**parts), quiet=True, max_rejected=0.5)
+    reading = Reading(**parts)
+    write_shards(Options("shards"), source, tmp_path / "import", reading=reading, quiet=True, max_rejected=0.5)
+    index_foreign(source, tmp_path / "index", reading=reading, quiet=True, max_rejected=0.5)
     found = []
     for out in (tmp_path / "import", tmp_path / "index"):
         assert verify(out) == []
@@ -75,15 +74,20 @@ def both_ways(source: Path, tmp_path: Path, **parts) -> dict[str, int]:
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def test_free_text_is_no_class_unless_asked_for(tmp_path, capsys):
+def notes(source: Path, **parts) -> str:
+    return "; ".join(datasets.load("shards", source, Reading(**parts)).notes)
+
+
+def test_free_text_is_no_class_unless_asked_for(tmp_path):
     tar_of(
         tmp_path / "in" / "00000.tar", samples("jpg", "txt", "json", text=lambda i: json.dumps({"caption": f"a {i}"}))
     )
     assert set(both_ways(tmp_path / "in", tmp_path).values()) == {-1}
-    assert "6 images without labels: their .txt hold text" in capsys.readouterr().err
+    for out in ("import", "index"):
+        assert "6 images without labels: their .txt hold text" in read_manifest(tmp_path / out)["notes"][0]
     tar_of(tmp_path / "in" / "00000.tar", samples("jpg", "txt", text=lambda i: "cat" if i % 2 else "ant"))
     assert set(labels(tmp_path / "in").values()) == {-1}
-    assert list(labels(tmp_path / "in", label="txt").values()) == [0, 1] * 3
+    assert list(labels(tmp_path / "in", label_part="txt").values()) == [0, 1] * 3
 
 
 def test_captions_that_are_numbers_by_chance_are_captions(tmp_path):
@@ -141,15 +145,15 @@ def test_a_json_that_is_no_label_sets_its_sample_aside(tmp_path, text):
     assert loaded.splits[0].labels.tolist() == [3] * 5 and [item["name"] for item in loaded.problems] == ["0001"]
 
 
-def test_class_folders_in_a_tar(tmp_path, capsys):
+def test_class_folders_in_a_tar(tmp_path):
     members = [(f"./train/{name}/{name}{i}.jpg", SMALL) for name in ("cat", "10", "9") for i in range(2)]
     tar_of(tmp_path / "in" / "x.tar", members)
     assert set(labels(tmp_path / "in").values()) == {-1}
-    assert "no .cls, .json or .txt; --label-part folder takes 10, 9, cat" in capsys.readouterr().err
-    found = labels(tmp_path / "in", label="folder")
+    assert "no .cls, .json or .txt; --label-part folder takes 10, 9, cat" in notes(tmp_path / "in")
+    found = labels(tmp_path / "in", label_part="folder")
     assert {key.split("/")[2]: label for key, label in found.items()} == {"10": 0, "9": 1, "cat": 2}
     with pytest.raises(UserError, match="lies in no folder"):
-        labels(tar_of(tmp_path / "flat.tar", samples("jpg")), label="folder")
+        labels(tar_of(tmp_path / "flat.tar", samples("jpg")), label_part="folder")
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -162,7 +166,7 @@ def test_class_folders_in_a_tar(tmp_path, capsys):
         (("webp", "png", "cls"), "webp"), (("png", "seg.jpg", "cls"), "png"), (("mask.png", "rgb.jpg", "cls"), "rgb.jpg"),
     ],
 )  # fmt: skip
-def test_which_part_is_the_image(tmp_path, capsys, parts, image):
+def test_which_part_is_the_image(tmp_path, parts, image):
     tar_of(tmp_path / "x.tar", samples(*parts))
     split = datasets.load("shards", tmp_path).splits[0]
     expected = encoded(
@@ -170,7 +174,7 @@ def test_which_part_is_the_image(tmp_path, capsys, parts, image):
     )
     assert split.read(0).tobytes() == expected and split.labels.tolist() == [0, 1, 2] * 2
     several = len(parts) > 2
-    assert (f"6 samples have several images: {image} is taken" in capsys.readouterr().err) == several
+    assert (f"6 samples have several images: {image} is taken" in notes(tmp_path)) == several
 
 
 @pytest.mark.parametrize("parts", [("left.jpg", "right.jpg"), ("jpg", "webp"), ("png", "bmp"), ("a.png", "b.bmp")])
@@ -179,20 +183,20 @@ def test_images_of_equal_rank_are_refused_and_named(tmp_path, parts):
     names = ", ".join(sorted(parts)).replace(".", r"\.")
     with pytest.raises(UserError, match=rf"has several images \({names}\): --image-part names"):
         datasets.load("shards", tmp_path / "in")
-    split = datasets.load("shards", tmp_path / "in", parts=Parts(parts[1])).splits[0]
+    split = datasets.load("shards", tmp_path / "in", Reading(image_part=parts[1])).splits[0]
     assert len(split.read(0)) == len(dict(samples(*parts))[f"0000.{parts[1]}"])
     with pytest.raises(UserError, match=r"has no image 'middle\.jpg', only"):
-        datasets.load("shards", tmp_path / "in", parts=Parts("middle.jpg"))
+        datasets.load("shards", tmp_path / "in", Reading(image_part="middle.jpg"))
     with pytest.raises(UserError, match=r"has no part 'fine\.cls', only"):
-        datasets.load("shards", tmp_path / "in", parts=Parts(parts[1], "fine.cls"))
+        datasets.load("shards", tmp_path / "in", Reading(image_part=parts[1], label_part="fine.cls"))
 
 
 def test_several_labels_are_refused_and_one_is_taken_when_named(tmp_path):
     tar_of(tmp_path / "in" / "x.tar", samples("jpg", "coarse.cls", "fine.cls"))
     with pytest.raises(UserError, match=r"has several labels \(coarse\.cls, fine\.cls\): --label-part names"):
         labels(tmp_path / "in")
-    assert list(both_ways(tmp_path / "in", tmp_path, label="fine.cls").values()) != []
-    assert set(labels(tmp_path / "in", label="none").values()) == {-1}
+    assert list(both_ways(tmp_path / "in", tmp_path, label_part="fine.cls").values()) != []
+    assert set(labels(tmp_path / "in", label_part="none").values()) == {-1}
 
 
 def test_what_a_mac_and_other_systems_add_is_no_sample(tmp_path):
@@ -327,14 +331,14 @@ def test_a_tar_that_was_cut_off_is_refused_unless_allowed(tmp_path, parts):
             whole = (number + (cut >= end)) // len(parts)
             if whole > 1:  # of the first one nobody knows what parts it had
                 expected = {f"{i:04d}": i % 3 if "cls" in parts else -1 for i in range(whole)}
-                assert labels(path, cut=True) == expected
-    assert labels(path, cut=True).keys() == {f"{i:04d}" for i in range(6)}
+                assert labels(path, allow_cut=True) == expected
+    assert labels(path, allow_cut=True).keys() == {f"{i:04d}" for i in range(6)}
 
 
 def test_index_of_a_tar_that_was_cut_off_verifies(tmp_path):
     path = tar_of(tmp_path / "in" / "x.tar", samples("jpg", "cls"))
     path.write_bytes(path.read_bytes()[: [*tar.members(path)][7].offset + 512])
-    assert both_ways(tmp_path / "in", tmp_path, cut=True) == {f"{i:04d}": i % 3 for i in range(4)}
+    assert both_ways(tmp_path / "in", tmp_path, allow_cut=True) == {f"{i:04d}": i % 3 for i in range(4)}
 
 
 def hostile(name: str, size: bytes, type: bytes = b"0") -> bytes:
@@ -423,30 +427,30 @@ def renamed(stock: bytes, path: Path, *names: str, types: tuple[int, ...] = ()) 
 
 
 @pytest.mark.slow
-def test_the_label_of_a_beton_is_the_field_of_that_name(tmp_path, capsys, stock):
+def test_the_label_of_a_beton_is_the_field_of_that_name(tmp_path, stock):
     classes = [i % 5 for i in range(12)]
     given = renamed(stock, tmp_path / "in" / "x.beton")
     assert list(both_ways(given, tmp_path / "1").values()) == classes
-    assert list(labels(given, label="index").values()) == list(range(12))
+    assert list(labels(given, label_part="index").values()) == list(range(12))
     for name in ("target", "class", "cls"):
         assert list(labels(renamed(stock, tmp_path / name / "x.beton", "image", "id", name)).values()) == classes
     unnamed = renamed(stock, tmp_path / "unnamed" / "x.beton", "image", "a", "b")
     with pytest.raises(UserError, match=r"several fields of whole numbers \(a, b\): --label-part names"):
         labels(unnamed)
-    assert list(both_ways(unnamed, tmp_path / "2", label="b").values()) == classes
+    assert list(both_ways(unnamed, tmp_path / "2", label_part="b").values()) == classes
     with pytest.raises(UserError, match=r"no field 'c' that could be the label, only a, b, whole, score, hot"):
-        labels(unnamed, label="c")
-    assert not capsys.readouterr().err
+        labels(unnamed, label_part="c")
+    assert not notes(given)
 
 
 @pytest.mark.slow
-def test_numbers_of_a_beton_that_are_no_classes(tmp_path, capsys, stock):
+def test_numbers_of_a_beton_that_are_no_classes(tmp_path, stock):
     given = renamed(stock, tmp_path / "in" / "x.beton", "image", "a", "b", "label")
     expected = {f"{i:08d}": i % 4 for i in range(12) if i != 3}  # the odd one is set aside
-    assert both_ways(given, tmp_path / "1") == expected and not capsys.readouterr().err
+    assert both_ways(given, tmp_path / "1") == expected and not notes(given)
     for place, why in ((4, "holds fractions"), (5, "is an array")):
         names = ["image", "a", "b", "c", "d", "e"]
         names[place] = "label"
         given = renamed(stock, tmp_path / why / "x.beton", *names)
         assert set(both_ways(given, tmp_path / f"{why} out").values()) == {-1}
-        assert f"12 images without labels: field label {why}" in capsys.readouterr().err
+        assert f"12 images without labels: field label {why}" in notes(given)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -284,6 +285,25 @@ def test_what_was_asked_for_longest_ago_goes_first(fresh):
             assert cache.add(f"x/{name}", lambda file: file.write(b"." * 120))
         assert (fresh / "pieces" / "x" / "alive.part").exists()
     assert not dead.exists() and held(fresh) <= 1000
+
+
+def test_what_another_process_begins_to_fetch_is_not_evicted(fresh, monkeypatch):
+    """A dead process's part is removed; at once another one begins the same piece."""
+    cache = bucket.Cache(fresh / "pieces", 1000)
+    dead = fresh / "pieces" / "x" / "a.part"
+    dead.parent.mkdir(parents=True)
+    dead.write_bytes(b"." * 990)
+
+    @contextmanager
+    def taken_over(path: Path, wait: bool = True):
+        with files.locked(path, wait) as descriptor:
+            yield descriptor
+        if path == dead:
+            dead.write_bytes(b"new")
+
+    monkeypatch.setattr(bucket, "locked", taken_over)
+    assert cache.add("x/b", lambda file: file.write(b"." * 120))
+    assert dead.read_bytes() == b"new"
 
 
 def test_a_piece_that_comes_in_while_it_is_looked_for_is_not_fetched_again(url, folder, monkeypatch, capsys):

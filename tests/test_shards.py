@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -313,12 +315,61 @@ def test_with_a_shard_lost_another_source_is_still_refused(tmp_path):
     assert digests(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("text", ['"x"', "[]", '{"version": 1}', '{"version": 1, "splits": {"train": 3}}', "5"])
+ODD = {  # a place in a manifest, and what it must not be
+    "version": [2, "1", None, [1]], "name": [3, "\ud800"], "format": ["zip", 1], "classes": [{}, [1], ["\udcff"]],
+    "splits": [{}, [], {"train": 3}, {"train": {}}], "rejected": [-1, "0", True, 1.5], "source": [[]], "options": [None],
+    "splits.train.count": [-1, 1e9, "12"], "splits.train.mean": [[1, 2], [1, 2, float("nan")], [1, 2, "3"], [1, 2, 10**40]],
+    "splits.train.std": [3, [1, 2, float("inf")]], "splits.train.index": [[], {"file": "train.index"}],
+    "splits.train.index.file": ["../x.index", "/etc/passwd", "", ".", "a\0b", 5, "x" * 9999],
+    "splits.train.shards": [[], {}, [5], [[]]], "splits.train.shards.0.bytes": [-1, "9"], "splits.train.shards.0.count": [0, 2**70],
+    "splits.train.shards.0.file": ["../train-00000.tar", "/dev/zero", "x/../../y", "", 7, "a\0b"],
+    "splits.train.shards.0.idx": ["../evil.idx", "/tmp/evil.idx", "..", "a/../../evil", 3],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("small")
+    class_folders(root / "in", 2, 2)
+    write(root / "in", root / "out")
+    return root
+
+
+@pytest.mark.parametrize("place", ODD)
+def test_a_manifest_that_cannot_be_is_one_line_and_nothing_is_written(small, tmp_path, place):
+    manifest = json.loads((small / "out" / MANIFEST).read_text())
+    for value in ODD[place]:
+        changed = json.loads(json.dumps(manifest))
+        *way, last = [int(word) if word.isdigit() else word for word in place.split(".")]
+        inner = changed
+        for word in way:
+            inner = inner[word]
+        inner[last] = value
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        shutil.copytree(small / "out", tmp_path / "x" / "out")
+        (tmp_path / "x" / "out" / MANIFEST).write_text(json.dumps(changed))
+        (tmp_path / "x" / "out" / "train-00000.idx").unlink()
+        before = digests(tmp_path / "x")
+        with pytest.raises(UserError) as error:
+            Store(tmp_path / "x" / "out")
+        assert "\n" not in str(error.value).strip() and len(str(error.value)) < 500
+        for use in (verify, lambda path: write(small / "in", path)):
+            with contextlib.suppress(UserError):  # counts that do not fit are verify's to say, and mended by write
+                use(tmp_path / "x" / "out")
+        after = digests(tmp_path / "x")
+        assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} <= {
+            f"out/{name}" for name in (MANIFEST, "train-00000.tar", "train-00000.idx", "train.index", "rejected.jsonl")
+        }
+        assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.parametrize("text", ['"x"', "[]", "5", "[" * 200_000, "{", "\xff", '{"version": ' + "9" * 5000 + "}", ""])
 def test_a_manifest_that_is_not_ours_is_one_line(photos, tmp_path, text):
-    (tmp_path / MANIFEST).write_text(text)
+    (tmp_path / MANIFEST).write_text(text, "latin-1")
     for use in (Store, verify, lambda path: write(photos, path)):
-        with pytest.raises(UserError, match=r"manifest\.json is no manifest of shards"):
+        with pytest.raises(UserError, match=r"manifest\.json is (no manifest of shards|damaged)") as error:
             use(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 def test_make_hands_paths_on_as_they_are(tmp_path):
@@ -517,6 +568,94 @@ def test_shards_of_an_interrupted_run_with_other_settings_are_not_taken(photos, 
     monkeypatch.undo()
     write(photos, out, encoding="yuv420")
     assert Store(out).read(0).ndim == 2 and verify(out) == []
+
+
+def meanwhile(monkeypatch, act) -> None:
+    """`act` while a conversion lists its source: after it has looked for shards, before it writes any."""
+    load = datasets.load
+
+    def slow(*words):
+        monkeypatch.setattr(datasets, "load", load)
+        act()
+        return load(*words)
+
+    monkeypatch.setattr(datasets, "load", slow)
+
+
+def test_shards_that_another_process_finishes_meanwhile_are_kept(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    meanwhile(monkeypatch, lambda: write(photos, out, size=100))
+    with pytest.raises(UserError, match="holds shards made otherwise"):
+        write(photos, out)
+    assert Store(out).heights.max() == 100 and verify(out) == []
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    out.joinpath(MANIFEST).rename(tmp_path / "kept")
+    (out / WORK).mkdir()
+    (out / WORK / "lock").touch()
+    meanwhile(monkeypatch, lambda: (tmp_path / "kept").rename(out / MANIFEST))
+    assert write(photos, out, size=100)["options"]["size"] == 100
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == before and not (out / WORK).exists()
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, capsys):
+    class_folders(tmp_path / "in", 2, 2)
+    for code in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+
+        def refuse(*_, code=code):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("fcntl.flock", refuse)
+        write(tmp_path / "in", tmp_path / str(code))
+        assert f"has no locks ({os.strerror(code)}): let no other process write there" in capsys.readouterr().err
+        assert verify(tmp_path / str(code)) == []
+
+
+@pytest.mark.parametrize("how", ["folders", "links", "deep"])
+def test_swapped_folders_of_equal_names_and_sizes_are_noticed(tmp_path, how):
+    root = tmp_path / "in" / "train"
+    same = [jpeg(7)[:-2].ljust(5000, b"\xff") + b"\xff\xd9", jpeg(8)[:-2].ljust(5000, b"\xff") + b"\xff\xd9"]
+    for name, data in zip(("a", "b"), same):
+        folder = (tmp_path / "elsewhere" / name if how == "links" else root / name) / ("x/y" if how == "deep" else "")
+        folder.mkdir(parents=True)
+        (folder / "photo.jpg").write_bytes(data)
+        if how == "links":
+            root.mkdir(parents=True, exist_ok=True)
+            (root / name).symlink_to(folder)
+    time.sleep(0.06)
+    before = write(tmp_path / "in", tmp_path / "out", max_rejected=0.5)
+    assert write(tmp_path / "in", tmp_path / "out") == before
+    for old, new in (("a", "c"), ("b", "a"), ("c", "b")):
+        (root / old).rename(root / new)
+    with pytest.raises(UserError, match=r"2 images of .* were rewritten"):
+        write(tmp_path / "in", tmp_path / "out")
+
+
+def test_swapped_folders_of_shards_are_noticed(tmp_path):
+    for name, seed in (("a", 1), ("b", 5)):
+        class_folders(tmp_path / name / "in", 2, 2, seed=seed)
+        write(tmp_path / name / "in", tmp_path / name / "made")
+        (tmp_path / "in" / name).mkdir(parents=True)
+        data = (tmp_path / name / "made" / "train-00000.tar").read_bytes()
+        (tmp_path / "in" / name / "train-00000.tar").write_bytes(data.ljust(1 << 17, b"\0"))
+    time.sleep(0.06)
+    before = write(tmp_path / "in", tmp_path / "out", dataset="shards")
+    assert write(tmp_path / "in", tmp_path / "out", dataset="shards") == before
+    for old, new in (("a", "c"), ("b", "a"), ("c", "b")):
+        (tmp_path / "in" / old).rename(tmp_path / "in" / new)
+    with pytest.raises(UserError, match=r"were rewritten|has changed since"):
+        write(tmp_path / "in", tmp_path / "out", dataset="shards")
+
+
+def test_what_headers_let_pass_is_no_change_when_it_is_touched(tmp_path):
+    class_folders(tmp_path / "in", 20, 1)
+    victim = tmp_path / "in" / "train" / "class0" / "photo3.jpg"
+    data = bytearray(jpeg(3, 200, 200))
+    data[len(data) // 2 : len(data) // 2 + 300] = bytes(300)  # between its headers and its end
+    victim.write_bytes(data)
+    before = write(tmp_path / "in", tmp_path / "out", check="headers")
+    assert before["rejected"] == 0
+    os.utime(victim)
+    assert write(tmp_path / "in", tmp_path / "out", check="headers") == before
 
 
 def test_two_writers_of_one_folder_exclude_each_other(photos, tmp_path):

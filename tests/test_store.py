@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import json
 import mmap
 import os
+import re
 import shutil
 import tarfile
 import threading
@@ -13,15 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import command
 from pictures import class_folders, encoded, jpeg, pixels
 
-from manyview.pipeline import codec
+from manyview.pipeline import codec, engines, files, index
 from manyview.pipeline.convert.index_foreign import index_foreign
 from manyview.pipeline.convert.verify import verify
 from manyview.pipeline.convert.write import FORMATS, write_shards
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import Options
 from manyview.pipeline.store import Corrupt, Store, splits
+from manyview.pipeline.views import parameters, policy
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +245,131 @@ def test_prefetch_of_a_shard_that_is_gone_is_silent(folder, tmp_path):
     store.prefetch(np.arange(3))
     with pytest.raises((Corrupt, OSError)):
         store.read(0)
+
+
+# --- the machine's faults, and what other processes do ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("plain") / "x"
+    write_shards(Options("folder"), source, out, quiet=True)
+    return out
+
+
+def many_shards(folder: Path, n: int) -> Path:
+    """Shards of one tiny image each, indexed where they are."""
+    for i in range(n):
+        with tarfile.open(folder / f"{i:04d}.tar", "w") as archive:
+            for name, data in ((f"{i}.npy", npy(pixels(i, 6, 7))), (f"{i}.cls", b"%d" % (i % 3))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    index_foreign(folder, quiet=True)
+    return folder
+
+
+def npy(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, image)
+    return buffer.getvalue()
+
+
+READ_ALL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+from manyview.pipeline.store import Store
+from manyview.pipeline.errors import UserError
+stores = [Store(sys.argv[1]) for _ in range(2)]
+print(sum(int(store.read(i).sum()) for store in stores for i in range(len(store))))
+"""
+
+
+def test_more_shards_than_open_files(tmp_path):
+    folder = many_shards(tmp_path, 130)
+    expected = 2 * sum(int(pixels(i, 6, 7).sum()) for i in range(130))
+    for limits in ((64, 64), (40, 1000)):
+        done = command("-c", READ_ALL, folder, *limits)
+        assert done.returncode == 0 and int(done.stdout) == expected, done.stderr
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM])
+def test_a_fault_that_passes_costs_nothing_and_one_that_stays_is_no_samples_fault(
+    plain, monkeypatch, call, code, tmp_path
+):
+    copy = shutil.copytree(plain, tmp_path / "x")
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
+    real, failures = getattr(os, call), iter([True, True, False])
+
+    def flaky(path, *rest):
+        if isinstance(path, int) or str(path).endswith(".tar"):
+            if next(failures, True):
+                raise OSError(code, os.strerror(code))
+        return real(path, *rest)
+
+    expected, store = Store(copy).read(0).copy(), Store(copy)
+    monkeypatch.setattr(os, call, flaky)
+    assert np.array_equal(store.read(0), expected)
+    store.close()
+    with pytest.raises(UserError, match=re.escape(os.strerror(code))) as error:
+        store.read(1)
+    assert not isinstance(error.value, Corrupt) and "train-0" in str(error.value)
+    assert ("ulimit -n" in str(error.value)) == (code == errno.EMFILE)
+
+
+WHILE_OTHERS_WRITE = """
+import os, sys, threading
+from manyview.pipeline.store import Corrupt, Store
+store = Store(sys.argv[1])
+path = store.path / store.shards[0]["file"]
+whole, expected = path.read_bytes(), [store.read(i).tobytes() for i in range(len(store))]
+stop, outcomes = threading.Event(), set()
+
+def write():  # as `cp` over a file: cut to nothing, then written again
+    for _ in range(150):
+        with open(path, "wb") as file:
+            for at in range(0, len(whole), 65536):
+                file.write(whole[at : at + 65536])
+        os.truncate(path, len(whole) // 3)
+    path.write_bytes(whole)
+    stop.set()
+
+threading.Thread(target=write).start()
+while not stop.is_set():
+    for i in range(len(store)):
+        try:
+            payload = store.read(i)
+            assert int(payload.sum()) >= 0 and payload.tobytes() == expected[i], "wrong bytes without a word"
+            outcomes.add("equal")
+        except Corrupt as error:
+            outcomes.add("named")
+assert [store.read(i).tobytes() for i in range(len(store))] == expected
+print(sorted(outcomes))
+"""
+
+
+def test_a_shard_overwritten_in_place_while_it_is_read_kills_nobody(plain, tmp_path):
+    done = command("-c", WHILE_OTHERS_WRITE, shutil.copytree(plain, tmp_path / "x"))
+    assert done.returncode == 0 and "named" in done.stdout, (done.returncode, done.stderr)
+
+
+def test_an_image_of_another_size_than_the_index_says_is_corrupt_in_every_engine(tmp_path):
+    """A good JPEG under a wrong size, sealed: boxes drawn for the size would reach into other memory."""
+    class_folders(tmp_path / "in", 3, 2)
+    write_shards(Options("folder"), tmp_path / "in", tmp_path / "out", quiet=True)
+    rows = index.read(tmp_path / "out" / "train.index")
+    columns = {name: np.array(rows[name]) for name in index.COLUMNS}
+    columns["height"][:], columns["width"][:] = 4000, 5000
+    sealed = index.Index(columns, rows.key_starts, rows.key_bytes)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["splits"]["train"]["index"]["sha256"] = index.write(sealed, tmp_path / "out" / "train.index")
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    store = Store(tmp_path / "out")
+    ids = np.arange(2)
+    told = parameters(policy("simclr", 2, 32), 0, ids * 0, ids, store.heights[ids], store.widths[ids])
+    for name in ("cpu", "resident", *(["dali"] if engines.has_dali() else [])):
+        engine, _ = engines.create(name, store)
+        with pytest.raises(Corrupt, match="the index says 5000x4000"):
+            engine(ids, told)
+        engine.close()

@@ -143,8 +143,8 @@ class Index:
     image_part: str = ""
     """Of a sample's files (KEY.left.jpg, KEY.right.jpg) or a .beton's fields, the one that is the image: left.jpg."""
     label_part: str = ""
-    """The one that is the class: cls, txt, fine.cls, or a field; folder for the last folder of its name. If not given: .cls,
-    .label, .json or numbers in .txt; the field called label, or the only one of whole numbers."""
+    """The one that is the class: cls, txt, fine.cls, or a field; folder for the last folder of its name, none for no
+    labels. If not given: .cls, .label, .json or numbers in .txt; the field called label, or the only one of whole numbers."""
     allow_cut: bool = False
     """Take what there is of a tar that was cut off."""
 
@@ -183,8 +183,8 @@ class Import:
     image_part: str = ""
     """Of a sample's files (KEY.left.jpg, KEY.right.jpg) or a .beton's fields, the one that is the image: left.jpg."""
     label_part: str = ""
-    """The one that is the class: cls, txt, fine.cls, or a field; folder for the last folder of its name. If not given: .cls,
-    .label, .json or numbers in .txt; the field called label, or the only one of whole numbers."""
+    """The one that is the class: cls, txt, fine.cls, or a field; folder for the last folder of its name, none for no
+    labels. If not given: .cls, .label, .json or numbers in .txt; the field called label, or the only one of whole numbers."""
     allow_cut: bool = False
     """Take what there is of a tar that was cut off."""
 

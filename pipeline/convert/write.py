@@ -269,20 +269,21 @@ def write_shards(
         _check_same(now, source, before)
     with _alone(here):
         before = read_manifest(out)  # again: another process may have finished since
-        done = before is not None and _check_same(now, source, before) and _whole(options, out, before)
+        finished = before is not None
         try:
-            if before is not None and done:
+            if before is not None and _check_same(now, source, before) and _whole(options, out, before):
                 _check_source(options, now, source, out, before)
                 manifest = before
             else:
+                finished = False
                 keys = [safe_keys(split.names) for split in now.splits]
                 url = bucket.url if bucket else None
                 job = Job(options, here, now, keys, plan_shards(options, now, keys), listed, url)
                 manifest = _write_alone(job, max_rejected, jobs, quiet, executor)
             source_state.write(here, source, now, listed)
-            done = True
+            finished = True
         finally:
-            if done:
+            if finished:
                 shutil.rmtree(here / WORK)
     return manifest
 
