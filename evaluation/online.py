@@ -45,9 +45,11 @@ class Probe:
         self.mean, self.std = store.mean, store.std
         self.text = f"{self.bank} training images as bank, {n - self.bank} as queries"
         self.text += f", {wanted - n} unreadable left out" if wanted > n else ""
+        if self.labelled:
+            guess = self.labels[: self.bank].mode().values
+            self.text += f", majority class {(self.labels[self.bank :] == guess).float().mean():.2%}"
         self.eigenvalues: np.ndarray | None = None
 
-    @torch.no_grad()
     def __call__(self, backbone: nn.Module, autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
         """{"knn": …, "linear": …} as shares of 1; empty without labels. Also leaves the features' `eigenvalues`.
 
@@ -56,7 +58,7 @@ class Probe:
         device = next(backbone.parameters()).device
         training = backbone.training
         backbone.eval()
-        with autocast():
+        with torch.no_grad(), autocast():
             z = torch.cat(
                 [backbone(normalize(p.to(device), self.mean, self.std, torch.float32)).float() for p in self.pixels]
             )

@@ -10,8 +10,7 @@ weights' header as it is, and the lines that load them in timm hold the argument
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
+import json
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,14 @@ import timm
 import torch
 import torchvision
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as dump
 from torch import nn
 
+from manyview.pipeline import files
 from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.views import crop_ratio
 
 SMALL_IMAGE = 64  # pixels, up to which stem "auto" is "small"
 STEMS = ("auto", "small", "standard")
@@ -198,7 +200,8 @@ def save(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
 
     UserError where they cannot be written.
 
-    It goes into the file's header, with `num_features`; wrappers (DDP, torch.compile) leave no trace in the names.
+    It goes into the file's header, with `num_features` and, where mean and std are known, timm's `pretrained_cfg`; wrappers
+    (DDP, torch.compile) leave no trace in the names.
     """
     if missing := {"backbone", "stem", "image_size"} - metadata.keys():
         raise ValueError(f"backbone metadata lacks {', '.join(sorted(missing))}")
@@ -206,19 +209,28 @@ def save(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
         module = inner
     tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     header = {"format": "pt", **metadata, "num_features": str(module.num_features)}
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
+    if {"mean", "std"} <= header.keys():
+        header["pretrained_cfg"] = json.dumps(images(header))
     try:
-        save_file(tensors, temporary, metadata={key: str(value) for key, value in header.items()})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except SafetensorError as error:  # what a full disk is here
+        files.write(Path(path), dump(tensors, {key: str(value) for key, value in header.items()}))
+    except OSError as error:
         raise UserError(
-            f"{path} not written: {_line(error)}; with room there, the same command with --resume"
+            f"{path} not written: {error.strerror}; with room there, the same command with --resume"
         ) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+
+
+def images(header: dict[str, str]) -> dict[str, Any]:
+    """What the network wants to see, in timm's words: size, crop, interpolation, and mean and std of values 0..1.
+
+    UserError where the weights do not say by which mean and std (in the header: of 0..255) their images are normalized.
+    """
+    size = int(header["image_size"])
+    try:
+        mean, std = ([round(value / 255, 6) for value in json.loads(header[name])] for name in ("mean", "std"))
+    except (KeyError, ValueError):
+        raise UserError("these weights do not say by which mean and std their images are normalized") from None
+    return {"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": crop_ratio(size), "crop_mode": "center",
+            "mean": mean, "std": std}  # fmt: skip
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -272,13 +284,21 @@ def timm_arguments(header: dict[str, str]) -> tuple[str, dict[str, Any]]:
 
 
 def timm_snippet(header: dict[str, str], path: str = "backbone.safetensors") -> str:
-    """Lines of Python that load the weights at `path` into timm, strictly, with nothing of this project."""
+    """Lines of Python that load the weights at `path` into timm, strictly, with nothing of this project, and make the
+    transform that the network's images want, where the header knows it."""
     name, kwargs = timm_arguments(header)
+    known = {"mean", "std"} <= header.keys()
+    if known:
+        kwargs = {**kwargs, "pretrained_cfg_overlay": images(header)}
     arguments = "".join(f", {key}={value!r}" for key, value in kwargs.items())
     lines = ["import timm, torch", "from safetensors.torch import load_file"]
     lines.append(f"model = timm.create_model({name!r}, num_classes=0{arguments})")
     lines += stem_lines(header)
     lines.append(f"model.load_state_dict(load_file({path!r}), strict=True)")
+    if known:
+        lines.append(
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # of PIL images"
+        )
     return "\n".join(lines)
 
 

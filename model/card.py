@@ -43,30 +43,18 @@ def write(file: Path, header: dict[str, str], out: Path) -> str:
 
 def config(header: dict[str, str]) -> dict[str, Any]:
     """timm's description of the network and of the images it wants."""
-    size = int(header["image_size"])
     name, arguments = backbone.timm_arguments(header)
-    mean, std = statistics(header)
-    images = {"input_size": [3, size, size], "fixed_input_size": "img_size" in arguments, "interpolation": "bilinear",
-              "crop_pct": crop_ratio(size), "crop_mode": "center", "mean": mean, "std": std}  # fmt: skip
+    images = {**backbone.images(header), "fixed_input_size": "img_size" in arguments}
     described: dict[str, Any] = {"architecture": name, "num_classes": 0, "num_features": int(header["num_features"])}
     if arguments:
         described["model_args"] = arguments
     return {**described, "pretrained_cfg": {**images, "num_classes": 0}}
 
 
-def statistics(header: dict[str, str]) -> tuple[list[float], list[float]]:
-    """Mean and std that the images are normalized by, of values 0..1. UserError where the weights do not say."""
-    try:
-        mean, std = (json.loads(header[name]) for name in ("mean", "std"))
-    except (KeyError, ValueError):
-        raise UserError("these weights do not say by which mean and std their images are normalized") from None
-    return [round(value / 255, 6) for value in mean], [round(value / 255, 6) for value in std]
-
-
 def card(file: Path, header: dict[str, str], lines: str) -> str:
     """The model card in Markdown. What is not known (no eval.json, no config.json) is said to be so."""
     run, size = file.parent, int(header["image_size"])
-    mean, std = statistics(header)
+    wanted = backbone.images(header)
     trained = facts(run / "config.json")
     named = trained.get("dataset") or header.get("source", "images")
     by_timm = " `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` does it."
@@ -76,7 +64,8 @@ def card(file: Path, header: dict[str, str], lines: str) -> str:
         f"A backbone of {header['num_features']} features for {size} px images, trained by manyview.",
         f"## Use\n\n```python\n{lines}\nmodel.eval()\n```",
         f"Images: the centre square of {crop_ratio(size):g} of the short side, resized to {size} px (bilinear, antialiased), in "
-        f"0..1, then normalized by mean {mean} and std {std}.{'' if backbone.stem_lines(header) else by_timm}",
+        f"0..1, then normalized by mean {wanted['mean']} and std {wanted['std']}."
+        + ("" if backbone.stem_lines(header) else by_timm),
         f"## Scores\n\n{scores(file)}",
         f"## Training\n\n{training(run, trained)}",
     ]
@@ -85,21 +74,21 @@ def card(file: Path, header: dict[str, str], lines: str) -> str:
 
 def scores(file: Path) -> str:
     """A table of the accuracies in the run's eval.json, if it is of these very weights."""
-    found = facts(file.parent / "eval.json")
-    if not found.get("table"):
+    results = facts(file.parent / "eval.json")
+    if not results.get("table"):
         return "These weights were not evaluated."
-    if found.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
+    if results.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
         return "The evaluation beside these weights is of other ones, so it is not shown."
     rows = [
         "| dataset | protocol | features | top-1 % | 95 % interval | untrained network % |",
         "|---|---|---|--:|--:|--:|",
     ]
-    for row in found["table"]:
+    for row in results["table"]:
         top1, low, high, untrained = (percent(row[name]) for name in ("top1", "low", "high", "untrained"))
         between = f"{low} to {high}" if low else ""
         rows.append(f"| {row['dataset']} | {row['protocol']} | {row['norm']} | {top1} | {between} | {untrained} |")
-    said = dict.fromkeys(f"- {row['protocol']} ({row['norm']}): {row['text']}" for row in found["table"])
-    return "\n".join([*rows, "", f"The view: {found['transform']}.", "", *said])
+    said = dict.fromkeys(f"- {row['protocol']} ({row['norm']}): {row['text']}" for row in results["table"])
+    return "\n".join([*rows, "", f"The view: {results['transform']}.", "", *said])
 
 
 def percent(share: float | None) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from manyview.model import backbone, card
+from manyview.pipeline import files
 from manyview.pipeline.errors import UserError
 
 TOLERANCE = 1e-5  # largest difference of a feature, relative to the largest feature
@@ -51,7 +52,7 @@ def _run(snippet: str) -> nn.Module:
 
 
 def _to_timm(model: nn.Module, file: Path, header: dict[str, str], out: Path):
-    save_file(load_file(file), out, metadata=header)
+    files.write(out, file.read_bytes())
     snippet = backbone.timm_snippet(header, str(out))
     return snippet, _run(snippet)
 
@@ -65,34 +66,46 @@ def _to_torchvision(model: nn.Module, file: Path, header: dict[str, str], out: P
     name = header["backbone"].removeprefix("torchvision:")
     if f"torchvision:{name}" not in backbone.names():
         raise UserError(f"torchvision has no {name!r}; `--to timm` and `--to onnx` take any backbone")
-    save_file(load_file(file), out, metadata=header)
+    files.write(out, file.read_bytes())
     lines = ["import torch, torchvision", "from safetensors.torch import load_file"]
     lines += [f"model = torchvision.models.{name}()", "model.fc = torch.nn.Identity()"]
     lines += backbone.stem_lines(header)
     lines += [f"model.load_state_dict(load_file({str(out)!r}), strict=True)"]
+    wanted = backbone.images(header)
+    size = wanted["input_size"][-1]
+    lines += [
+        "from torchvision.transforms import v2",
+        f"transform = v2.Compose([v2.Resize({int(size / wanted['crop_pct'])}), v2.CenterCrop({size}), v2.ToImage(), "
+        f"v2.ToDtype(torch.float32, scale=True), v2.Normalize({wanted['mean']}, {wanted['std']})])  # of PIL images",
+    ]
     snippet = "\n".join(lines)
     return snippet, _run(snippet)
 
 
 def _to_onnx(model: nn.Module, file: Path, header: dict[str, str], out: Path):
-    size = int(header["image_size"])
+    size, wanted = int(header["image_size"]), backbone.images(header)
     try:
-        torch.onnx.export(
+        program = torch.onnx.export(
             model,
             (torch.zeros(2, 3, size, size),),
-            out,
             input_names=["images"],
             output_names=["features"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
-            external_data=False,
             verbose=False,
         )
     except ImportError as error:
         raise UserError(f"ONNX export needs: pip install onnx onnxscript ({error})") from error
+    assert program is not None
+    proto = program.model_proto
+    for key, value in {**header, "pretrained_cfg": json.dumps(wanted)}.items():
+        proto.metadata_props.add(key=key, value=value)
+    files.write(out, proto.SerializeToString())
     snippet = (
         f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(out)!r})\n"
-        f'features = session.run(None, {{"images": images}})[0]  # float32 (N, 3, {size}, {size}), normalized'
+        f"# images: float32 (N, 3, {size}, {size}): the centre square of {wanted['crop_pct']:g} of the short side, resized\n"
+        f"# (bilinear, antialiased), in 0..1, less mean {wanted['mean']}, divided by std {wanted['std']}\n"
+        'features = session.run(None, {"images": images})[0]'
     )
     return snippet, lambda images: _onnx_features(out, images.numpy())
 

@@ -6,14 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
+from pictures import jpeg
+from PIL import Image
 from test_backbone import header, trained
 from torch import nn
 
 from manyview.model import backbone
 from manyview.model.export import EXPORTS, export
+from manyview.pipeline import views
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.engines.cpu import CPUEngine
 from manyview.pipeline.errors import UserError
+from manyview.pipeline.loader import normalize
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +33,7 @@ def run_directory(folder: Path, name: str, size: int) -> nn.Module:
     backbone.save(
         model,
         folder / "backbone.safetensors",
-        {**header(name, size), "mean": json.dumps([1.0, 2.0, 3.0]), "std": "[4, 5, 6]"},
+        {**header(name, size), "mean": json.dumps([100.0, 128.0, 90.0]), "std": "[40, 50, 60]"},
     )
     return model
 
@@ -48,6 +58,51 @@ def test_strangers_get_the_same_features(tmp_path):
     assert set(result) == {"timm", "hub", "torchvision", "onnx"}
     for theirs in result.values():
         assert (theirs - ours).abs().max() <= 1e-5 * ours.abs().max()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> tuple[list[Path], Store]:
+    root = tmp_path_factory.mktemp("photos")
+    (root / "in" / "a").mkdir(parents=True)
+    for i in range(8):  # square: of others we cut before we resize, and they after, up to half a pixel elsewhere
+        (root / "in" / "a" / f"{i}.jpg").write_bytes(jpeg(i, 120 + 8 * i, 120 + 8 * i))
+    write_shards(Options("folder"), root / "in", root / "shards", jobs=1, quiet=True)
+    return sorted((root / "in").rglob("*.jpg")), Store(root / "shards")
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("resnet18", 112), ("vit_tiny_patch16_224", 64)])
+def test_the_lines_show_the_network_what_it_saw(photos, name, size, tmp_path):
+    """Their transform on the photos' files gives the features that evaluation gets from our views; ImageNet's mean and std,
+    which timm would take else, or another crop, does not."""
+    files, store = photos
+    model = run_directory(tmp_path, name, size)
+    ids = np.arange(len(store))
+    engine = CPUEngine(store)
+    view = engine(ids, views.clean(size, store.heights, store.widths, views.crop_ratio(size)))[0][0]
+    engine.close()
+    with torch.no_grad():
+        ours = model(normalize(view, (100.0, 128.0, 90.0), (40.0, 50.0, 60.0), torch.float32))
+    order = [[str(f.relative_to(files[0].parents[1])) for f in files].index(store.key(i) + ".jpg") for i in ids]
+    for to in ["timm"] + ["torchvision"] * (name == "resnet18"):
+        made: dict = {}
+        exec(export(tmp_path, to)[1], made)
+        images = torch.stack([made["transform"](Image.open(files[i])) for i in order])
+        unsaid = (view / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / 0.225  # what timm would take
+        with torch.no_grad():
+            theirs, others = made["model"].eval()(images), model(unsaid)
+        assert (theirs - ours).norm() < 0.2 * (ours - ours.mean(0)).norm()
+        assert (theirs - ours).norm() < 0.2 * (others - ours).norm()
+
+
+def test_the_files_say_by_themselves_what_the_network_saw(tmp_path):
+    run_directory(tmp_path, "resnet10-narrow", 28)
+    wanted = {"input_size": [3, 28, 28], "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center",
+              "mean": [0.392157, 0.501961, 0.352941], "std": [0.156863, 0.196078, 0.235294]}  # fmt: skip
+    file, _, _ = export(tmp_path, "onnx")
+    session = onnxruntime.InferenceSession(file)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["pretrained_cfg"]) == wanted
+    file, _, _ = export(tmp_path, "timm")
+    assert json.loads(backbone.metadata(file)["pretrained_cfg"]) == wanted
 
 
 @pytest.mark.parametrize("to", ["timm", "torchvision"])

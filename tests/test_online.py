@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,18 @@ def test_bank_and_queries_are_disjoint_training_images(digits):
     probe = online.Probe(store, 8, seed=0)
     assert len(probe.labels) == len(store) and 0 < probe.bank < len(store)
     assert (probe.labels.bincount() == torch.tensor(store.labels).bincount()).all()
+
+
+def test_the_line_says_what_the_majority_class_scores(digits):
+    """Of the bank, on the queries: here 3/5 of the bank are class 7 and 10 queries of 287."""
+    store = Store(digits)
+    probe = online.Probe(store, 8, seed=0)
+    ids = np.random.Generator(np.random.Philox(key=0)).permutation(len(store))
+    labels = np.array(store.labels) % 7
+    labels[ids[: probe.bank * 3 // 5]] = 7
+    labels[ids[-10:]] = 7
+    store.labels = labels
+    assert online.Probe(store, 8, seed=0).text.endswith(f"majority class {10 / (len(ids) - probe.bank):.2%}")
 
 
 def test_without_labels_there_is_a_spectrum_and_no_score(digits):

@@ -22,6 +22,7 @@ from torchvision import datasets
 
 import train as main_program
 from manyview.evaluation import online
+from manyview.model.backbone import metadata
 from manyview.pipeline import sheet, views
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.errors import UserError
@@ -87,6 +88,18 @@ def test_run_directory(trained_run):
     assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     resolved = [saved[key] for key in ("form", "beta", "standardize", "engine", "device", "precision", "stem")]
     assert resolved == ["mean", 3 / 16, "view", "cpu", "cpu", "float32", "small"]
+
+
+def test_printed_lines_load_the_weights_and_the_transform_in_timm(trained_run):
+    """In a process that knows nothing of this project; digits are grey: mean and std the same thrice."""
+    text = (trained_run / "log.txt").read_text()
+    code = (
+        text[text.index("import timm") :]
+        + "print(transform.transforms[-1], model.eval()(torch.zeros(1, 3, 8, 8)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=trained_run)
+    mean = json.loads(metadata(trained_run)["mean"])[0] / 255
+    assert f"Normalize(mean=tensor([{mean:.4f}" in done.stdout and "torch.Size([1, 128])" in done.stdout, done.stderr
 
 
 def test_same_seed_same_losses_other_seed_others(digits, trained_run, tmp_path):
@@ -277,7 +290,7 @@ def test_a_damaged_image_costs_the_probe_and_the_loop_that_image(digits, tmp_pat
         file.write(b"\xff" * 20)
     assert train(data, tmp_path / "run", "--steps", 3, "--eval-every", 3, "--batch-size", 64) == 0
     rows = metrics(tmp_path / "run")
-    assert ", 1 unreadable left out)" in capsys.readouterr().out and "knn" in rows[-1]
+    assert ", 1 unreadable left out" in capsys.readouterr().out and "knn" in rows[-1]
     assert {row["bad"] for row in rows if "loss" in row} <= {0, 1}
 
 
@@ -320,7 +333,10 @@ def test_unlabelled_images_are_trained_on_and_the_labelled_ones_probe(tmp_path, 
     out = tmp_path / "run"
     assert train(tmp_path / "stl10", out, "--steps", 2, "--eval-every", 2) == 0
     said = capsys.readouterr().out
-    assert "stl10 unlabelled: 90 of 90 images" in said and "48 training images as bank, 12 as queries" in said
+    assert (
+        "stl10 unlabelled: 90 of 90 images" in said
+        and "48 training images as bank, 12 as queries, majority class" in said
+    )
     assert "knn" in metrics(out)[-1]
 
 
