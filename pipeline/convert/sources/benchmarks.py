@@ -73,6 +73,7 @@ def explained(name: str, root: Path, download: bool) -> Iterator[None]:
         yield
     except (RuntimeError, OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        text = text.replace("You can use download=True to download it", "--download fetches it")
         if download:
             raise UserError(f"{name} cannot be fetched into {root}: {text}") from None
         raise UserError(
