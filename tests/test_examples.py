@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import class_folders
 
 import manyview
 
@@ -95,3 +97,24 @@ def test_a_classifier_learns(digits, monkeypatch, capsys):
     out = example(monkeypatch, capsys, "timm_classifier", digits, "--epochs", 2)
     assert "of 359 test images right" in out
     assert float(out.splitlines()[-1].split(", ")[1].split("%")[0]) > 30  # one class in ten is 10
+
+
+def test_the_notebook_from_photos_to_neighbours(tmp_path, monkeypatch, capsys):
+    """Its code, cell by cell, in one namespace, with pictures drawn and thrown away."""
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "show", plt.close)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    class_folders(tmp_path / "photos", 14, 3)
+    class_folders(tmp_path / "photos", 4, 3, seed=90, split="val")
+    names: dict = {}
+    for cell in json.loads((EXAMPLES / "photos.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"] and cell["execution_count"] is None  # a notebook is committed clean
+            exec("".join(cell["source"]), names)
+            if "EPOCHS" in names:
+                names |= {"SIZE": 32, "EPOCHS": 2}
+    saved = torch.load("embeddings.pt", weights_only=True)
+    assert saved["embeddings"].shape == (42, 512) and saved["names"][0].startswith("class")
+    assert names["neighbours"][:, 0].tolist() == names["queries"].tolist()  # each photo is nearest to itself
+    assert "knn-cosine-exp k=10 l2" in capsys.readouterr().out

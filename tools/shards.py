@@ -28,7 +28,7 @@ class Write:
     """Convert a dataset to shards. Run again after any interruption: it goes on where it stopped."""
 
     dataset: str
-    """imagenet, imagenet100, cifar10, cifar100, stl10, fashion-mnist, digits, folder or shards (tars and betons)."""
+    """imagenet, cifar10, folder ... (docs/datasets.md has them all), or shards (tars and betons)."""
     source: Path | None = None
     """The folder (or archives) the dataset lies in."""
     out: Path | None = None

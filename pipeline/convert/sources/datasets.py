@@ -9,7 +9,17 @@ import numpy as np
 
 from manyview.pipeline import storage
 from manyview.pipeline.convert import summary
-from manyview.pipeline.convert.sources import AS_IT_IS, SUFFIXES, Reading, Source, arrays, folders, imagenet, shards
+from manyview.pipeline.convert.sources import (
+    AS_IT_IS,
+    SUFFIXES,
+    Reading,
+    Source,
+    arrays,
+    benchmarks,
+    folders,
+    imagenet,
+    shards,
+)
 from manyview.pipeline.errors import UserError, nearest
 
 
@@ -58,4 +68,5 @@ DATASETS: dict[str, Callable[[Path, Reading], Source]] = {
     "stl10": arrays.stl10,
     "fashion-mnist": arrays.fashion_mnist,
     "digits": lambda *_: arrays.digits(),
+    **benchmarks.BENCHMARKS,
 }

@@ -1,0 +1,366 @@
+"""The usual evaluation sets in their own layout, with their official splits, by torchvision's parsers where it has them.
+
+See docs/datasets.md for what each holds. `train` is what one learns from (train and validation, where there are both), `val`
+the test images. Where a set has no official split, the split here is drawn once, by a fixed seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from manyview.pipeline.convert.sources import Reading, Source, Split, folders, read_bytes
+from manyview.pipeline.convert.sources.arrays import array_split
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.plan import permutation, subset
+
+Listed = tuple[list[str], list[int]]  # paths and labels of a split
+VOC_CLASSES = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
+    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+]  # fmt: skip
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+FAMILY = 5  # its place in the name of a folder of iNaturalist 2021, after number, kingdom, phylum, class and order
+
+
+def listed(root: Path, classes: list[str], parts: dict[str, Listed]) -> Source:
+    """The files that lists name. What is not there, is named twice or lies outside `root` goes to the problems; UserError: a
+    list whose labels are not those of the classes."""
+    result, base = Source(classes, [], watch=[str(root.resolve())]), os.path.abspath(root)
+    for split, (paths, labels) in parts.items():
+        if wrong := [label for label in labels if not 0 <= label < len(classes)]:
+            raise UserError(f"{root}: the list of {split} gives class {wrong[0]} of {len(classes)} (from 0)")
+        rows: dict[str, tuple[int, os.stat_result]] = {}
+        for path, label in zip(paths, labels):
+            name = os.path.relpath(os.path.normpath(os.path.join(base, path)), base)
+            if reason := _unusable(name, rows, os.path.join(base, name)):
+                result.problems.append({"split": split, "name": name, "reason": reason})
+            else:
+                rows[name] = label, os.stat(os.path.join(base, name))
+        result.splits.append(_split(split, base, rows))
+        result.watch += sorted({os.path.dirname(os.path.join(base, name)) for name in rows})
+    return result
+
+
+def _unusable(name: str, rows: dict, path: str) -> str:
+    if name.startswith(".."):
+        return "the list leads out of the folder"
+    if name in rows:
+        return "the list names it twice"
+    return "" if os.path.isfile(path) else "the list names it, but it is not there"
+
+
+def _split(split: str, base: str, rows: dict[str, tuple[int, os.stat_result]]) -> Split:
+    names = sorted(rows, key=os.fsencode)
+    labels, sizes, times = (
+        np.array([pick(rows[name]) for name in names], np.int64)
+        for pick in (lambda row: row[0], lambda row: row[1].st_size, lambda row: row[1].st_ctime_ns)
+    )
+    return Split(split, names, labels, sizes, lambda i: read_bytes(os.path.join(base, names[i])), times)
+
+
+@contextlib.contextmanager
+def explained(name: str, root: Path, download: bool) -> Iterator[None]:
+    """Whatever a parser stumbles over (files that are not there, lists that are cut off) in one line."""
+    try:
+        yield
+    except (RuntimeError, OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        text = text.replace("You can use download=True to download it", "--download fetches it")
+        if download:
+            raise UserError(f"{name} cannot be fetched into {root}: {text}") from None
+        raise UserError(
+            f"{name} is not in {root}, or not whole ({text}); docs/datasets.md says what belongs there"
+        ) from None
+
+
+def root_of(source: Path | None, base: str) -> Path:
+    """The folder that holds `base`; SOURCE may be either."""
+    source = source or Path("data")
+    return source.parent if source.name == base and not (source / base).is_dir() else source
+
+
+# ------------------------------------------------------------------------------------------------- torchvision's parsers
+
+
+def by_torchvision(
+    kind: str, base: str, train: tuple[str, ...], test: str, files: str, source: Path | None, reading: Reading
+) -> Source:
+    """A set that torchvision's class `kind` lists below the folder `base`, with its names of the splits; the attribute `files`
+    holds the paths."""
+    from torchvision import datasets
+
+    root = root_of(source, base)
+    parts: dict[str, Listed] = {"train": ([], []), "val": ([], [])}
+    classes: list[str] = []
+    for split, part in [*(("train", part) for part in train), ("val", test)]:
+        with explained(kind, root, reading.download):
+            data: Any = getattr(datasets, kind)(str(root), split=part, download=reading.download)
+        parts[split][0].extend(os.path.abspath(path) for path in getattr(data, files))
+        parts[split][1].extend(int(label) for label in data._labels)
+        classes = list(getattr(data, "classes", ())) or classes
+    count = max((label for _, labels in parts.values() for label in labels), default=-1) + 1
+    return listed(root, classes or [str(i) for i in range(count)], parts)
+
+
+def cars(source: Path | None, reading: Reading) -> Source:
+    from torchvision import datasets
+
+    root = root_of(source, "stanford_cars")
+    with explained("Stanford Cars", root, reading.download):
+        sets = {split: datasets.StanfordCars(str(root), split=part, download=reading.download)
+                for split, part in (("train", "train"), ("val", "test"))}  # fmt: skip
+    parts = {
+        split: ([os.path.abspath(path) for path, _ in data._samples], [int(label) for _, label in data._samples])
+        for split, data in sets.items()
+    }
+    return listed(root, list(sets["train"].classes), parts)
+
+
+def svhn(source: Path | None, reading: Reading) -> Source:
+    from torchvision import datasets
+
+    root = source or Path("data")
+    with explained("SVHN", root, reading.download):
+        sets = {split: datasets.SVHN(str(root), split=part, download=reading.download)
+                for split, part in (("train", "train"), ("val", "test"))}  # fmt: skip
+    files = {split: (root / data.filename).resolve() for split, data in sets.items()}
+    splits = [
+        array_split(split, data.data.transpose(0, 2, 3, 1), data.labels, [files[split]]) for split, data in sets.items()
+    ]
+    return Source([str(digit) for digit in range(10)], splits, watch=[str(file) for file in files.values()])
+
+
+def voc2012(source: Path | None, reading: Reading) -> Source:
+    """The segmentation split; an image's class is the one that most of its mask's pixels have."""
+    from torchvision import datasets
+
+    root, sets = root_of(source, "VOCdevkit"), {}
+    for split in ("train", "val"):
+        fetch = reading.download and not (root / "VOCdevkit").is_dir()
+        with explained("VOC 2012", root, fetch):
+            sets[split] = datasets.VOCSegmentation(str(root), year="2012", image_set=split, download=fetch)
+    parts, problems = {}, []
+    for split, data in sets.items():
+        labels = [largest_class(path) for path in data.targets]
+        parts[split] = (
+            [os.path.abspath(path) for path, label in zip(data.images, labels) if label >= 0],
+            [label for label in labels if label >= 0],
+        )
+        problems += [
+            {
+                "split": split,
+                "name": os.path.relpath(path, root),
+                "reason": "its mask shows no class, or cannot be read",
+            }
+            for path, label in zip(data.images, labels)
+            if label < 0
+        ]
+    result = listed(root, VOC_CLASSES, parts)
+    result.problems += problems
+    return result
+
+
+def largest_class(mask: str) -> int:
+    """0 .. 19; -1 where the mask has none of the classes, or is no palette image."""
+    from PIL import Image
+
+    try:
+        with Image.open(mask, formats=["PNG"]) as image:
+            values = np.asarray(image) if image.mode == "P" else np.zeros(1, np.uint8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return -1
+    counts = np.bincount(values.ravel(), minlength=256)[1 : len(VOC_CLASSES) + 1]
+    return int(counts.argmax()) if counts.any() else -1
+
+
+# ------------------------------------------------------------------------------------------- sets of folders, without a split
+
+
+def drawn(root: Path, training: Callable[[np.ndarray], np.ndarray], leave_out: str = "") -> Source:
+    """Class folders below `root`, and of all images those that `training(labels)` -> (n,) bool chooses to be `train`."""
+    names = [name for name in folders.listing(root).names if "/" in name and name.split("/")[0] != leave_out]
+    classes = sorted({name.split("/")[0] for name in names})
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[name.split("/")[0]] for name in names], np.int64)
+    mask = training(labels) if len(labels) else np.zeros(0, bool)
+    parts = {
+        split: ([names[i] for i in np.flatnonzero(chosen)], labels[chosen].tolist())
+        for split, chosen in (("train", mask), ("val", ~mask))
+    }
+    return listed(root, classes, parts)
+
+
+def some_of_each(labels: np.ndarray, count: int) -> np.ndarray:
+    """(n,) bool: `count` images of every class, by a fixed seed."""
+    order, mask = permutation(len(labels), 0, 0), np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        mask[order[labels[order] == label][:count]] = True
+    return mask
+
+
+def share_of_each(labels: np.ndarray, share: float) -> np.ndarray:
+    """(n,) bool: this share of every class, by a fixed seed."""
+    mask = np.zeros(len(labels), bool)
+    mask[subset(labels, share, 0)] = True
+    return mask
+
+
+def share_of_all(labels: np.ndarray, share: float) -> np.ndarray:
+    """(n,) bool: this share of the images, whatever their class, by a fixed seed."""
+    mask = np.zeros(len(labels), bool)
+    mask[permutation(len(labels), 0, 0)[: int(share * len(labels))]] = True
+    return mask
+
+
+def fetched(name: str, kind: str, inside: str, source: Path | None, reading: Reading) -> Path:
+    """The folder `inside` of a set that torchvision can fetch: below SOURCE, or SOURCE itself."""
+    root = source or Path("data")
+    if reading.download and not (root / inside).is_dir():
+        from torchvision import datasets
+
+        with explained(name, root, True):
+            getattr(datasets, kind)(str(root), download=True)
+    last = inside.rpartition("/")[2]
+    places = [root / inside, root / last, root]
+    here = next((place for place in places if place.is_dir() and place.name == last), None)
+    if here is None:
+        raise UserError(f"{name} is not in {root}: no folder {last} there; --download fetches it")
+    return here
+
+
+def caltech101(source: Path | None, reading: Reading) -> Source:
+    root = fetched("caltech101", "Caltech101", "caltech101/101_ObjectCategories", source, reading)
+    return drawn(root, partial(some_of_each, count=30), "BACKGROUND_Google")
+
+
+def caltech256(source: Path | None, reading: Reading) -> Source:
+    root = fetched("caltech256", "Caltech256", "caltech256/256_ObjectCategories", source, reading)
+    return drawn(root, partial(share_of_all, share=0.8))
+
+
+def eurosat(source: Path | None, reading: Reading) -> Source:
+    root = fetched("eurosat", "EuroSAT", "eurosat/2750", source, reading)
+    return drawn(root, partial(share_of_each, share=0.8))
+
+
+# --------------------------------------------------------------------------------------------------------- lists of our own
+
+
+def lines(path: Path, words: int) -> list[list[str]]:
+    """The words of each line of a list, `words` of them (the last one may hold spaces). ValueError where a line has fewer."""
+    rows = [line.split(maxsplit=words - 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if short := [number for number, row in enumerate(rows, 1) if len(row) < words]:
+        raise ValueError(f"{path.name}, line {short[0]}: {words} words expected")
+    return rows
+
+
+def by_hand(name: str, source: Path | None, reading: Reading) -> Path:
+    """The folder of a set that nobody but its owner can fetch."""
+    if source is None or not source.is_dir():
+        ask = "--download cannot fetch it" if reading.download else "it needs SOURCE"
+        raise UserError(f"{name}: {ask}; docs/datasets.md says where it is and how the folder looks")
+    return source
+
+
+def cub200(source: Path | None, reading: Reading) -> Source:
+    """images.txt, image_class_labels.txt (from 1), train_test_split.txt (1 = train) and classes.txt."""
+    root = root_of(by_hand("cub200", source, reading), "CUB_200_2011") / "CUB_200_2011"
+    with explained("CUB-200-2011", root, False):
+        classes = [name.split(".", 1)[-1] for _, name in lines(root / "classes.txt", 2)]
+        label = {image: int(number) - 1 for image, number in lines(root / "image_class_labels.txt", 2)}
+        train = {image for image, one in lines(root / "train_test_split.txt", 2) if one == "1"}
+        rows = [(f"images/{name}", label[image], image in train) for image, name in lines(root / "images.txt", 2)]
+    parts = {
+        split: ([name for name, _, one in rows if one == wanted], [number for _, number, one in rows if one == wanted])
+        for split, wanted in (("train", True), ("val", False))
+    }
+    return listed(root, classes, parts)
+
+
+def domainnet(domain: str, source: Path | None, reading: Reading) -> Source:
+    """`DOMAIN_train.txt` and `DOMAIN_test.txt` beside the folder DOMAIN: a path and a label (from 0) a line."""
+    root = by_hand(f"domainnet-{domain}", source, reading)
+    with explained(f"DomainNet's {domain}", root, False):
+        parts: dict[str, Listed] = {}
+        for split, part in (("train", "train"), ("val", "test")):
+            rows = [
+                line.rsplit(maxsplit=1)
+                for line in (root / f"{domain}_{part}.txt").read_text().splitlines()
+                if line.strip()
+            ]
+            parts[split] = [path for path, _ in rows], [int(label) for _, label in rows]
+        names: dict[int, str] = {}
+        for paths, labels in parts.values():
+            for path, label in zip(paths, labels):
+                if names.setdefault(label, path.split("/")[-2]) != path.split("/")[-2]:
+                    raise ValueError(f"label {label} is {names[label]} and {path.split('/')[-2]}")
+    return listed(root, [names.get(i, str(i)) for i in range(max(names, default=-1) + 1)], parts)
+
+
+def inaturalist(source: Path | None, reading: Reading) -> Source:
+    """The 500,000 images of `train_mini` and the 100,000 of `val`, by family (1,103 of them): the folders' names say it."""
+    root = by_hand("inat21-mini-family", source, reading)
+    parts: dict[str, tuple[list[str], list[str]]] = {}
+    for split, places in (("train", ("train_mini", "2021_train_mini")), ("val", ("val", "2021_valid"))):
+        place = next((place for place in places if (root / place).is_dir()), None)
+        if place is None:
+            raise UserError(f"inat21-mini-family: neither {' nor '.join(places)} in {root}")
+        names = folders.listing(root / place).names
+        if wrong := [name for name in names if len(name.split("/")[0].split("_")) <= FAMILY]:
+            raise UserError(
+                f"{root / place / wrong[0]}: its folder names no family (00000_Kingdom_Phylum_Class_Order_Family_…)"
+            )
+        parts[split] = [f"{place}/{name}" for name in names], [name.split("/")[0].split("_")[FAMILY] for name in names]
+    classes = sorted({family for _, families in parts.values() for family in families})
+    number = {name: i for i, name in enumerate(classes)}
+    return listed(
+        root, classes, {split: (names, [number[f] for f in families]) for split, (names, families) in parts.items()}
+    )
+
+
+def sun397(source: Path | None, reading: Reading) -> Source:
+    """The first of the ten official partitions: Training_01.txt and Testing_01.txt, beside the images or in Partitions/."""
+    root = root_of(source, "SUN397")
+    if reading.download and not (root / "SUN397").is_dir():
+        from torchvision import datasets
+
+        with explained("SUN397", root, True):
+            datasets.SUN397(str(root), download=True)
+    root = root / "SUN397"
+    with explained("SUN397", root, False):
+        classes = [line.strip() for line in (root / "ClassName.txt").read_text().splitlines() if line.strip()]
+        number = {name: i for i, name in enumerate(classes)}
+        parts = {}
+        for split, part in (("train", "Training_01.txt"), ("val", "Testing_01.txt")):
+            places = (root / part, root / "Partitions" / part, root.parent / "Partitions" / part)
+            file = next((place for place in places if place.is_file()), places[0])
+            names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+            parts[split] = [name.lstrip("/") for name in names], [number[name.rpartition("/")[0]] for name in names]
+    return listed(root, [name[3:] for name in classes], parts)
+
+
+BENCHMARKS: dict[str, Callable[[Path | None, Reading], Source]] = {
+    "aircraft": partial(by_torchvision, "FGVCAircraft", "fgvc-aircraft-2013b", ("trainval",), "test", "_image_files"),
+    "caltech101": caltech101,
+    "caltech256": caltech256,
+    "cars": cars,
+    "cub200": cub200,
+    **{f"domainnet-{domain}": partial(domainnet, domain) for domain in DOMAINS},
+    "dtd": partial(by_torchvision, "DTD", "dtd", ("train", "val"), "test", "_image_files"),
+    "eurosat": eurosat,
+    "flowers102": partial(by_torchvision, "Flowers102", "flowers-102", ("train", "val"), "test", "_image_files"),
+    "food101": partial(by_torchvision, "Food101", "food-101", ("train",), "test", "_image_files"),
+    "inat21-mini-family": inaturalist,
+    "pets": partial(by_torchvision, "OxfordIIITPet", "oxford-iiit-pet", ("trainval",), "test", "_images"),
+    "sun397": sun397,
+    "svhn": svhn,
+    "voc2012": voc2012,
+}
