@@ -15,7 +15,7 @@ else # exit code 2: it cannot be had; anything else is a fault of ours and stops
   data=shards/digits
   "$python" tools/shards.py write --dataset digits --out "$data"
 fi
-"$python" train.py --preset presets/demo.yaml --data "$data" --views 4 --out runs/demo --overwrite
+"$python" train.py --preset presets/demo.yaml --data "$data" --out runs/demo --overwrite
 "$python" tools/evaluate.py runs/demo --limit 4000
 echo
 echo "Open runs/demo/report.html. Weights: runs/demo/backbone.safetensors"
