@@ -5,11 +5,10 @@ One process, or the same program under torchrun. Read from top to bottom: set up
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
-import shutil
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ import torch.distributed as dist
 from manyview.evaluation import online
 from manyview.model import backbone, objective, projector
 from manyview.pipeline import engines, sheet, views
-from manyview.pipeline.errors import UserError, run
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.errors import run as run_program
 from manyview.pipeline.loader import Loader, normalize
 from manyview.pipeline.machine import tune
 from manyview.pipeline.plan import plan
-from manyview.pipeline.store import Corrupt, Store, training_split
-from manyview.training import checkpoint, config, estimate, monitor, optim, plots, setup
+from manyview.pipeline.store import Store, flat_channels, training_split
+from manyview.training import checkpoint, config, estimate, monitor, optim, plots, resume, run, setup
 from manyview.training.config import Config
 from manyview.training.preemption import PREEMPTED, Stop
-from manyview.training.run import Run
 
 MAX_STREAK = 10  # skipped steps in a row
 ADVICE = "try a lower --lr, --precision fp32 or a longer --warmup"  # where losses or gradients are not finite
@@ -42,7 +41,8 @@ def main() -> int:
     cfg = config.parse()
     world, rank, device = start_processes(cfg)
     try:
-        return train(cfg, world, rank, device)
+        with Stop(device) as stop:
+            return train(cfg, world, rank, device, stop)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not estimate.is_out_of_memory(error):
             raise
@@ -53,15 +53,15 @@ def main() -> int:
             dist.destroy_process_group()
 
 
-def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
-    stop = Stop(device)  # from here on, who asks to stop is answered after a step, with a checkpoint
+def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) -> int:
     torch.manual_seed(cfg.seed)
+    folder = cfg.out or Path("runs") / f"{cfg.data.name}-{cfg.objective}-v{cfg.views}-s{cfg.seed}"
 
     # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
     store = Store(cfg.data, training_split(cfg.data))
+    labelled = store if store.split == "train" else Store(cfg.data)
     size = cfg.size or store.default_size()
-    augment = views.overrides(cfg.augment)
-    policy = views.policy(cfg.policy, cfg.views, size, augment)
+    policy = setup.policy(cfg, size)
     order = plan(
         store.labels,
         seed=cfg.seed,
@@ -76,89 +76,81 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     engine, engine_reason = engines.create(cfg.engine, store, device, threads=cfg.threads)
     loader = Loader(store, order, policy, engine, seed=cfg.seed, prefetch=cfg.prefetch, max_bad=cfg.max_bad)
     steps = cfg.steps or order.steps(cfg.epochs)
-    eval_every = cfg.eval_every or max(1, steps // 10)
 
     # model, objective, optimizer
-    training = setup.create(cfg, size, device)
+    checkpointed = resume.newest(folder) if cfg.resume else None  # which has the weights that --init-from had once
+    training = setup.create(replace(cfg, init_from=None) if checkpointed else cfg, size, device)
     model, update, optimizer = training.model, training.update, training.optimizer
-    loss_text, loss_options = objective.describe(training.objective, cfg.projector_dim)
     lr_at = optim.schedule(training.lr, steps, round(cfg.warmup * steps), cfg.final_lr)
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema), use_buffers=True
     ) if cfg.ema else None  # fmt: skip
 
-    # the plan, before anything is written
-    cost = estimate.trial(model, size, device, training.autocast)
-    network_time = monitor.duration(estimate.step_seconds(cost, cfg, policy, size, world) * steps)
-    memory = estimate.step_memory(cost, cfg, policy, size, world) / 2**30
+    # the plan, and all that can fail, before anything is written
+    costs = estimate.trials(training, policy, device, policy.views * cfg.batch_size // world)
+    network_time = monitor.duration(estimate.step_seconds(costs, cfg, policy, world) * steps)
+    memory = estimate.step_memory(costs, cfg, policy, world) / 2**30
+    loss_text, loss_options = objective.describe(training.objective, cfg.projector_dim)
     seen = steps * cfg.batch_size
     said = [
         f"data       {store.name}{' unlabelled' * (store.split != 'train')}: {order.n:,} of {len(store):,} images, {size} px, "
         f"policy {cfg.policy}, {order.describe()}",
         f"engine     {engine.name}: {engine_reason}",
-        f"model      {cfg.backbone} on {device}, {training.precision}; batch-norm statistics "
+        f"model      {cfg.backbone}, {training.weights}, on {device}, {training.precision}; batch-norm statistics "
         + ("per view" if cfg.bn == "view" else "pooled over views"),
         f"projector  {projector.describe(model.backbone, model.projector, size).removeprefix('projector ')}",
         f"objective  {cfg.objective}, {loss_text}",
         f"optimizer  {training.lr_rule}; {cfg.warmup:.0%} warm-up, cosine to {cfg.final_lr:g} of it",
         f"steps      {steps:,} of {cfg.batch_size} images x {policy.views} views = {seen / order.n:.4g} epochs, "
         f"{seen * policy.views / 1e6:.3g} M views, {world} process(es)",
-        f"estimate   {network_time} and {memory:.2f} GiB a process for the network alone (from a trial on {cost.rows} rows)",
+        f"estimate   {network_time} and {memory:.2f} GiB a process for the network alone (from a trial on {costs[0].rows} rows)",
     ]
+    said += [f"warning: {line}" for line in flat_channels(store.manifest)]
     if cfg.dry_run:
-        engine.close()
-        if rank == 0:
-            print("\n".join(said))
-        return 0
-
-    # run directory and resume
-    folder = cfg.out or Path("runs") / f"{cfg.data.name}-{cfg.objective}-v{cfg.views}-s{cfg.seed}"
+        plan_only = monitor.Console(None, quiet=rank != 0)
+        plan_only.say("\n".join(said))
+    run.refuse(cfg, folder)
+    augment = views.overrides(cfg.augment)
     identity = {**cfg.learned(), "augment": augment, "data": store.fingerprint, "size": size, "steps": steps}
-    state = open_run(cfg, folder, identity, rank)
+    state = resume.load(checkpointed, identity) if checkpointed else None
     start, skipped = 0, torch.zeros((), dtype=torch.int64, device=device)
     if state:
         start = state["step"]
         skipped += state["skipped"]
-        model.load_state_dict(state["encoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        update.load_state_dict(state["scaler"])
-        if average:
-            average.load_state_dict(state["average"])
-        checkpoint.restore_random_state(state["random"])
-    log = Run(
-        cfg, folder, rank, device,
-        steps=steps, images=cfg.batch_size, views=cfg.batch_size * policy.views,
-        start=start, seconds=state["seconds"] if state else 0.0, core_seconds=state["core_seconds"] if state else 0.0,
-    )  # fmt: skip
+        resume.restore(state, training, average)
+    if cfg.dry_run:
+        engine.close()
+        return 0
+
+    # run directory
+    if dist.is_initialized():
+        dist.barrier()  # all have looked at the directory as it was
     if rank == 0:
-        config.save(
-            cfg, folder / "config.json",
-            size=size, out=str(folder), steps=steps, lr=training.lr, dataset=store.name, engine=engine.name, device=str(device),
-            precision=str(training.dtype).removeprefix("torch."), stem=backbone.resolve(cfg.backbone, cfg.stem, size),
-            augment=[f"{k}={json.dumps(v)}" for k, v in augment.items()], **loss_options,
-        )  # fmt: skip
-        with contextlib.suppress(Corrupt):  # a damaged image is the loop's business, not the picture's
+        settings = {
+            "size": size, "out": str(folder), "steps": steps, "lr": training.lr, "dataset": store.name, "engine": engine.name,
+            "device": str(device), "precision": str(training.dtype).removeprefix("torch."),
+            "stem": backbone.resolve(cfg.backbone, cfg.stem, size),
+            "augment": [f"{k}={json.dumps(v)}" for k, v in augment.items()], **loss_options,
+        }  # fmt: skip
+        run.make(cfg, folder, settings)
+    log = run.Run(cfg, folder, rank, device, steps, policy.views, state)
+    resumed = f", resumed at step {start}" if start else ", no checkpoint there: from the start" if cfg.resume else ""
+    for line in [*said, f"run        {folder}{resumed}"]:
+        log.say(line)
+    if rank == 0:
+        with log.aside("plots/views.png"):
             path = folder / "plots" / "views.png"
             sheet.contact_sheet(
                 store, policy, order.batch(0)[0][:4], path, renders={engine.name: engine}, seed=cfg.seed
             )
-    resumed = f", resumed at step {start}" if start else ", no checkpoint there: from the start" if cfg.resume else ""
-    for line in [*said, f"run        {folder}{resumed}"]:
-        log.say(line)
-
     final: Any = average.module.backbone if average else model.backbone  # what is probed and exported
-    labelled = store if store.split == "train" else Store(cfg.data)
+    eval_every = cfg.eval_every or max(1, steps // 10)
     probe = online.Probe(labelled, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
 
     def save(step: int) -> bool:
-        states: dict[str, Any] = {
-            "encoder": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": update.state_dict(),
-        }
-        states |= {"step": step, "skipped": int(skipped), "identity": identity}
-        states |= {"seconds": log.seconds, "core_seconds": log.core_seconds}
-        states |= {"random": checkpoint.random_state(), "average": average.state_dict() if average else None}
+        about = {"step": step, "skipped": int(skipped), "identity": identity}
+        about |= {"seconds": log.clock.seconds, "core_seconds": log.clock.core_seconds}
+        states = about | resume.snapshot(training, average)
         try:
             checkpoint.save(folder / "checkpoints", states, keep_last=2, keep_every=cfg.keep_every)
         except OSError as error:
@@ -172,7 +164,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
     step, saved = start, False
     gc.collect()
     gc.freeze()  # nothing made so far is garbage: the collector need not look at it again
-    log.start_clock()
+    stop.listen_to_ctrl_c()
+    log.clock.start()
     for batch in loader.batches(start, steps):
         step = batch.step + 1
         for group in optimizer.param_groups:
@@ -185,34 +178,44 @@ def train(cfg: Config, world: int, rank: int, device: torch.device) -> int:
         streak = (streak + bad) * bad
 
         last = step == steps
-        if step % cfg.log_every == 0 or last:
-            for found in gathered(loader.bad):
-                loader.learn(found)
-            log.log(step, loss, z, lr_at(batch.step), loader.timings, skipped, len(loader.bad))
+        if step % cfg.log_every == 0 or last:  # the one place of the loop that waits for the device
+            for unreadable in gathered(loader.bad):
+                loader.learn(unreadable)
+            if rank == 0:
+                effective_rank, spread = online.collapse(z[0])
+                log.log(
+                    step, loss, lr=lr_at(batch.step), rank=effective_rank, spread=spread, timings=loader.timings,
+                    skipped=int(skipped), bad=len(loader.bad),
+                )  # fmt: skip
+                log.watch_collapse(step, effective_rank, spread, z.shape[1])
             if int(streak) >= MAX_STREAK:
                 raise UserError(
                     f"{int(streak)} non-finite losses or gradients in a row at step {step}: {ADVICE}; "
                     f"the last good checkpoint is in {folder / 'checkpoints'}"
                 )
         if probe and (step % eval_every == 0 or last):
-            log.evaluate(step, probe, final, training.autocast)
+            with log.aside("probes"):
+                scores = probe(final, training.autocast)
+                log.probed(step, scores, probe.text, probe.eigenvalues)
         stopping = stop()
         due = step % cfg.save_every == 0 and not int(streak)  # in a streak the weights may be what is wrong
         if rank == 0 and (due or last or stopping):
             saved = save(step)
         if stopping:
             break
+    log.clock.stop()
 
     # export
     if step == steps and rank == 0:
         if int(streak):
             log.say(f"warning: the last {int(streak)} steps were skipped as not finite: {ADVICE}")
-        plots.draw(folder)
+        with log.aside("plots"):
+            plots.draw(folder)
         weights = folder / "backbone.safetensors"
         about = {"backbone": cfg.backbone, "stem": cfg.stem, "image_size": str(size), "source": folder.name}
         about |= {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
         backbone.save(final, weights, about)
-        log.say(f"trained in {monitor.duration(log.seconds)}: {weights}; load it in timm:")
+        log.say(f"trained in {monitor.duration(log.clock.seconds)}: {weights}; load it in timm:")
         log.say(backbone.timm_snippet(about, str(weights)))
     if loader.bad:
         log.say(f"{len(loader.bad)} unreadable image(s) were replaced: {', '.join(list(loader.bad.values())[:20])}")
@@ -235,8 +238,10 @@ def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     tune(device)
-    if cfg.batch_size % world:
-        raise UserError(f"--batch-size {cfg.batch_size} is not divisible by {world} processes")
+    if cfg.batch_size % world or cfg.batch_size < 2 * world:
+        raise UserError(
+            f"--batch-size {cfg.batch_size} is not two images or more for each of {world} processes, all alike"
+        )
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
         raise UserError(
             "torchrun --max-restarts: its store outlives a restart, after which processes wait for each other at the old"
@@ -256,40 +261,5 @@ def gathered(mine: Any) -> list[Any]:
     return everyone
 
 
-def open_run(cfg: Config, folder: Path, identity: dict[str, Any], rank: int) -> dict[str, Any] | None:
-    """Make or reopen the run directory; the newest checkpoint's state if there is one to go on from."""
-    used = folder.exists() and any(folder.iterdir())
-    if used and not (cfg.resume or cfg.overwrite):
-        raise UserError(
-            f"{folder} is in use; go on with --resume, or empty it with --overwrite, or choose another --out"
-        )
-    if cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        raise UserError(f"torchrun started this again, and --overwrite would empty {folder}: go on with --resume")
-    if dist.is_initialized():
-        dist.barrier()
-    if rank == 0:
-        if used and cfg.overwrite:
-            if not (folder / "config.json").exists():
-                raise UserError(f"--overwrite: {folder} holds files but no run (no config.json); not emptying it")
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    newest = checkpoint.steps_in(folder / "checkpoints")[-1:] if cfg.resume else []
-    if dist.is_initialized():
-        said = [newest]
-        dist.broadcast_object_list(said, src=0)  # rank 0 decides: the others may look at an older listing
-        newest = said[0]
-    if not newest:
-        return None
-    path = checkpoint.path_of(folder / "checkpoints", newest[0])
-    if not path.exists():
-        raise UserError(f"rank {rank} does not see {path}: --out must be on a file system that all nodes share")
-    state = checkpoint.load(path)
-    wrong = [k for k in identity if state["identity"].get(k) != json.loads(json.dumps(identity[k]))]
-    if wrong:
-        lines = [f"--resume: {k} was {state['identity'].get(k)!r} in {folder}, now {identity[k]!r}" for k in wrong]
-        raise UserError("\n".join(lines))
-    return state
-
-
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -35,7 +35,7 @@ import numpy as np
 import tyro
 
 from manyview.bench.writers import CONTENDERS, photos
-from manyview.pipeline.convert.sources import folders
+from manyview.pipeline.convert.sources import read_bytes
 from manyview.pipeline.convert.write import CHECKS, FORMATS, write_shards
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import Options, finish_split, write_manifest
@@ -121,10 +121,10 @@ def pieces(args: Args) -> dict[str, float]:
 
     cv2.setNumThreads(0)
     paths = [path for path, _ in photos(args.source)][:200]
-    data = [array for array in map(folders.read_file, paths) if (jpeg := codec.jpeg_header(array)) and jpeg.plain]
+    data = [array for array in map(read_bytes, paths) if (jpeg := codec.jpeg_header(array)) and jpeg.plain]
     pixels = [codec.decode(array) for array in data]
     parts: dict[str, tuple[Callable, list]] = {
-        "read the file (cached)": (folders.read_file, paths),
+        "read the file (cached)": (read_bytes, paths),
         "parse the header": (codec.jpeg_header, data),
         "decode completely": (codec.decode, data),
         "decode completely, libjpeg's fast transform and upsampling": (

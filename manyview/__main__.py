@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "the page about the paper's claims",
     "submit": "train on SLURM",
     "theory": "draw what the objective's terms do",
+    "doctor": "what there is on this machine, and what is lost without the rest",
 }
 
 

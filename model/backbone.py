@@ -9,6 +9,7 @@ weights' header as it is, and the lines that load them in timm hold the argument
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from inspect import signature
@@ -50,13 +51,14 @@ def check(name: str) -> None:
         raise UserError(f"{name} names trained weights; training starts from fresh ones, or --init-from: {network}")
 
 
-def create(name: str, *, image_size: int, stem: str = "auto") -> nn.Module:
+def create(name: str, *, image_size: int, stem: str = "auto", other_sizes: bool = False) -> nn.Module:
     """A backbone with fresh weights for square images of `image_size` pixels: (N, 3, H, W) -> (N, num_features).
 
-    stem: "small", "standard", or "auto", which is "small" up to 64 pixels where the backbone has one.
+    stem: "small", "standard", or "auto", which is "small" up to 64 pixels where the backbone has one. other_sizes: it will
+    see images of other sizes too (a ViT resamples its position embedding for them); the weights are the same.
     UserError for an unknown name, and for a network that does not fit the image size.
     """
-    model = _build(name, image_size, resolve(name, stem, image_size))
+    model = _build(name, image_size, resolve(name, stem, image_size), other_sizes)
     model.num_features = _features(model, name, image_size)
     return model
 
@@ -108,8 +110,8 @@ def resolve(name: str, stem: str, image_size: int) -> str:
 
 def _kwargs(name: str, stem: str, image_size: int) -> dict[str, Any]:
     """What timm.create_model needs beside its name and num_classes=0."""
-    timm_name, kwargs = _timm(name)
-    if timm.models.get_pretrained_cfg_value(timm_name, "fixed_input_size"):
+    kwargs = _timm(name)[1]
+    if _fixed_size(name):
         kwargs = {**kwargs, "img_size": image_size}
     if stem == "small" and _family(name) == "vit":
         kwargs = {**kwargs, "patch_size": small_patch(image_size)}
@@ -121,19 +123,42 @@ def small_patch(image_size: int) -> int:
     return max(p for p in range(1, image_size // 7 + 1) if image_size % p == 0)
 
 
-def _build(name: str, image_size: int, stem: str) -> Any:
+def patch_size(name: str, *, image_size: int, stem: str = "auto") -> int:
+    """Side in pixels of the patches into which the backbone cuts an image; 1 where it needs no whole number of them."""
+    if not _fixed_size(name):
+        return 1
+    with torch.device("meta"):
+        patches = getattr(_build(name, image_size, resolve(name, stem, image_size)), "patch_embed", None)
+    return max(getattr(patches, "patch_size", (1,)))
+
+
+def _fixed_size(name: str) -> bool:
+    """Whether it is made for one image size."""
+    return bool(timm.models.get_pretrained_cfg_value(_timm(name)[0], "fixed_input_size"))
+
+
+def _build(name: str, image_size: int, stem: str, other_sizes: bool = False) -> Any:
     if name.startswith("torchvision:"):
         model = torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None)
         model.fc = nn.Identity()
     else:
         kwargs = _kwargs(name, stem, image_size)
         try:
-            model = timm.create_model(_timm(name)[0], pretrained=False, num_classes=0, **kwargs)
+            model = _timm_model(name, kwargs, other_sizes and _fixed_size(name))
         except (AssertionError, AttributeError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"backbone {name!r} does not take {image_size} px images: {_line(error)}") from error
     if stem == "small" and _family(name) == "resnet":
         _small_stem(model)
     return model
+
+
+def _timm_model(name: str, kwargs: dict[str, Any], other_sizes: bool) -> Any:
+    """timm's families have two words for taking other sizes than `img_size`, and some have none."""
+    words: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}]
+    for word in words if other_sizes else []:
+        with contextlib.suppress(TypeError):
+            return timm.create_model(_timm(name)[0], pretrained=False, num_classes=0, **kwargs, **word)
+    return timm.create_model(_timm(name)[0], pretrained=False, num_classes=0, **kwargs)
 
 
 def _small_stem(model: Any) -> None:
@@ -240,13 +265,18 @@ def fill(model: nn.Module, name: str, path: str | Path) -> None:
         raise UserError(f"{path} does not fit: it was trained at {size} px with stem {stem} ({what})") from error
 
 
+def timm_arguments(header: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """timm's name of the network and what `timm.create_model` needs beside it, but for a ResNet's small stem."""
+    name, image_size = header["backbone"], int(header["image_size"])
+    return _timm(name)[0], _kwargs(name, resolve(name, header["stem"], image_size), image_size)
+
+
 def timm_snippet(header: dict[str, str], path: str = "backbone.safetensors") -> str:
     """Lines of Python that load the weights at `path` into timm, strictly, with nothing of this project."""
-    name, image_size = header["backbone"], int(header["image_size"])
-    kwargs = _kwargs(name, resolve(name, header["stem"], image_size), image_size)
+    name, kwargs = timm_arguments(header)
     arguments = "".join(f", {key}={value!r}" for key, value in kwargs.items())
     lines = ["import timm, torch", "from safetensors.torch import load_file"]
-    lines.append(f"model = timm.create_model({_timm(name)[0]!r}, num_classes=0{arguments})")
+    lines.append(f"model = timm.create_model({name!r}, num_classes=0{arguments})")
     lines += stem_lines(header)
     lines.append(f"model.load_state_dict(load_file({path!r}), strict=True)")
     return "\n".join(lines)

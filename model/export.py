@@ -1,4 +1,4 @@
-"""Give trained weights to somebody else: timm, torchvision or ONNX, loaded there and compared before it is said."""
+"""Give trained weights to somebody else: timm, the hub, torchvision or ONNX, loaded there and compared before it is said."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from manyview.model import backbone
+from manyview.model import backbone, card
 from manyview.pipeline.errors import UserError
 
 TOLERANCE = 1e-5  # largest difference of a feature, relative to the largest feature
@@ -19,8 +19,8 @@ TOLERANCE = 1e-5  # largest difference of a feature, relative to the largest fea
 def export(source: str | Path, to: str, out: str | Path | None = None) -> tuple[Path, str, float | None]:
     """Export the backbone in a run directory or safetensors file `source`.
 
-    to: "timm", "torchvision" or "onnx". out: the file to write, by default `export/` beside the weights.
-    Returns the file, the lines of Python that use it, and how far its features are from ours on random images, relative
+    to: "timm", "hub", "torchvision" or "onnx". out: the file (of "hub": the folder) to write, by default in `export/` beside
+    the weights. Returns it, the lines of Python that use it, and how far its features are from ours on random images, relative
     to the largest feature (None: onnxruntime is not installed, so nobody looked). UserError where the other
     library has no such network, or where the features differ by more than TOLERANCE.
     """
@@ -53,6 +53,11 @@ def _run(snippet: str) -> nn.Module:
 def _to_timm(model: nn.Module, file: Path, header: dict[str, str], out: Path):
     save_file(load_file(file), out, metadata=header)
     snippet = backbone.timm_snippet(header, str(out))
+    return snippet, _run(snippet)
+
+
+def _to_hub(model: nn.Module, file: Path, header: dict[str, str], out: Path):
+    snippet = card.write(file, header, out)
     return snippet, _run(snippet)
 
 
@@ -102,6 +107,7 @@ def _onnx_features(file: Path, images: np.ndarray) -> torch.Tensor | None:
 
 EXPORTS = {
     "timm": ("timm.safetensors", _to_timm),
+    "hub": ("hub", _to_hub),
     "torchvision": ("torchvision.safetensors", _to_torchvision),
     "onnx": ("backbone.onnx", _to_onnx),
 }

@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -299,6 +300,8 @@ def paper(z: Tensor, *, beta: float | Literal["auto"] = "auto", local: Sequence[
         return _loss(on, strength * _off_diagonal(mean, _rows(y)))
 
 
+# A function added here can be trained with. Its options are checked by their types; one that shall have a flag needs a field
+# of the same name in training/config.py.
 OBJECTIVES: dict[str, Callable[..., Loss]] = {f.__name__: f for f in (barlow, vicreg, spectral, paper)}
 
 
@@ -317,6 +320,11 @@ def create(name: str, **options: Any) -> Callable[..., Loss]:
     return partial(function, **options)
 
 
+def options_of(name: str) -> list[str]:
+    """The options that objective `name` takes."""
+    return [key for key in signature(OBJECTIVES[name]).parameters if key not in ("z", "local")]
+
+
 def describe(objective: Callable[..., Loss], dim: int) -> tuple[str, dict[str, Any]]:
     """What `create` returned, with nothing left "auto" at `dim` dimensions: a text, and the options by name.
 
@@ -325,21 +333,30 @@ def describe(objective: Callable[..., Loss], dim: int) -> tuple[str, dict[str, A
     assert isinstance(objective, partial)
     options = {k: p.default for k, p in signature(objective.func).parameters.items() if k not in ("z", "local")}
     options |= objective.keywords
-    scaled = objective.func in (barlow, paper)
-    options["beta"] = _strength(options["beta"], C / dim if scaled else 1.0)
-    text = ", ".join(f"{key} {value:.4g}" if key == "beta" else f"{key} {value}" for key, value in options.items())
-    if scaled and (warning := _collapses(options["beta"], dim)):
+    on_correlations = objective.func in (barlow, paper)
+    if "beta" in options:
+        options["beta"] = _strength(options["beta"], C / dim if on_correlations else 1.0)
+    text = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in options.items()
+    )
+    if on_correlations and (warning := _collapses(options["beta"], dim)):
         text += f"; warning: {warning}"
     return text, options
 
 
 def _invalid(function: Callable[..., Loss], key: str, value: Any) -> str | None:
-    """What is wrong with one option, or None."""
+    """What is wrong with one option, by the type that its function states, or None."""
     hints = {k: v for k, v in get_type_hints(function).items() if k not in ("z", "local", "return")}
     if key not in hints:
         return f"objective {function.__name__!r} has no option {key!r}; it has: {', '.join(hints)}"
-    if key == "beta":
-        valid = value == "auto" or (isinstance(value, int | float) and value >= 0 and math.isfinite(value))
-        return None if valid else f"beta must be 'auto' or a number >= 0, got {value!r}"
-    choices = get_args(hints[key])
-    return None if value in choices else nearest(f"{key} of {function.__name__}", str(value), choices)
+    kinds = get_args(hints[key]) if get_origin(hints[key]) in (Union, UnionType) else (hints[key],)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if value in words:
+        return None
+    if float not in kinds and int not in kinds:
+        return nearest(f"{key} of {function.__name__}", str(value), words)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and (float in kinds or value == int(value)) and not (key == "beta" and value < 0):
+        return None
+    number = "a number >= 0" if key == "beta" else "a number" if float in kinds else "a whole number"
+    return f"{key} must be {' or '.join([*map(repr, words), number])}, got {value!r}"

@@ -28,6 +28,7 @@ QUALITY, SUBSAMPLING = 95, "420"  # of a JPEG that is encoded here
 # Of luma and the two chromas, as in a header: 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1, 4:4:1.
 SAMPLINGS = frozenset(bytes([luma, 0x11, 0x11]) for luma in (0x11, 0x21, 0x12, 0x22, 0x41, 0x14))
 STRAY = 16  # bytes before the end marker that touch no pixel; more of them is image data that found no place
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a frame, which says the size
 STANDALONE = frozenset((0x01, *range(0xD0, 0xD8)))  # markers without a length: TEM, RST0-7
 
 
@@ -104,13 +105,13 @@ def jpeg_header(data: np.ndarray) -> Jpeg | None:
     """What stands before the first scan. None where that does not work out; the decoder will say why."""
     frame, exif = None, b""
     for marker, start, end in segments(data):
-        body = bytes(data[start + 4 : end])
-        if marker == 0xE1 and body[:6] == b"Exif\0\0":
-            exif += exif_block(body)
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if frame or len(body) < 6:
+        if marker == 0xE1:
+            body = data[start + 4 : end].tobytes()
+            exif += exif_block(body) if body[:6] == b"Exif\0\0" else b""
+        elif marker in FRAMES:
+            if frame or end - start < 10:
                 return None
-            frame = (marker, body)
+            frame = (marker, data[start + 4 : end].tobytes())
         elif marker == 0xDA and frame:
             return _jpeg(*frame, orientation(exif))
     return None

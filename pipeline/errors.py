@@ -5,19 +5,19 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from typing import TextIO
 
-REFUSED = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-)
+# What the system says no to, by the name of a file: no room, no permission, no such place, a name too long, a broken disk.
+REFUSED = frozenset(
+    [
+        errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+        errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE,
+    ]
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -37,14 +37,17 @@ def nearest(kind: str, given: str, valid: Iterable[str]) -> str:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0 or its own code; 2 with one line an error for `UserError` and for what the system
-    refuses by the name of a file (no room, no permission, no such folder); 130 for Ctrl-C."""
+    refuses by the name of a file; 130 for Ctrl-C; 141, quietly, where whoever reads what it prints has closed the pipe."""
     try:
         code = main() or 0
+        sys.stdout.flush()
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         code = 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _closed(sys.stdout, sys.stderr):
+            os._exit(128 + signal.SIGPIPE)
         if error.errno not in REFUSED:
             raise
         where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
@@ -54,3 +57,11 @@ def run(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _closed(*streams: TextIO) -> bool:
+    """Whether one of these is a pipe that nobody reads any more."""
+    poll = select.poll()
+    for stream in streams:
+        poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Options:
     shard_mb: int = 0  # 0 = a 64th of the source, between 16 and 256 MB
     unlabelled: bool = False
     check: str = "decode"
+    labels: str = ""  # of a table that gives them, a digest
     white: float = 0  # the value that becomes 255 in pictures of more than 8 bits; 0 = what their type says
 
 
@@ -79,6 +81,7 @@ def finish_split(out: Path, name: str, rows: index.Index, shards: list[dict], av
     return {
         "count": len(rows),
         "rejected": rejected,
+        "labelled": int((rows["label"] >= 0).sum()),
         "mean": mean.tolist(),
         "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
         "fingerprint": rows.fingerprint(),
@@ -88,10 +91,17 @@ def finish_split(out: Path, name: str, rows: index.Index, shards: list[dict], av
 
 
 def write_manifest(
-    out: Path, options: Options, classes, splits: dict, rejected: int, source: str, ignored: int = 0
+    out: Path,
+    options: Options,
+    classes,
+    splits: dict,
+    rejected: int,
+    source: str,
+    ignored: int = 0,
+    notes: Iterable[str] = (),
 ) -> dict:
     """The last thing to be written: with it the shards are complete. `source`: fingerprint of where they come from;
-    `ignored`: files there that are no images by their names."""
+    `ignored`: files there that are no images by their names; `notes`: what whoever converted should know, a line each."""
     whole = hashlib.sha256(json.dumps([[key, split["fingerprint"]] for key, split in sorted(splits.items())]).encode())
     manifest = {
         "name": out.resolve().name,
@@ -109,6 +119,7 @@ def write_manifest(
         "classes": list(classes),
         "source": {"dataset": options.dataset, "fingerprint": source, "ignored": ignored},
         "rejected": rejected,
+        "notes": list(notes),
         "splits": splits,
     }
     files.write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -73,7 +73,7 @@ def describe(view: np.void, pixels: int) -> list[str]:
     )
     if np.array_equal(view["color"], np.eye(3, 4)):
         color = "color as it is"
-    rest = [f"blur {view['sigma']:.2f} px"] * (view["sigma"] > 0) + ["solarize"] * bool(view["solarize"])
+    rest = [f"blur {view['sigma']:.2f} px"] * bool(view["sigma"]) + ["solarize"] * bool(view["solarize"])
     return [share + ("  flipped" if view["flip"] else ""), color, "  ".join(rest)]
 
 

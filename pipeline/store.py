@@ -180,7 +180,23 @@ def _manifest(path: Path) -> dict:
 
 
 def statistics(manifest: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation a channel, 0..255, of `train` (of the first split where there is no such)."""
+    """Mean and standard deviation a channel, 0..255, of `train` (of the first split where there is no such). A channel that
+    hardly varies (of blank or padded channels) gets a tenth of the largest deviation, so that it does not drown the others."""
+    part = _measured(manifest)
+    floor = max(1.0, max(part["std"]) / 10)
+    return tuple(part["mean"]), tuple(max(value, floor) for value in part["std"])
+
+
+def flat_channels(manifest: dict) -> list[str]:
+    """A line for each channel whose deviation `statistics` raises."""
+    deviations = zip(("red", "green", "blue"), _measured(manifest)["std"], statistics(manifest)[1])
+    return [
+        f"channel {name} hardly varies (deviation {own:.2g} of 255): it is normalized as if by {used:.2g}"
+        for name, own, used in deviations
+        if used > own
+    ]
+
+
+def _measured(manifest: dict) -> dict:
     splits = manifest["splits"]
-    part = splits.get("train") or next(iter(splits.values()))
-    return tuple(part["mean"]), tuple(part["std"])
+    return splits.get("train") or next(iter(splits.values()))

@@ -22,6 +22,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -77,7 +78,8 @@ class Row:
         return hashlib.sha256(json.dumps([self.kind, self.value], sort_keys=True).encode()).hexdigest()[:8]
 
     def folder(self, runs: Path) -> Path:
-        return runs / f"{self.name.replace(' ', '-')}-{self.core_hours:g}h-s{self.seed}-{self.settings}"
+        name = re.sub(r"[^\w.]+", "-", self.name).strip("-")
+        return runs / f"{name}-{self.core_hours:g}h-s{self.seed}-{self.settings}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def make(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
     trained = json.loads((folder / "trained.json").read_text())
     bank, test = Store(data, "train"), Store(data, "val")
     x, queries = (_features(row, folder, store) for store in (bank, test))
-    y, truth = (torch.from_numpy(np.asarray(store.labels, np.int64)) for store in (bank, test))
+    y, truth = (torch.from_numpy(np.array(store.labels, np.int64)) for store in (bank, test))
     classes = len(bank.classes)
     probe = linear.sweep(x, y, queries, classes, bn=True, epochs=EPOCHS, seed=row.seed)
     votes = knn.cosine_exp(x, y, queries, k=20, classes=classes)
@@ -205,7 +207,7 @@ def _speed(settings: dict[str, Any], folder: Path) -> float:
     """Steps a core-second, from a trial whose second half alone counts; measured once a row."""
     file = folder / "speed.json"
     if not file.exists():
-        steps, place = 16, Path(f"{folder}-trial")
+        steps, place = 4, Path(f"{folder}-trial")
         while True:
             every = steps // 2
             _call([*_flags(settings), "--steps", str(steps), "--log-every", str(every), "--eval-every", "-1",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -32,10 +34,52 @@ def command(*words: object, **kwargs) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=env, timeout=280, **kwargs)
 
 
+def train(*words: object) -> int:
+    """train.py in this process, which saves the seconds of starting one; its exit code."""
+    import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        return train.main()
+
+
+# The smallest run there is: what a test adds comes last, and wins.
+SMALL = "--backbone resnet10-narrow --batch-size 16 --views 2 --projector-dim 16 --size 8 --engine cpu --precision fp32"
+SMALL += " --eval-every -1 --log-every 1"
+
+
+def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """What `make` writes at the path given, made once for all workers of a session; nobody may change it."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = root / "shared" / name
+    out.parent.mkdir(exist_ok=True)
+    with open(out.parent / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out.parent / f"{name}.made").exists():
+            make(out)
+            (out.parent / f"{name}.made").touch()
+    return out
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """scikit-learn's 1797 digits as WebDataset shards."""
-    out = tmp_path_factory.mktemp("shards") / "digits"
-    done = command("tools/shards.py", "write", "--dataset", "digits", "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out
+
+    def make(out: Path) -> None:
+        done = command("tools/shards.py", "write", "--dataset", "digits", "--out", out)
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "digits", make)
+
+
+@pytest.fixture(scope="session")
+def trained_run(digits, tmp_path_factory) -> Path:
+    """The run directory of 50 undisturbed steps on a quarter of the digits (22 an epoch), with `SMALL` flags, a checkpoint
+    every 10 and probes after 25 and 50."""
+
+    def make(out: Path) -> None:
+        words = ["--steps", 50, "--save-every", 10, "--fraction", 0.25, "--eval-every", 25]
+        assert train("--data", digits, "--out", out, *SMALL.split(), *words) == 0
+
+    return once(tmp_path_factory, "trained_run", make)

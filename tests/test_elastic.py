@@ -22,7 +22,7 @@ from conftest import ROOT, command
 
 import train
 from manyview.pipeline.errors import UserError
-from manyview.training import checkpoint, config
+from manyview.training import checkpoint, config, run
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -186,5 +186,6 @@ def test_restarts_that_would_hang_or_erase_are_refused(digits, tmp_path, monkeyp
     with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         train.start_processes(config.parse(words))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="--overwrite would empty"):
-        train.open_run(config.parse([*words, "--overwrite"]), tmp_path, {}, 0)
+        run.refuse(config.parse([*words, "--overwrite"]), tmp_path)

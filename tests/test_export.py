@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run_directory(folder: Path, name: str, size: int) -> nn.Module:
     model = trained(name, size)
-    backbone.save(model, folder / "backbone.safetensors", {**header(name, size), "mean": json.dumps([1.0, 2.0, 3.0])})
+    backbone.save(
+        model,
+        folder / "backbone.safetensors",
+        {**header(name, size), "mean": json.dumps([1.0, 2.0, 3.0]), "std": "[4, 5, 6]"},
+    )
     return model
 
 
@@ -41,7 +45,7 @@ def test_strangers_get_the_same_features(tmp_path):
     result = torch.load(tmp_path / "result.pt")
     with torch.no_grad():
         ours = model(images)
-    assert set(result) == {"timm", "torchvision", "onnx"}
+    assert set(result) == {"timm", "hub", "torchvision", "onnx"}
     for theirs in result.values():
         assert (theirs - ours).abs().max() <= 1e-5 * ours.abs().max()
 
@@ -62,7 +66,7 @@ def test_a_network_that_the_other_side_lacks_is_refused(tmp_path):
     run_directory(tmp_path, "resnet10-narrow", 28)
     with pytest.raises(UserError, match=r"torchvision has no 'resnet10-narrow'.*--to timm"):
         export(tmp_path, "torchvision")
-    with pytest.raises(UserError, match="unknown target 'jax'; valid: timm, torchvision, onnx"):
+    with pytest.raises(UserError, match="unknown target 'jax'; valid: timm, hub, torchvision, onnx"):
         export(tmp_path, "jax")
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import command
 from pictures import class_folders, encoded, jpeg, pixels
 
-from manyview.pipeline.convert.sources import Source, arrays, datasets, imagenet, shards
+from manyview.pipeline.convert.sources import Reading, Source, arrays, datasets, imagenet, shards
 from manyview.pipeline.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_a_tree_without_class_folders_has_no_labels(tmp_path):
     assert names(found) == {"train": ["a.jpg", "b.png"]}
     assert found.classes == [] and (found.splits[0].labels == -1).all() and not found.problems
     class_folders(tmp_path / "other", 1, 2)
-    assert (datasets.load("folder", tmp_path / "other", unlabelled=True).splits[0].labels == -1).all()
+    assert (datasets.load("folder", tmp_path / "other", Reading(unlabelled=True)).splits[0].labels == -1).all()
 
 
 def test_an_image_beside_the_class_folders_is_a_problem_and_the_others_keep_their_labels(tmp_path):
@@ -53,7 +53,7 @@ def test_an_image_beside_the_class_folders_is_a_problem_and_the_others_keep_thei
     assert [split.labels.tolist() for split in found.splits] == [[0, 1], [0, 1, 1]]
     assert [(item["split"], item["name"]) for item in found.problems] == [("train", "stray.jpg")]
     assert "beside the class folders" in found.problems[0]["reason"] and "--unlabelled" in found.problems[0]["reason"]
-    everything = datasets.load("folder", tmp_path, unlabelled=True)
+    everything = datasets.load("folder", tmp_path, Reading(unlabelled=True))
     assert names(everything)["train"][-1] == "stray.jpg" and not everything.problems and everything.classes == []
 
 
@@ -72,7 +72,7 @@ def test_a_class_named_like_a_split_is_asked_about(tmp_path):
     assert names(datasets.load("folder", tmp_path)) == {"train": ["x.jpg"]}
 
 
-def test_beside_val_the_test_split_is_left_out_and_two_of_val_are_refused(tmp_path, capsys):
+def test_beside_val_the_test_split_is_left_out_and_two_of_val_are_refused(tmp_path):
     for split in ("train", "valid", "test"):
         class_folders(tmp_path, 1, 2, split=split)
     found = datasets.load("folder", tmp_path)
@@ -80,7 +80,7 @@ def test_beside_val_the_test_split_is_left_out_and_two_of_val_are_refused(tmp_pa
     path = tmp_path / "valid" / "class0" / "photo0.jpg"
     path.write_bytes(jpeg(99))
     assert found.splits[1].read(0).tobytes() == path.read_bytes()
-    assert capsys.readouterr().err == f"note: {tmp_path}/test is left out, val is {tmp_path}/valid\n"
+    assert found.notes == ["test is left out, val is valid"]
     class_folders(tmp_path, 1, 2, split="val")
     with pytest.raises(UserError, match="holds val and valid: which of them is val"):
         datasets.load("folder", tmp_path)

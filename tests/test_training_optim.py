@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +49,47 @@ def test_biases_and_norms_do_not_decay(name):
     optimizer.step()
     moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
     assert moved == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("network", "exempt"),
+    [
+        ("vit_tiny_patch16_224", {"cls_token", "pos_embed"}),
+        ("vit_small_patch14_reg4_dinov2", {"cls_token", "pos_embed", "reg_token"}),
+        ("convnext_atto", set()),  # layer scales are 1-D
+        ("poolformerv2_s12", set()),
+        (
+            "swinv2_tiny_window8_256",
+            {"logit_scale", "cpb_mlp.0.weight", "cpb_mlp.2.weight"},
+        ),  # in its no_weight_decay()
+        ("levit_128s", {"attention_biases"}),
+    ],
+)
+def test_tokens_positions_and_what_networks_exempt_do_not_decay(network, exempt):
+    with torch.device("meta"):
+        model = nn.Sequential(OrderedDict(backbone=timm.create_model(network, num_classes=0)))
+    weights, others = optim.by_decay(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert len(weights) + len(others) == len(names)
+    assert all(names[id(p)].endswith(".weight") for p in weights)
+    wide = {names[id(p)] for p in others if p.ndim > 1}
+    assert {next((end for end in exempt if name.endswith(end)), name) for name in wide} == exempt
+
+
+def test_lars_adapts_the_rate_of_weights_and_not_of_biases():
+    """You et al. 2017: a step's length is the rate times 0.001 times the weights' norm, whatever the gradient's; without
+    weight decay too. Biases move by plain SGD."""
+    for decay in (0.0, 1e-9):
+        for scale in (1.0, 1000.0):
+            layer = nn.Linear(6, 5)
+            before = [p.detach().clone() for p in layer.parameters()]
+            optimizer = optim.create("lars", layer, 0.5, decay)
+            for p in layer.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * scale
+            optimizer.step()
+            weight, bias = ((a - b.detach()) for a, b in zip(before, layer.parameters()))
+            assert weight.norm().item() == pytest.approx(0.5 * 0.001 * before[0].norm().item(), rel=1e-4)
+            torch.testing.assert_close(bias, 0.5 * layer.bias.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "muon"])
@@ -101,3 +144,23 @@ def test_muon_moves_a_kernel_by_an_orthogonal_matrix_and_a_norm_as_adam_does():
         step, step[:1].expand(16), rtol=0.01, atol=0
     )  # as large for a small gradient as for a large
     assert step[0] < 0
+
+
+def test_a_run_that_goes_on_in_fp16_starts_a_fresh_scale():
+    def update(dtype: torch.dtype) -> Update:
+        module = nn.Linear(2, 2)
+        return Update(module, optim.create("sgd", module, 0.1, 0.0), dtype)
+
+    def scale_after(before: torch.dtype, after: torch.dtype, drop: bool = False) -> float:
+        state = update(before).state_dict()
+        state["scale"] /= 4  # as after two overflows
+        if drop:
+            del state["half"]  # a checkpoint of an older version
+        resumed = update(after)
+        resumed.load_state_dict(state)
+        return resumed.scale(torch.ones(())).item()
+
+    half, brain = torch.float16, torch.bfloat16
+    assert scale_after(half, half) == scale_after(half, half, drop=True) == 2.0**14
+    assert scale_after(brain, half) == 2.0**16
+    assert scale_after(half, brain) == scale_after(half, brain, drop=True) == 1.0

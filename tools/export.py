@@ -1,4 +1,4 @@
-"""Export a run's backbone: `python tools/export.py runs/NAME --to timm|torchvision|onnx`."""
+"""Export a run's backbone: `python tools/export.py runs/NAME --to timm|hub|torchvision|onnx`."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from manyview.model import card
 from manyview.model.export import export
 from manyview.pipeline import errors
 
@@ -19,20 +20,27 @@ from manyview.pipeline import errors
 class Config:
     source: Annotated[Path, tyro.conf.Positional]
     """A run directory, or a backbone.safetensors."""
-    to: Literal["timm", "torchvision", "onnx"] = "timm"
-    """The library that shall load it; it is loaded there and its features compared before anything is said."""
+    to: Literal["timm", "hub", "torchvision", "onnx"] = "timm"
+    """The library that shall load it; it is loaded there and its features compared before anything is said. hub: a folder
+    with weights, timm's config.json and a model card, as the Hugging Face hub has them."""
     out: Path | None = None
-    """The file to write; by default in export/ beside the weights."""
+    """The file (of hub: the folder) to write; by default in export/ beside the weights."""
+    push: str = ""
+    """With --to hub: also upload the folder to this repository (OWNER/NAME) of the Hugging Face hub."""
 
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
+    if config.push and config.to != "hub":
+        raise errors.UserError(f"--push goes with --to hub, not {config.to}")
     file, snippet, difference = export(config.source, config.to, config.out)
     print(snippet)
     checked = f"features differ from ours by {difference:.0e} of the largest at most"
     if difference is None:
         checked = "not compared with ours, which needs: pip install onnxruntime"
     print(f"# {file}: {checked}")
+    if config.push:
+        print(f"# {card.push(file, config.push)}")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manyview.pipeline.convert.write import write_shards
-from manyview.pipeline.manifest import Options, read_manifest
-
 if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
 
-from manyview.pipeline import errors, storage, store
-from manyview.pipeline.convert import adopt, verify
+from manyview.pipeline import errors, store
+from manyview.pipeline.convert import adopt, summary, verify
+from manyview.pipeline.convert.sources import Reading
+from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.errors import UserError
+from manyview.pipeline.manifest import Options, read_manifest
 
 
 @dataclass
@@ -49,9 +49,20 @@ class Write:
     max_rejected: str = "1%"
     """Images that may be set aside before the conversion counts as failed: a percentage or a fraction."""
     max_pixels: int = 100_000_000
-    """Larger images are set aside."""
+    """Larger images are set aside. Each process may need 12 bytes a pixel of this (20 for colors of 16 bits): 1.2 GB."""
+    white: float = 0
+    """The value that becomes white in images of more than 8 bits: 4095 for 12 bits in files of 16. 0 = what the file's type
+    holds, of which the upper 8 bits are kept."""
     unlabelled: bool = False
-    """Folders are not classes."""
+    """Folders are not classes, labels are not read."""
+    labels: Path | None = None
+    """A table of labels (csv, tsv, json, jsonl or text), a row an image. It labels the splits whose images it names."""
+    name_column: str = ""
+    """Its column of file names (with or without folders and suffix), if it has no usual name."""
+    label_column: str = ""
+    """Its column of labels, if it has no usual name or holds text of which no two are the same."""
+    disjoint: bool = False
+    """Splits may have no class in common (few-shot sets)."""
     check: str = "decode"
     """decode: every image completely, once. headers: trust JPEGs that begin and end as they should (a sixteenth is decoded
     for the statistics): 2.2 times as fast with 3.6 times less work for the cores (results/shards.md), for photos that were
@@ -64,15 +75,18 @@ class Write:
     def run(self) -> int:
         options = Options(
             self.dataset, self.format, self.encoding, self.size, self.quality, self.max_pixels, self.seed, self.shard_mb,
-            self.unlabelled, self.check,
+            self.unlabelled, self.check, white=self.white,
         )  # fmt: skip
+        reading = Reading(
+            self.download, labels=self.labels, columns=(self.name_column, self.label_column), disjoint=self.disjoint
+        )
         out = self.out or Path("shards") / self.dataset
         start = time.perf_counter()
         manifest = write_shards(
-            options, self.source, out, jobs=self.jobs, max_rejected=fraction(self.max_rejected), download=self.download,
+            options, self.source, out, jobs=self.jobs, max_rejected=fraction(self.max_rejected), reading=reading,
             executor=self.executor,
         )  # fmt: skip
-        print(f"{summary(out, manifest)} in {time.perf_counter() - start:.1f} s")
+        print(f"{summary.text(out, manifest)}\n{time.perf_counter() - start:.1f} s")
         return 0
 
 
@@ -88,7 +102,7 @@ class Verify:
         for line in problems:
             print(line)
         manifest = read_manifest(self.path)
-        print(f"{summary(self.path, manifest or {})}: {len(problems)} problems")
+        print(f"{summary.text(self.path, manifest or {}).splitlines()[0]}: {len(problems)} problems")
         return 1 if problems else 0
 
 
@@ -104,6 +118,7 @@ class List:
     def run(self) -> int:
         for split in store.splits(self.path):
             show(store.Store(self.path, split), self.records)
+        print(summary.text(self.path, read_manifest(self.path) or {}))
         return 0
 
 
@@ -119,10 +134,14 @@ class Index:
     """Processes; 0 = one a core."""
     max_rejected: str = "1%"
     """Images that may be left out before this counts as failed."""
+    disjoint: bool = False
+    """Splits may have no class in common (few-shot sets)."""
 
     def run(self) -> int:
-        manifest = adopt.adopt(self.source, self.out, jobs=self.jobs, max_rejected=fraction(self.max_rejected))
-        print(summary(self.out or self.source, manifest))
+        manifest = adopt.adopt(
+            self.source, self.out, jobs=self.jobs, max_rejected=fraction(self.max_rejected), disjoint=self.disjoint
+        )
+        print(summary.text(self.out or self.source, manifest))
         return 0
 
 
@@ -144,11 +163,15 @@ class Import:
     """Processes; 0 = one a core."""
     max_rejected: str = "1%"
     """Images that may be set aside before the conversion counts as failed."""
+    unlabelled: bool = False
+    """Labels are not read."""
+    disjoint: bool = False
+    """Splits may have no class in common (few-shot sets)."""
 
     def run(self) -> int:
         return Write(
             "shards", self.source, self.out, self.format, self.encoding, self.size,
-            jobs=self.jobs, max_rejected=self.max_rejected,
+            jobs=self.jobs, max_rejected=self.max_rejected, unlabelled=self.unlabelled, disjoint=self.disjoint,
         ).run()  # fmt: skip
 
 
@@ -177,13 +200,6 @@ def show(data: store.Store, records: int) -> None:
 
 def rounded(values: tuple[float, ...]) -> str:
     return "/".join(f"{value:.1f}" for value in values)
-
-
-def summary(out: Path, manifest: dict) -> str:
-    parts = [f"{split['count']:,} {name}" for name, split in manifest["splits"].items()]
-    ignored = manifest["source"].get("ignored", 0)  # older shards did not count them
-    others = f", {ignored} files of other types ignored" if ignored else ""
-    return f"{storage.where(out)}: {', '.join(parts)} images, {manifest['format']}, {manifest['rejected']} rejected{others}"
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

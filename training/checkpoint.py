@@ -23,8 +23,8 @@ def path_of(folder: Path, step: int) -> Path:
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in `folder`, oldest first."""
-    found = (re.fullmatch(r"step-(\d{9})\.pt", p.name) for p in folder.glob("step-*.pt"))
-    return sorted(int(m[1]) for m in found if m)
+    matches = (re.fullmatch(r"step-(\d{9})\.pt", p.name) for p in folder.glob("step-*.pt"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def save(folder: Path, state: dict[str, Any], keep_last: int, keep_every: int) -> None:
@@ -50,6 +50,21 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read as a checkpoint ({said}); remove it to go on from the one before"
         ) from error
+
+
+def weights(path: Path) -> dict[str, torch.Tensor] | None:
+    """Backbone and projector in `path`, the average of the weights where the run kept one; None where it is no checkpoint of
+    train.py's."""
+    if path.suffix != ".pt" or not path.is_file():
+        return None
+    try:
+        state = load(path)
+    except UserError:  # a file of someone else's
+        return None
+    if not isinstance(state, dict) or not {"step", "encoder", "identity"} <= state.keys():
+        return None
+    tensors = state["average"] or state["encoder"]
+    return {key.removeprefix("module."): value for key, value in tensors.items() if key != "n_averaged"}
 
 
 def random_state() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -301,12 +300,18 @@ def _check_names(config: Config) -> list[str]:
 
 
 def objective_options(config: Config) -> dict[str, Any]:
-    """What the flags say about the objective, None where its own default holds."""
-    return {
-        "form": None if config.form == "auto" else config.form,
-        "standardize": None if config.standardize == "auto" else config.standardize,
-        "beta": "auto" if config.beta == "auto" else beta(config),
-    }
+    """What the flags say about the objective: all settings that have the name of an objective's option. None where the
+    objective's own default holds."""
+    from manyview.model import objective
+
+    own = objective.options_of(config.objective) if config.objective in objective.OBJECTIVES else []
+    every = dict.fromkeys(name for key in objective.OBJECTIVES for name in objective.options_of(key))
+    options: dict[str, Any] = {}
+    for name in (name for name in every if hasattr(config, name)):
+        value = getattr(config, name)
+        untouched = value == "auto" or (name not in own and value == getattr(Config, name))
+        options[name] = None if untouched else beta(config) if name == "beta" else value
+    return options
 
 
 def beta(config: Config) -> float | None:
@@ -327,7 +332,3 @@ def to_json(config: Config) -> dict[str, Any]:
             storage.where(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         )
     return plain
-
-
-def save(config: Config, path: Path, **resolved: Any) -> None:
-    path.write_text(json.dumps({**to_json(config), **resolved}, indent=2) + "\n")

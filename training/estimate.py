@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from manyview.pipeline import views
+from manyview.pipeline.errors import UserError
 from manyview.pipeline.store import Store, training_split
+from manyview.pipeline.views import Group, Policy
 from manyview.training import checkpoint, setup
 from manyview.training.config import Config
+from manyview.training.setup import Training
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,53 @@ class Estimate:
     bytes_per_view: int
     fixed_bytes: int  # weights, gradients and two optimizer moments
 
-    def memory(self, views: int) -> int:
-        return self.fixed_bytes + views * self.bytes_per_view
-
     def rows_that_fit(self, available: int) -> int:
         return max(0, (available - self.fixed_bytes) // self.bytes_per_view)
 
 
+def trials(training: Training, policy: Policy, device: torch.device, rows: int) -> list[Estimate]:
+    """A trial for each group of views, of at most `rows` rows. UserError where the network does not take its size."""
+    costs = []
+    for group in policy.groups:
+        try:
+            costs.append(trial(training.model, group.size, device, training.autocast, rows))
+        except (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            way = _size_that_works(training.model, group, policy)
+            raise UserError(f"this backbone does not train on views of {group.size} px: {reason}{way}") from error
+    return costs
+
+
+def _size_that_works(model: nn.Module, group: Group, policy: Policy) -> str:
+    """For local crops, the next larger size that the network takes, looked for on the meta device."""
+    largest = policy.groups[0].size
+    if group is policy.groups[0]:
+        return ""
+    twin = copy.deepcopy(model).to("meta")
+    for size in range(group.size + 1, largest + 1):
+        with contextlib.suppress(Exception), torch.no_grad():
+            twin(torch.empty(2, 3, size, size, device="meta"))
+            return f"; try --augment local.size={size}"
+    return "; it cannot do --policy multicrop"
+
+
 def trial(
-    encoder: nn.Module, size: int, device: torch.device, autocast: Callable[[], AbstractContextManager]
+    encoder: nn.Module,
+    size: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    most_rows: int = 256,
 ) -> Estimate:
     """Time forward + backward of a copy of the encoder on random rows of (3, size, size), and count the saved bytes.
 
-    The copy and the restored generators keep the run itself untouched.
+    The copy and the restored generators keep the run itself untouched. The rows are few, so that memory is bounded, but
+    enough that the cost which a call has anyway does not show.
     """
     state = checkpoint.random_state()
     twin = copy.deepcopy(encoder)
-    rows = max(8, min(256, 2**18 // size**2))  # few, but enough that the cost a call has anyway does not show
+    rows = max(2, min(most_rows, 256, 2**18 // size**2))
     x = torch.randn(rows, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     saved: dict[int, int] = {}
 
@@ -92,7 +123,7 @@ def available_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def rows_in_graph(cfg: Config, policy: views.Policy, size: int, world: int) -> float:
+def rows_in_graph(cfg: Config, policy: Policy, size: int, world: int) -> float:
     """Rows of size x size whose activations live at once, on one rank; local crops count by their area."""
     weights = [(g.count, (g.size / size) ** 2) for g in policy.groups]
     live = (
@@ -103,21 +134,26 @@ def rows_in_graph(cfg: Config, policy: views.Policy, size: int, world: int) -> f
     return live * cfg.batch_size / world
 
 
-def step_memory(cost: Estimate, cfg: Config, policy: views.Policy, size: int, world: int) -> int:
-    return cost.memory(math.ceil(rows_in_graph(cfg, policy, size, world)))
+def step_memory(costs: list[Estimate], cfg: Config, policy: Policy, world: int) -> int:
+    """Bytes of a step on one rank. costs: of each group of views."""
+    live = [
+        min(cfg.view_chunk or group.count, group.count) * cost.bytes_per_view
+        for cost, group in zip(costs, policy.groups)
+    ]
+    return costs[0].fixed_bytes + (max(live) if cfg.view_chunk else sum(live)) * cfg.batch_size // world
 
 
-def step_seconds(cost: Estimate, cfg: Config, policy: views.Policy, size: int, world: int) -> float:
+def step_seconds(costs: list[Estimate], cfg: Config, policy: Policy, world: int) -> float:
     """Network time of a step; chunks embed everything once more without a graph (about a third on top)."""
-    rows = sum(g.count * (g.size / size) ** 2 for g in policy.groups) * cfg.batch_size / world
-    return cost.seconds_per_view * rows * (4 / 3 if cfg.view_chunk else 1)
+    seconds = sum(cost.seconds_per_view * group.count for cost, group in zip(costs, policy.groups))
+    return seconds * cfg.batch_size / world * (4 / 3 if cfg.view_chunk else 1)
 
 
 def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
     """What was asked for, what would fit by the estimate, and which flag to turn."""
     store = Store(cfg.data, training_split(cfg.data))
     size = cfg.size or store.default_size()
-    policy = views.policy(cfg.policy, cfg.views, size, views.overrides(cfg.augment))
+    policy = setup.policy(cfg, size)
     asked = f"out of memory with {policy.views} views x {cfg.batch_size // world} images x {size} px a process"
     gc.collect()
     try:
@@ -128,12 +164,12 @@ def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
     return f"{asked}; {what_fits(cfg, policy, size, world, rows)}"
 
 
-def what_fits(cfg: Config, policy: views.Policy, size: int, world: int, rows: int) -> str:
+def what_fits(cfg: Config, policy: Policy, size: int, world: int, rows: int) -> str:
     """Flags with which at most `rows` rows are in the graph on a rank: less than what was asked for, whatever the estimate."""
     wanted = rows_in_graph(cfg, policy, size, world)
     rows = min(rows, int(wanted / 2))  # it did not fit, so an estimate of more than that is wrong
     batch = int(cfg.batch_size * rows / wanted) // world * world
-    ways = [f"--batch-size {batch}"] if batch >= max(2, world) else []
+    ways = [f"--batch-size {batch}"] if batch >= 2 * world else []
     chunk = rows * world // cfg.batch_size
     if 1 <= chunk < (cfg.view_chunk or policy.views):
         ways.append(f"--bn view --view-chunk {chunk}")

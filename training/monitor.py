@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +32,24 @@ class Appended:
 
     def write(self, line: str) -> None:
         self.left += line.encode() + b"\n"
+        start, written = os.fstat(self.file.fileno()).st_size, 0
         try:
-            while self.left:
-                self.left = self.left[self.file.write(self.left) or 0 :]
+            while written < len(self.left):
+                written += self.file.write(self.left[written:]) or 0
         except OSError as error:
+            written = self.left.rfind(b"\n", 0, written) + 1
+            os.truncate(self.path, start + written)  # no half line
             if not self.warned:
-                print(f"warning: {self.path}: {error.strerror}; its lines wait for room", file=sys.stderr)
+                say_on_stderr(f"warning: {self.path}: {error.strerror}; its lines wait for room")
             self.warned = True
+        self.left = self.left[written:]
 
     def close(self) -> None:
         self.file.close()
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line.
+    """metrics.jsonl: one JSON object a line. JSON has neither NaN nor infinity: they are null.
 
     On resume the lines after `step` are cut off (the steps are taken again), so the file has no gap and no double.
     """
@@ -54,10 +61,19 @@ class Metrics:
         self.file = Appended(path)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row))
+        try:
+            self.file.write(json.dumps(row, allow_nan=False))
+        except ValueError:
+            self.file.write(json.dumps(_finite(row)))
 
     def close(self) -> None:
         self.file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:
@@ -73,7 +89,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Console:
-    """Messages to the terminal and log.txt; `live` rewrites one line on a terminal and prints plain lines elsewhere."""
+    """Messages to the terminal and log.txt; `live` rewrites one line on a terminal and prints plain lines elsewhere.
+
+    A terminal or pipe that goes away costs the messages, not the run.
+    """
 
     def __init__(self, path: Path | None, quiet: bool):
         self.file = Appended(path) if path else None
@@ -84,39 +103,80 @@ class Console:
     def say(self, text: str) -> None:
         if self.file:
             self.file.write(text)
-        if not self.quiet:
-            if self.open_line:
-                print()
-                self.open_line = False
-            print(text, flush=True)
+        self._print(("\n" if self.open_line else "") + text + "\n")
+        self.open_line = False
 
     def live(self, text: str) -> None:
         if not self.tty:
             return self.say(text)
         if self.file:
             self.file.write(text)
-        if not self.quiet:
-            print("\r\x1b[2K" + text, end="", flush=True)
-            self.open_line = True
+        self._print("\r\x1b[2K" + text)
+        self.open_line = True
+
+    def _print(self, text: str) -> None:
+        if self.quiet:
+            return
+        try:
+            print(text, end="", flush=True)
+        except OSError:
+            self.quiet = True
+            _to_nowhere(sys.stdout)
 
     def close(self) -> None:
         if self.open_line:
-            print()
+            self._print("\n")
         if self.file:
             self.file.close()
 
 
+def say_on_stderr(text: str) -> None:
+    try:
+        print(text, file=sys.stderr)
+    except OSError:
+        _to_nowhere(sys.stderr)
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Where nobody listens any more, later writes and the flush at exit must not fail either."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """UserError where one of them is not installed."""
+    for name in names:
+        try:
+            importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
+        except ImportError as error:
+            raise UserError(f"--log {name}: not installed; run: pip install {name}") from error
+
+
 class Tracker:
-    """Thin adapters to experiment trackers, offline unless the user's own environment says otherwise."""
+    """Thin adapters to experiment trackers, offline unless the user's own environment says otherwise.
+
+    A run has one id, kept in its directory, under which a resumed run goes on. A tracker that fails while the run goes on
+    is left out from then on, and said.
+    """
 
     def __init__(self, names: tuple[str, ...], folder: Path, config: dict[str, Any], start: int = 0):
-        self.start = start  # the step gone on from
-        self.sinks: list[Any] = []
+        check_trackers(names)
+        self.folder, self.start = folder, start  # the step gone on from
+        self.sinks: dict[str, Any] = {}
         for name in names:
             try:
-                self.sinks.append(getattr(self, f"_{name}")(folder, config))
-            except ImportError as error:
-                raise UserError(f"--log {name}: not installed; run: pip install {name}") from error
+                self.sinks[name] = getattr(self, f"_{name}")(folder, config)
+            except Exception as error:  # they raise many kinds: no network, no login, a damaged database
+                raise UserError(f"--log {name} does not start: {_line(error)}") from error
+
+    @property
+    def id(self) -> str:
+        """Made once."""
+        path = self.folder / "tracker-id"
+        if not path.exists():
+            files.write(path, uuid.uuid4().hex + "\n")
+        return path.read_text().strip()
 
     def _tensorboard(self, folder: Path, config: dict[str, Any]) -> Any:
         from torch.utils.tensorboard import SummaryWriter
@@ -133,24 +193,39 @@ class Tracker:
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
-        run = wandb.init(project="manyview", dir=str(folder), config=config, mode=mode, name=folder.name)
+        run = wandb.init(
+            project="manyview", dir=str(folder), config=config, mode=mode, name=folder.name, id=self.id, resume="allow"
+        )
         return (lambda row: run.log(row, step=row["step"])), run.finish
 
     def _trackio(self, folder: Path, config: dict[str, Any]) -> Any:
         os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
         import trackio
 
-        run = trackio.init(project="manyview", name=folder.name, config=config)
-        return run.log, trackio.finish
+        # its runs are known by their names
+        run = trackio.init(project="manyview", name=f"{folder.name}-{self.id[:8]}", config=config, resume="allow")
+        return (lambda row: run.log(row, step=row["step"])), trackio.finish
 
     def write(self, row: dict[str, Any]) -> None:
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
-        for write, _ in self.sinks:
-            write(numbers)
+        for name, (write, _) in list(self.sinks.items()):
+            self._try(name, write, numbers)
 
     def close(self) -> None:
-        for _, close in self.sinks:
-            close()
+        for name, (_, close) in list(self.sinks.items()):
+            self._try(name, close)
+
+    def _try(self, name: str, call: Any, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:  # no tracker is worth a run
+            del self.sinks[name]
+            say_on_stderr(f"warning: --log {name} failed and is left out from now on: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.optim import Lars, Muon
@@ -12,8 +13,8 @@ from torch import nn
 # Base learning rate and how it grows with the batch, per optimizer. The batch is counted in images, not views, so that
 # V alone never changes the rate. lars: Barlow Twins' 0.2-0.3 per 256 images, linear (You et al. 2017, Zbontar et al. 2021);
 # sgd: lightly's and solo-learn's 0.06 per 256 on small images, linear; adamw: 1e-3 per 256, square root (Malladi et al. 2022);
-# muon: 0.01 whatever the batch, whose gradient only gives the direction (measured at 64 images x 4 to 8 views: docs/recipes.md).
-RULES = {"lars": (0.3, 1.0), "sgd": (0.06, 1.0), "adamw": (1e-3, 0.5), "muon": (1e-2, 0.0)}
+# muon: 0.03 whatever the batch, whose gradient only gives the direction (64 and 128 images x 4 views: docs/recipes.md).
+RULES = {"lars": (0.3, 1.0), "sgd": (0.06, 1.0), "adamw": (1e-3, 0.5), "muon": (3e-2, 0.0)}
 MOMENTUM = 0.9
 
 
@@ -43,26 +44,44 @@ def schedule(peak: float, steps: int, warmup: int, final: float = 0.001) -> Call
 
 
 def create(name: str, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """The optimizer over `module`; biases and normalization parameters (ndim <= 1) get no weight decay and, under LARS,
-    no layer-wise rate. torch's own are fused: one kernel for all tensors, no host sync under a GradScaler.
+    """The optimizer over `module`; weight matrices and kernels alone decay and, under LARS, have a layer-wise rate. torch's
+    own are fused: one kernel for all tensors, no host sync under a GradScaler.
 
     muon: momentum whose matrices are made orthogonal (Jordan 2024), scaled so that an AdamW rate fits (timm's
-    `match_rms_adamw`); kernels count as matrices of one row a channel, and AdamW takes what gets no weight decay."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    `match_rms_adamw`); kernels count as matrices of one row a channel, and AdamW takes what does not decay."""
+    weights, others = by_decay(module)
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(MOMENTUM, 0.999), fused=True)
     if name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=True, fused=True)
         # torch would make them uninitialized in the first step, and where the scaler skips that one (fp16's always) use them so.
-        for p in parameters:
+        for p in [*weights, *others]:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return optimizer
     if name == "muon":
         for group, is_matrix in zip(groups, (True, False)):
             group["use_muon"] = is_matrix
         return Muon(groups, lr=lr, nesterov=True)
+    groups[0]["always_adapt"] = True  # else timm's LARS is plain SGD where nothing decays
     return Lars(groups, lr=lr, momentum=MOMENTUM)
+
+
+def by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trained: weight matrices and kernels, and all the rest, which does not decay.
+
+    The rest are biases, the parameters of norms, layer scales, tokens, position embeddings and biases, and whatever a
+    timm network names in its `no_weight_decay()`.
+    """
+    exempt = [f"{place}.{name}" for place, m in module.named_modules() for name in getattr(m, "no_weight_decay", set)()]
+    weights: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, p in module.named_parameters():
+        kept = any(f".{name}.".startswith(f".{place.removeprefix('.')}.") for place in exempt)
+        is_weight = p.ndim > 1 and name.endswith("weight") and not kept
+        if p.requires_grad:
+            (weights if is_weight else others).append(p)
+    return weights, others

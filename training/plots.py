@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from manyview.pipeline import files
 from manyview.training.monitor import read_metrics
 
 STYLE: Any = {
@@ -55,9 +56,12 @@ def _smooth(y: np.ndarray) -> np.ndarray:
     return np.convolve(y, kernel, "same") / np.convolve(np.ones_like(y), kernel, "same")
 
 
-def _finish(run: Path, name: str) -> None:
+def save(path: Path) -> None:
+    """The current figure as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     plt.tight_layout()
-    plt.savefig(run / "plots" / name, metadata={"Software": None})
+    with files.whole(path) as file:
+        plt.savefig(file, format="png", metadata={"Software": None})
     plt.close()
 
 
@@ -72,7 +76,7 @@ def _loss(run: Path, rows: list[dict[str, Any]]) -> None:
         ax.set_yscale("log")
     ax.set(title="Loss", xlabel="step", ylabel="loss per batch")
     ax.legend()
-    _finish(run, "loss.png")
+    save(run / "plots" / "loss.png")
 
 
 def _accuracy(run: Path, rows: list[dict[str, Any]]) -> None:
@@ -88,7 +92,7 @@ def _accuracy(run: Path, rows: list[dict[str, Any]]) -> None:
         ax.locator_params(axis="x", nbins=4)  # half a picture wide, and numbers as long as 0.0125
     axes[0].set(title="Online probes, training images", ylabel="accuracy (%)")
     axes[0].legend()
-    _finish(run, "accuracy.png")
+    save(run / "plots" / "accuracy.png")
 
 
 def _collapse(run: Path, rows: list[dict[str, Any]]) -> None:
@@ -108,7 +112,7 @@ def _collapse(run: Path, rows: list[dict[str, Any]]) -> None:
     twin.spines["right"].set_visible(True)
     lines = [*ax.lines, *twin.lines]
     ax.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
-    _finish(run, "collapse.png")
+    save(run / "plots" / "collapse.png")
 
 
 def _throughput(run: Path, rows: list[dict[str, Any]]) -> None:
@@ -122,7 +126,7 @@ def _throughput(run: Path, rows: list[dict[str, Any]]) -> None:
     twin.grid(False)
     twin.spines["right"].set_visible(True)
     ax.legend([ax.lines[0], twin.collections[0]], ["views/s", "waiting for data"], loc="center right")
-    _finish(run, "throughput.png")
+    save(run / "plots" / "throughput.png")
 
 
 def spectrum(eigenvalues: np.ndarray, path: Path, title: str) -> None:
@@ -135,7 +139,4 @@ def spectrum(eigenvalues: np.ndarray, path: Path, title: str) -> None:
         ax.loglog(rank, 1.0 / rank, "--", color="grey", linewidth=1, label="1 / i")
         ax.set(title=title, xlabel="component i", ylabel="eigenvalue / largest")
         ax.legend()
-        plt.tight_layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plt.savefig(path, metadata={"Software": None})
-        plt.close()
+        save(path)

@@ -1,7 +1,9 @@
-"""Being asked to stop: by SIGTERM, or by SIGUSR1 or SIGUSR2, which schedulers send before they kill."""
+"""Being asked to stop: by SIGTERM, by SIGUSR1 or SIGUSR2, which schedulers send before they kill, or by Ctrl-C."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from typing import Any
 
@@ -22,11 +24,30 @@ class Stop:
     def __init__(self, device: torch.device):
         self.device, self.asked = device, False
         self.before: tuple[Tensor, Any] | None = None
-        for sign in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(sign, self._ask)
+        self.handlers: dict[int, Any] = {}  # as they were
 
-    def _ask(self, *_: Any) -> None:
+    def __enter__(self) -> Stop:
+        for sign in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            self.handlers[sign] = signal.signal(sign, self._ask)
+        return self
+
+    def listen_to_ctrl_c(self) -> None:
+        """From here on there is something to save, so the first Ctrl-C asks too; the second one interrupts at once."""
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it in its background
+            self.handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._ask)
+
+    def __exit__(self, *_: Any) -> None:
+        for sign, handler in self.handlers.items():
+            signal.signal(sign, handler)
+
+    def _ask(self, sign: int, *_: Any) -> None:
         self.asked = True
+        if sign == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with contextlib.suppress(OSError):
+                os.write(
+                    2, b"\nstopping after this step; once more to stop at once\n"
+                )  # print may be what was interrupted
 
     def __call__(self) -> bool:
         """To be called once a step, on every rank."""

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from manyview.model import backbone, objective, projector
 from manyview.model.objective import Loss
-from manyview.training import config, optim, precision
+from manyview.pipeline import views
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.views import Policy
+from manyview.training import checkpoint, config, optim, precision
 from manyview.training.config import Config
 from manyview.training.step import (
     Objective,
@@ -41,11 +44,24 @@ class Training:
     precision: str  # its name, and why
     lr: float  # at the peak
     lr_rule: str  # where it comes from
+    weights: str  # where those come from
+
+
+def policy(cfg: Config, size: int) -> Policy:
+    """The views that `cfg` asks for, global ones of `size` pixels. A network of patches gets local crops of whole ones."""
+    changes = views.overrides(cfg.augment)
+    asked = views.policy(cfg.policy, cfg.views, size, changes)
+    if len(asked.groups) == 1 or {"size", "local.size"} & changes.keys():
+        return asked
+    patch = backbone.patch_size(cfg.backbone, image_size=size, stem=cfg.stem)
+    whole = max(1, round(asked.groups[1].size / patch)) * patch
+    return views.policy(cfg.policy, cfg.views, size, {**changes, "local.size": whole})
 
 
 def network(cfg: Config, size: int) -> PretrainingModel:
     """Backbone and projector with fresh weights, on the CPU."""
-    trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem)
+    several_sizes = len({group.size for group in policy(cfg, size).groups}) > 1
+    trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem, other_sizes=several_sizes)
     return PretrainingModel(
         trunk, projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
     )
@@ -58,8 +74,7 @@ def create(cfg: Config, size: int, device: torch.device) -> Training:
     go over all its ranks. UserError for a backbone, objective or file of weights that does not fit.
     """
     model: Any = network(cfg, size)
-    if cfg.init_from:
-        backbone.fill(model.backbone, cfg.backbone, cfg.init_from)
+    weights = fill(model, cfg) if cfg.init_from else "fresh weights"
     model.to(device, memory_format=torch.channels_last)
     synchronize_batchnorm(model, device)
     loss_of = objective.create(cfg.objective, **config.objective_options(cfg))
@@ -76,13 +91,50 @@ def create(cfg: Config, size: int, device: torch.device) -> Training:
     gradients = partial(
         step, _wrapped(model, cfg.compile, device), objective=loss_of, scale=update.scale, autocast=autocast
     )
-    return Training(model, loss_of, optimizer, update, gradients, autocast, dtype, reason, lr, lr_rule)
+    return Training(model, loss_of, optimizer, update, gradients, autocast, dtype, reason, lr, lr_rule, weights)
+
+
+def fill(model: PretrainingModel, cfg: Config) -> str:
+    """Start `model` from --init-from: one of train.py's checkpoints has a backbone and, where it fits, a projector; any other
+    file of weights a backbone. Returns what was taken. UserError where it is another network's."""
+    path = cfg.init_from
+    assert path is not None
+    tensors = checkpoint.weights(path)
+    if tensors is None:
+        backbone.fill(model.backbone, cfg.backbone, path)
+        return f"backbone from {path}"
+    parts = {
+        part: {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
+        for part in ("backbone.", "projector.")
+    }
+    try:
+        model.backbone.load_state_dict(parts["backbone."], strict=True)
+    except RuntimeError as error:
+        what = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} holds another network than --backbone {cfg.backbone} ({what})") from error
+    own = {name: value.shape for name, value in model.projector.state_dict().items()}
+    if own != {name: value.shape for name, value in parts["projector."].items()}:
+        return f"backbone from {path}, its projector has another shape"
+    model.projector.load_state_dict(parts["projector."])
+    return f"backbone and projector from {path}"
 
 
 def _wrapped(model: torch.nn.Module, compiled: bool, device: torch.device) -> Any:
     """What is called in a step: `model`, compiled and with its gradients averaged over ranks."""
-    called: Any = torch.compile(model) if compiled else model
+    called: Any = model
+    if compiled:
+        check_compiler(device)
+        called = torch.compile(model)
     if dist.is_initialized() and dist.get_world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
         called = torch.nn.parallel.DistributedDataParallel(called, device_ids=ids, broadcast_buffers=False)
     return called
+
+
+def check_compiler(device: torch.device) -> None:
+    """UserError where torch.compile cannot work here at all, as without a C++ compiler: the first step would be late."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # of the compiler's own kinds
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"--compile does not work here: {reason}") from error

@@ -236,11 +236,13 @@ class Update:
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        return self.scaler.state_dict()
+        return {"half": self.half, **self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """To be called when the encoder's own state is there."""
-        self.scaler.load_state_dict(state)
+        """To be called when the encoder's own state is there. A run that goes on in or out of fp16 starts a fresh scale."""
+        saved = dict(state)
+        if saved.pop("half", saved["scale"] != 1.0) == self.half:  # older checkpoints do not say it
+            self.scaler.load_state_dict(saved)
         self.statistics = RunningStatistics(self.encoder)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from manyview.pipeline import beton, codec, files, index, storage, tar
-from manyview.pipeline.convert import moments, pool
+from manyview.pipeline.convert import moments, pool, summary
 from manyview.pipeline.convert.sources import shards
 from manyview.pipeline.convert.write import check_options
 from manyview.pipeline.errors import UserError
@@ -31,7 +31,15 @@ class Found:
     moments: np.ndarray = field(default_factory=moments.nothing)
 
 
-def adopt(source: Path, out: Path | None = None, *, jobs: int = 0, max_rejected: float = 0.01, quiet=False) -> dict:
+def adopt(
+    source: Path,
+    out: Path | None = None,
+    *,
+    jobs: int = 0,
+    max_rejected: float = 0.01,
+    disjoint: bool = False,
+    quiet=False,
+) -> dict:
     """Index all tars and betons of `source` into `out` (default: there). Every image is decoded once, to be sure.
 
     Returns the manifest. UserError: a damaged shard, images that cannot be used as they are (`import` converts those).
@@ -58,7 +66,7 @@ def adopt(source: Path, out: Path | None = None, *, jobs: int = 0, max_rejected:
         )
     if suffixes == {tar.SUFFIX}:
         _dali_indexes(paths, out)
-    return _manifest(source, out, results, max_rejected)
+    return _manifest(source, out, results, max_rejected, disjoint)
 
 
 def adopt_shard(path: Path) -> Found:
@@ -97,7 +105,11 @@ def _adopt_record(record: shards.Record, data: np.ndarray, result: Found) -> Non
     if not whole:
         result.foreign.append(record.key)
         return
-    pixels = codec.decode(payload)
+    try:
+        pixels = codec.decode(payload)
+    except codec.UnknownSampling:
+        result.foreign.append(record.key)
+        return
     height, width = pixels.shape[:2]
     crc = crc32(np.ascontiguousarray(payload))
     result.moments += moments.of_pixels(pixels)
@@ -112,7 +124,7 @@ def _dali_indexes(tars: list[Path], out: Path) -> None:
             files.write(target, tar.dali_index(path))
 
 
-def _manifest(source: Path, out: Path, results: list[tuple[Path, Found]], max_rejected: float) -> dict:
+def _manifest(source: Path, out: Path, results: list[tuple[Path, Found]], max_rejected: float, disjoint: bool) -> dict:
     rejected = [item for _, result in results for item in result.rejected]
     total = len(rejected) + sum(len(result.rows) for _, result in results)
     write_rejected(out, rejected, total, max_rejected)
@@ -126,6 +138,8 @@ def _manifest(source: Path, out: Path, results: list[tuple[Path, Found]], max_re
         rows = [(next(numbered), *row[1:]) for row in result.rows]
         part = index.build(rows, [f"{path.stem}/{key}" if again else key for key in result.keys])
         by_split.setdefault(shards.split_of(path, source), []).append((path, result, part))
+    indexes = {split: index.concatenate([part for *_, part in found]) for split, found in sorted(by_split.items())}
+    notes = summary.check(classes, {split: rows["label"] for split, rows in indexes.items()}, disjoint)
     for split, found in sorted(by_split.items()):
         listed = [
             {"file": os.path.relpath(path, out), "count": len(part), "bytes": result.size, "sha256": result.sha256}
@@ -134,10 +148,8 @@ def _manifest(source: Path, out: Path, results: list[tuple[Path, Found]], max_re
         ]
         average = moments.average(sum((result.moments for _, result, _ in found), moments.nothing()))
         rejects = sum(len(result.rejected) for _, result, _ in found)
-        splits[split] = finish_split(
-            out, split, index.concatenate([part for *_, part in found]), listed, average, rejects
-        )
+        splits[split] = finish_split(out, split, indexes[split], listed, average, rejects)
     kind = "ffcv" if results[0][0].suffix == beton.SUFFIX else "webdataset"
     options = Options("shards", kind)
     digest = shards.digest([result.sha256 for _, result in results])
-    return write_manifest(out, options, classes, splits, len(rejected), digest)
+    return write_manifest(out, options, classes, splits, len(rejected), digest, notes=notes)

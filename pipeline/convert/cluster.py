@@ -31,8 +31,6 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
     jobs: tasks at a time; 0 = as many as the cluster has CPUs. UserError: no Ray or no cluster, the output is not shared,
     the disk is full, or a shard's worker died again and again.
     """
-    from tqdm import tqdm
-
     if not items:
         return {}
     ray, ours = _connect(quiet)
@@ -40,7 +38,7 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
     try:
         reference, task = ray.put(job), ray.remote(num_cpus=1, max_retries=RETRIES)(_convert)
         rows = iter(items.items())
-        with tqdm(total=total, unit="img", disable=quiet, smoothing=0.1) as bar:
+        with pool.Progress(total, quiet) as progress:
             while len(results) < len(items):
                 limit = jobs or 2 * int(ray.cluster_resources().get("CPU", 1))  # some in the queue: clusters grow by it
                 for name, row in islice(rows, max(0, limit - len(under_way))):
@@ -48,7 +46,7 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
                 for done in ray.wait(list(under_way))[0]:
                     name = under_way.pop(done)
                     results[name] = _result(ray, done, name, job.out)
-                    bar.update(len(items[name].samples))
+                    progress.update(sum(len(items[finished].samples) for finished in results))
     finally:
         for unfinished in under_way:
             ray.cancel(unfinished, force=True)

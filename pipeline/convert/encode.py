@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ TINY = 64  # images of this many pixels a side and under are stored raw: decodin
 MAX_SIDE = 65_500  # of a JPEG; .beton stores sides in 16 bits
 # What Pillow may be asked for: none that runs a program (EPS: Ghostscript) or reads another file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF")
-STRIP = 4_000_000  # pixels that are made RGB at a time
+STRIP = 1_000_000  # pixels that are made RGB at a time
 
 
 class Converted(NamedTuple):
@@ -255,35 +256,28 @@ def _bare_tiff(data: bytes) -> bytes:
 
 def _rgb(image, data: bytes, white: float) -> tuple[np.ndarray, str]:
     """(H, W, 3) uint8, and what was lost in words."""
-    bits = _bits(image, data)
+    bits, note = _bits(image, data), ""
     if image.mode.startswith(("I", "F")):
-        grey, note = _eight_bits(np.asarray(image), image.format == "TIFF", bits, white)
-        return np.repeat(grey[..., None], 3, axis=2), note
-    if bits > 8:
-        return _deep_colors(image, data, white)
-    return _strips(image), _dropped_bands(image)
+        values = np.asarray(image)
+        narrow, note = _narrower(values, bits, image.format == "TIFF", white)
+        return _by_strips(image.size, lambda top, end: narrow(values[top:end, :, None])), note
+    values = _deep_colors(data) if bits > 8 else None
+    if values is not None and values.shape[1::-1] == image.size:
+        narrow, note = _narrower(values[..., :3], bits, False, white)
+        pixels = _by_strips(image.size, lambda top, end: _deep_on_white(values[top:end], narrow))
+    else:
+        note = f"{bits} bits: the upper 8 were kept" if bits > 8 else ""
+        pixels = _by_strips(image.size, lambda top, end: _on_white(image.crop((0, top, image.width, end))))
+    return pixels, "; ".join(filter(None, [note, _dropped_bands(image)]))
 
 
-def _bits(image, data: bytes) -> int:
-    """Bits of a value in the file; Pillow does not tell of colors that it made 8 bits."""
-    if image.format == "PNG":
-        return data[24]
-    return max(image.tag_v2.get(258, (8,))) if image.format == "TIFF" else 8
-
-
-def _dropped_bands(image) -> str:
-    bands = image.tag_v2.get(277, 1) if image.format == "TIFF" else 0
-    more = bands > len(image.getbands()) or image.mode == "RGBX"
-    return "bands beyond red, green and blue were left out" if more else ""
-
-
-def _strips(image) -> np.ndarray:
-    """A few rows at a time, so that a large picture is in memory once and not four times."""
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, STRIP // image.width)
-    for top in range(0, image.height, rows):
-        strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
-        pixels[top : top + rows] = _on_white(strip)
+def _by_strips(size: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """(H, W, 3) uint8 of an image of `size` (width, height), some rows at a time: a large one is in memory once, and what is
+    worked with on the way is small. `rows(top, end)`: what becomes these rows."""
+    width, height = size
+    pixels, step = np.empty((height, width, 3), np.uint8), max(1, STRIP // width)
+    for top in range(0, height, step):
+        pixels[top : top + step] = rows(top, min(top + step, height))
     return pixels
 
 
@@ -296,44 +290,61 @@ def _on_white(image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _deep_colors(image, data: bytes, white: float) -> tuple[np.ndarray, str]:
-    """Colors of 16 bits, which OpenCV reads and Pillow cuts to 8."""
+def _deep_colors(data: bytes) -> np.ndarray | None:
+    """(H, W, bands) uint16, which Pillow cuts to 8 bits."""
     import cv2
 
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if (
-        values is None
-        or values.dtype != np.uint16
-        or values.ndim != 3
-        or values.shape[:2] != (image.height, image.width)
-    ):
-        return _strips(image), "colors of more than 8 bits: the upper 8 were kept"
-    colors, note = _eight_bits(values[..., 2::-1], False, 16, white)
-    if values.shape[2] == 4:
-        alpha = values[..., 3:].astype(np.float32) / 65_535
-        colors = np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    return colors, note or _dropped_bands(image)
+    return values if values is not None and values.dtype == np.uint16 and values.ndim == 3 else None
 
 
-def _eight_bits(values: np.ndarray, tiff: bool, bits: int, white: float) -> tuple[np.ndarray, str]:
-    """Values of more than 8 bits as 8, and in words what that cost.
+def _deep_on_white(values: np.ndarray, narrow: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """(h, W, 3 or 4) uint16 as OpenCV reads them, blue first, to (h, W, 3) uint8."""
+    colors = narrow(values[..., 2::-1])
+    if values.shape[2] == 3:
+        return colors
+    alpha = values[..., 3:].astype(np.float32) / 65_535
+    return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+
+def _bits(image, data: bytes) -> int:
+    """Bits of a value in the file; of colors Pillow makes 8 without telling."""
+    if image.format == "PNG":
+        return data[24]
+    return max(image.tag_v2.get(258, (8,))) if image.format == "TIFF" else 8
+
+
+def _dropped_bands(image) -> str:
+    bands = image.tag_v2.get(277, 1) if image.format == "TIFF" else 0
+    return (
+        "bands beyond red, green and blue were left out"
+        if bands > len(image.getbands()) or image.mode == "RGBX"
+        else ""
+    )
+
+
+def _narrower(
+    values: np.ndarray, bits: int, tiff: bool, white: float
+) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+    """What makes values of more than 8 bits to 8, and in words what that costs.
 
     `white`: the value that becomes 255; 0 = what the type says. 32 bits say nothing, so that a TIFF of them with
     values up to 255 is taken for one of 8 bits."""
     least, largest = values.min(), values.max()
     if white:
-        scaled = np.rint(np.clip(values * (255 / white), 0, 255)).astype(np.uint8)
-        return scaled, f"values above white ({white:g}) were cut to it" if largest > white else ""
+        scale = 255 / white
+        note = f"values above white ({white:g}) were cut to it" if largest > white else ""
+        return lambda some: np.rint(np.clip(some * scale, 0, 255)).astype(np.uint8), note
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError("floating-point pixels have no known range; --white VALUE says what is white")
     if least < 0 or largest > 65_535:
         raise ValueError("integer pixels beyond 16 bits have no known range; --white VALUE says what is white")
     if tiff and bits == 32 and largest <= 255:
-        return values.astype(np.uint8), "values of 32 bits up to 255 were taken for 8 bits"
+        return lambda some: some.astype(np.uint8), "values of 32 bits up to 255 were taken for 8 bits"
     if tiff and 8 < bits < 16:
-        return (values >> (bits - 8)).astype(np.uint8), f"{bits} bits: the upper 8 were kept"
+        return lambda some: (some >> (bits - 8)).astype(np.uint8), f"{bits} bits: the upper 8 were kept"
     used = max(8, int(largest).bit_length())
     dark = (
         f"; their values use {used}, so they are dark: --white {(1 << used) - 1} makes them bright" if used < 15 else ""
     )
-    return (values >> 8).astype(np.uint8), f"16 bits: the upper 8 were kept{dark}"
+    return lambda some: (some >> 8).astype(np.uint8), f"16 bits: the upper 8 were kept{dark}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.machine import cores, keep_memory
 
+LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 shared: list = []  # one array of images, bytes, rejected, stop; the same memory in all processes
 
 
@@ -52,8 +54,13 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
     try:
         with _uninterrupted():
             futures = {executor.submit(work, item): name for name, item in items.items()}
-        with _Progress(total, quiet) as progress:
-            for future in _as_completed(set(futures), progress.update):
+        with Progress(total, quiet) as progress:
+
+            def tick() -> None:
+                images, size, rejected, _ = shared[-1][:]
+                progress.update(images + rejected, size, rejected)
+
+            for future in _as_completed(set(futures), tick):
                 results[futures[future]] = future.result()
     except BrokenProcessPool:
         raise UserError(
@@ -98,24 +105,36 @@ def _start_worker(parent: int) -> None:
     cv2.setNumThreads(0)
 
 
-class _Progress:
-    """A bar with images/s, MB/s, time left and the number of rejected images."""
+class Progress:
+    """How far it is, with images/s and time left, on stderr: a bar on a terminal; elsewhere, where a bar would be one endless
+    line, a line now and then and at the end."""
 
     def __init__(self, total: int | None, quiet: bool) -> None:
         from tqdm import tqdm
 
         tqdm.monitor_interval = 0  # no thread of its own
-        self.bar, self.start = tqdm(total=total, unit="img", disable=quiet, smoothing=0.1), time.perf_counter()
+        self.lines, self.quiet, self.start, self.shown = not sys.stderr.isatty(), quiet, time.perf_counter(), 0.0
+        self.bar = tqdm(
+            total=total, unit="img", disable=quiet, smoothing=0.1, file=io.StringIO() if self.lines else sys.stderr
+        )
 
-    def update(self) -> None:
-        images, size, rejected, _ = shared[-1][:]
-        self.bar.update(images + rejected - self.bar.n)
+    def update(self, images: int, size: int = 0, rejected: int = 0) -> None:
+        """`images`: done so far, the rejected among them; `size`: bytes."""
+        self.bar.update(images - self.bar.n)
         seconds = time.perf_counter() - self.start
-        self.bar.set_postfix_str(f"{size / 1e6 / seconds:.0f} MB/s, {rejected} rejected", refresh=False)
+        if size:
+            self.bar.set_postfix_str(f"{size / 1e6 / seconds:.0f} MB/s, {rejected} rejected", refresh=False)
+        if seconds - self.shown > LINE_SECONDS:
+            self._line(seconds)
 
-    def __enter__(self) -> _Progress:
+    def _line(self, seconds: float) -> None:
+        self.shown = seconds
+        if self.lines and not self.quiet:
+            print(str(self.bar).replace("\r", ""), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_) -> None:
-        self.update()
+        self._line(time.perf_counter() - self.start)
         self.bar.close()

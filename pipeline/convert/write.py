@@ -15,8 +15,9 @@ import os
 import re
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
 from manyview.pipeline import beton, bucket, codec, files, index, storage, tar
 from manyview.pipeline.convert import encode, moments, pool, source_state
-from manyview.pipeline.convert.sources import Source, datasets
+from manyview.pipeline.convert.sources import AS_IT_IS, Reading, Source, datasets
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.manifest import (
     MANIFEST,
@@ -142,6 +143,7 @@ class Contents:
     rejected: list[dict]
     moments: np.ndarray
     unseen: int = 0  # JPEGs whose pixels nobody needed
+    notes: Counter = field(default_factory=Counter)  # what conversion cost, see `encode.Converted`
 
 
 def convert_shard(row: Row) -> dict:
@@ -166,6 +168,7 @@ def convert_shard(row: Row) -> dict:
         "rejected": contents.rejected,
         "moments": contents.moments.tolist(),
         "listed": job.listed,
+        "notes": contents.notes,
     }
     files.write(work / f"{row.name}.json", json.dumps(result))  # the last step
     return result
@@ -190,6 +193,7 @@ def _fill(writer, row: Row, job: Job) -> Contents:
         offset, crc = writer.add(key, label, payload), crc32(payload)
         contents.rows.append((label, offset, payload.nbytes, 0, found.height, found.width, crc, codec.kind(payload)))
         contents.keys.append(key)
+        contents.notes.update([found.note] if found.note else [])
         pool.count(1, data.nbytes, 0)
     return contents
 
@@ -238,7 +242,7 @@ def write_shards(
     *,
     jobs: int = 0,
     max_rejected: float = 0.01,
-    download: bool = False,
+    reading: Reading = AS_IT_IS,
     quiet: bool = False,
     executor: str = "local",
 ) -> dict:
@@ -247,6 +251,8 @@ def write_shards(
     `out` may be the address of a bucket (see `remote`): each shard is made here and moves there, the manifest comes last.
     UserError: bad options or source, other shards in `out`, too many rejected images, disk full, a worker that died.
     """
+    options = replace(options, labels=reading.digest())
+    reading = replace(reading, unlabelled=options.unlabelled)
     check_options(options, jobs)
     bucket = storage.open_storage(out)
     if bucket and executor != "local":
@@ -256,11 +262,11 @@ def write_shards(
     before = read_manifest(out)
     if before is None:
         _refuse_foreign(out)
-    elif _already_done(options, source, out, before):
+    elif _already_done(options, source, out, before, reading):
         return before
     out = workshop(out)
     listed = source_state.now()
-    found = datasets.load(options.dataset, source, download, options.unlabelled)
+    found = datasets.load(options.dataset, source, reading)
     if before is not None:
         _check_same(found, source, before)
     out.mkdir(parents=True, exist_ok=True)
@@ -318,7 +324,7 @@ def _refuse_foreign(out: Path) -> None:
         )
 
 
-def _already_done(options: Options, source: Path | None, out: Path, manifest: dict) -> bool:
+def _already_done(options: Options, source: Path | None, out: Path, manifest: dict, reading: Reading) -> bool:
     """Whether these very shards are there; a stamp (times of the source's folders) saves listing the source."""
     size_of = _sizes(out)
     options_before = {
@@ -342,7 +348,7 @@ def _already_done(options: Options, source: Path | None, out: Path, manifest: di
             files.write(out / row["idx"], tar.dali_index(out / row["file"]))
     before, listed = source_state.read(out, source), source_state.now()
     if not source_state.untouched(before):
-        found = datasets.load(options.dataset, source, False, options.unlabelled)
+        found = datasets.load(options.dataset, source, reading)
         if bucket:
             for part in manifest["splits"].values():
                 bucket.fetch(part["index"]["file"], out / part["index"]["file"])
@@ -417,8 +423,17 @@ def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
         rejected += results[row.name]["rejected"]
     write_rejected(job.out, rejected, _count(job.source), max_rejected)
     splits = {split.name: _finish_split(job, number, results) for number, split in enumerate(job.source.splits)}
+    costs = sum((Counter(results[row.name].get("notes", {})) for row in job.rows), Counter())
+    notes = [*job.source.notes, *(f"{count} images: {what}" for what, count in sorted(costs.items()))]
     return write_manifest(
-        job.out, job.options, job.source.classes, splits, len(rejected), job.source.fingerprint(), job.source.ignored
+        job.out,
+        job.options,
+        job.source.classes,
+        splits,
+        len(rejected),
+        job.source.fingerprint(),
+        job.source.ignored,
+        notes,
     )
 
 

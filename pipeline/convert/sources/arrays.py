@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from manyview.pipeline.convert.sources import SPLITS, Source, Split, folders
+from manyview.pipeline.convert.sources import Reading, Source, Split, folders
 from manyview.pipeline.errors import UserError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -31,33 +31,29 @@ def array_split(split: str, images: np.ndarray, labels, files: list[Path]) -> Sp
     return Split(split, names, np.asarray(labels, np.int64), sizes, lambda i: images[i], times)
 
 
-def _class_folders(source: Path | None) -> bool:
-    return source is not None and any((source / name).is_dir() for name in SPLITS)
-
-
-def cifar(name: str, source: Path | None, download: bool) -> Source:
+def cifar(name: str, source: Path | None, reading: Reading) -> Source:
     """The official python archive (unpacked) by torchvision, or class folders of images."""
-    if source is not None and _class_folders(source):
-        return folders.folder(source)
+    if source is not None and source.is_dir() and folders.has_splits(source):
+        return folders.folder(source, reading)
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     root = source or Path("data")
-    with _explained(name, root, download):
-        sets = {split: kind(str(root), train=split == "train", download=download) for split in ("train", "val")}
+    with _explained(name, root, reading.download):
+        sets = {split: kind(str(root), train=split == "train", download=reading.download) for split in ("train", "val")}
     files = _files(root / kind.base_folder)
     splits = [array_split(split, data.data, data.targets, files) for split, data in sets.items()]
     return Source(list(sets["train"].classes), splits, watch=[str(path) for path in files])
 
 
-def stl10(source: Path | None, download: bool) -> Source:
+def stl10(source: Path | None, reading: Reading) -> Source:
     """`train` (5k), `val` (8k, the official test split) and `unlabelled` (100k, label -1)."""
     from torchvision import datasets
 
     root = source or Path("data")
     parts = {"train": "train", "val": "test", "unlabelled": "unlabeled"}
-    with _explained("stl10", root, download):
-        sets = {name: datasets.STL10(str(root), split=part, download=download) for name, part in parts.items()}
+    with _explained("stl10", root, reading.download):
+        sets = {name: datasets.STL10(str(root), split=part, download=reading.download) for name, part in parts.items()}
     files = _files(root / datasets.STL10.base_folder)
     # torchvision gives (n, 3, H, W), and -1 for what has no label.
     splits = [array_split(name, data.data.transpose(0, 2, 3, 1), data.labels, files) for name, data in sets.items()]
@@ -82,16 +78,16 @@ def _explained(name: str, root: Path, download: bool) -> Iterator[None]:
         raise UserError(f"{name} is not in {root} ({text}); --download fetches it") from None
 
 
-def fashion_mnist(source: Path | None, download: bool) -> Source:
+def fashion_mnist(source: Path | None, reading: Reading) -> Source:
     """The four idx files, gzipped or not: in SOURCE, in Debian's package, or where torchvision puts them."""
     places = [source, source and source / "FashionMNIST" / "raw"] if source else [DEBIAN_FASHION_MNIST]
     places += [Path("data/FashionMNIST/raw")]
     here = next((place for place in places if place and _idx_file(place, "train-images-idx3-ubyte")), None)
-    if here is None and download:
+    if here is None and reading.download:
         from torchvision import datasets
 
         root = source or Path("data")
-        with _explained("fashion-mnist", root, download):
+        with _explained("fashion-mnist", root, True):
             here = Path(datasets.FashionMNIST(str(root), download=True).raw_folder)
     if here is None:
         raise UserError(

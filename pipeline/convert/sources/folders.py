@@ -1,20 +1,59 @@
-"""Trees of image files: class folders, split folders, or any tree without labels."""
+"""Trees of image files: class folders, split folders, or any tree without labels; labels from a table beside them."""
 
 from __future__ import annotations
 
 import os
-import sys
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
-from manyview.pipeline.convert.sources import SPLITS, SUFFIXES, Source, Split
+from manyview.pipeline.convert.sources import (
+    AS_IT_IS,
+    FAULTS,
+    SUFFIXES,
+    Reading,
+    Source,
+    Split,
+    patiently,
+    read_bytes,
+    tables,
+)
 from manyview.pipeline.errors import UserError
 
-LOST = "lost+found"  # of a file system's root, for its administrator alone
+SPLITS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val", "evaluation": "val",
+    "test": "val", "testing": "val",
+}  # fmt: skip
+TESTS = ("test", "testing")  # val where there is no other
+# What systems, network disks and editors leave behind; names that begin with a dot need not be listed.
+TOOLS = frozenset(
+    [
+        "@eadir",
+        "@tmp",
+        "@recycle",
+        "@recently-snapshot",
+        "@sharebin",
+        "@sharesnapshot",
+        "#recycle",
+        "#snapshot",
+        "~snapshot",
+        "$recycle.bin",
+        "recycler",
+        "recycled",
+        "lost+found",
+        "__macosx",
+        "__pycache__",
+    ]
+) | {"system volume information"}
+NOWHERE = "it is a link to what is not there"
+BESIDE = "lies beside the class folders, so it has no label; --unlabelled takes all images, without labels"
 
 
 @dataclass
@@ -25,54 +64,72 @@ class Listing:
     sizes: list[int] = field(default_factory=list)
     times: list[int] = field(default_factory=list)
     problems: list[dict] = field(default_factory=list)
-    ignored: int = 0
     folders: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)  # folders directly below, even without an image
+    types: Counter = field(default_factory=Counter)  # of files that are no images
+    hidden: Counter = field(default_factory=Counter)  # files and folders of tools, by name
 
     def keep(self, wanted: Callable[[str], bool]) -> list[str]:
         """Leave out the files whose names are not wanted; returns those names."""
         kept = [wanted(name) for name in self.names]
-        out = [name for name, stays in zip(self.names, kept) if not stays]
-        self.names, self.sizes, self.times = (
-            list(compress(self.names, kept)),
-            list(compress(self.sizes, kept)),
-            list(compress(self.times, kept)),
-        )
-        return out
+        unwanted = [name for name, stays in zip(self.names, kept) if not stays]
+        self.names = list(compress(self.names, kept))
+        self.sizes, self.times = list(compress(self.sizes, kept)), list(compress(self.times, kept))
+        return unwanted
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is a tool's own: no image, no class."""
+    return name.startswith(".") or name.casefold() in TOOLS
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not is_hidden(name)
 
 
 def listing(root: Path) -> Listing:
     """Walk a tree; follows links to folders, each real folder once, so a loop of links ends.
 
-    UserError: a folder that cannot be read. Whatever lies in it would be missing, and its class from the numbers of labels.
+    UserError: a folder that cannot be read, a link to one that is not there. Whatever lies in it would be missing, and its
+    class from the numbers of labels.
     """
-    found, seen, entries = Listing(), set(), []  # type: ignore[var-annotated]
+    result, seen, files = Listing(), set(), []  # type: ignore[var-annotated]
     todo = [(os.path.realpath(root), "")]
     while todo:
         path, relative = todo.pop()
         try:
             real = os.stat(path)
             if (real.st_dev, real.st_ino) in seen:
-                found.problems.append({"name": relative, "reason": "leads back to a folder already read"})
+                result.problems.append({"name": relative, "reason": "leads back to a folder already read"})
                 continue
             seen.add((real.st_dev, real.st_ino))
-            found.folders.append(path)
-            children = sorted(os.scandir(path), key=lambda entry: entry.name)
+            result.folders.append(path)
+            children = patiently(lambda: sorted(os.scandir(path), key=lambda entry: entry.name))  # noqa: B023
+            folders = [_add(entry, relative, files, result) for entry in children]
         except OSError as error:
             raise _unreadable(error) from None
-        folders = []
-        for entry in children:
-            name = f"{relative}/{entry.name}" if relative else entry.name
-            if _is_folder(entry):
-                if entry.name != LOST:
-                    folders.append((entry.path, name))
-            elif os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
-                found.ignored += 1
-            else:
-                _add_file(entry, name, entries, found)
-        todo += reversed(folders)
-    entries.sort(key=lambda item: os.fsencode(item[0]))
-    found.names, found.sizes, found.times = ([entry[i] for entry in entries] for i in range(3))
-    return found
+        todo += [folder for folder in reversed(folders) if folder]
+        if not relative:
+            result.classes = [name for _, name in filter(None, folders)]
+    files.sort(key=lambda file: os.fsencode(file[0]))
+    result.names, result.sizes, result.times = ([file[i] for file in files] for i in range(3))
+    return result
+
+
+def _add(entry: os.DirEntry, relative: str, files: list, result: Listing) -> tuple[str, str] | None:
+    """Put down one entry of a folder; returns (path, name below the root) of a folder to be read."""
+    name = f"{relative}/{entry.name}" if relative else entry.name
+    if is_hidden(entry.name):
+        result.hidden["._*" if entry.name.startswith("._") else entry.name] += 1
+    elif _is_folder(entry):
+        return entry.path, name
+    elif is_image(entry.name):
+        _add_file(entry, name, files, result)
+    elif _leads_nowhere(entry.path):
+        raise OSError(0, NOWHERE, entry.path)
+    else:
+        result.types[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
+    return None
 
 
 def _unreadable(error: OSError) -> UserError:
@@ -86,93 +143,133 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _add_file(entry: os.DirEntry, name: str, entries: list, found: Listing) -> None:
+def _leads_nowhere(path: str) -> bool:
+    """Of links that may stand for a folder: those to files have a suffix of letters."""
+    return (
+        os.path.islink(path) and not os.path.exists(path) and not re.search(r"\.[A-Za-z]{1,5}$", os.path.realpath(path))
+    )
+
+
+def _add_file(entry: os.DirEntry, name: str, files: list, result: Listing) -> None:
     try:
         if not entry.is_file():
             raise OSError(0, "not a file")
         state = entry.stat()
-        entries.append((name, state.st_size, state.st_ctime_ns))
+        files.append((name, state.st_size, state.st_ctime_ns))
     except OSError as error:
-        found.problems.append({"name": name, "reason": f"cannot be read: {error.strerror}"})
+        if error.errno in FAULTS:
+            raise
+        result.problems.append({"name": name, "reason": f"cannot be read: {error.strerror}"})
 
 
-def read_file(path: str) -> np.ndarray:
-    """A file's bytes. ValueError if it cannot be read: one lost file is no reason to stop."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-            got = file.readinto(data.data) if len(data) else 0
-            return data[:got]
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
+def folder(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = None) -> Source:
+    """Split folders (`SPLITS`, in any case) if there are such, else everything is `train`.
 
-
-def _file_split(split: str, root: Path, found: Listing, labels: np.ndarray) -> Split:
-    names, start = found.names, f"{root}{os.sep}"
-    sizes, times = np.array(found.sizes, np.int64), np.array(found.times, np.int64)
-    return Split(split, names, labels, sizes, lambda i: read_file(start + names[i]), times)
-
-
-def folder(source: Path, download: bool = False, unlabelled: bool = False, only: set[str] | None = None) -> Source:
-    """`train/` and `val/` (or `valid/`, `validation/`, `test/`) if there are such folders, else everything is `train`.
-
-    Below a split, folders are classes, and images beside them are problems. Where there are no folders, or if `unlabelled`,
-    nothing has a label. `only`: the classes to keep. UserError: folders of which it is not clear whether they are splits.
+    Below a split, folders are classes, and images beside them are problems. Where there are no folders, or if
+    `reading.unlabelled`, nothing has a label. A table, `reading.labels` or one that lies in the split's folder as
+    Tiny-ImageNet and Hugging Face have it, labels the splits whose images it names. `only`: the classes to keep.
+    UserError: folders of which it is not clear whether they are splits; what `listing` and `tables` refuse.
     """
-    del download
-    roots = _split_folders(source) or {"train": source}
-    found = {split: listing(root) for split, root in sorted(roots.items())}
-    labelled = {split for split, files in found.items() if not unlabelled and any("/" in name for name in files.names)}
-    classes = sorted({name.split("/", 1)[0] for split in labelled for name in found[split].names if "/" in name})
+    result = Source([], [], watch=[str(source.resolve())])
+    roots = _split_folders(source, result.notes) or {"train": source}
+    listings = {split: listing(root) for split, root in sorted(roots.items())}
+    by_table = tables.labels({split: (roots[split], files.names) for split, files in listings.items()}, reading, result)
+    named = {split: by_table.get(split) or _by_folder(files, reading) for split, files in listings.items()}
+    labels = [name for names in named.values() for name in names if name is not None]
+    by_folders = [split for split in listings if split not in by_table and any(named[split])]
+    even_empty = {normalize("NFC", name) for split in by_folders for name in listings[split].classes}
+    result.classes = sorted({*labels, *even_empty}) if by_folders else tables.classes(labels)
     if only is not None:
-        if missing := sorted(only - set(classes)):
+        if missing := sorted(only - set(result.classes)):
             raise UserError(f"{source} lacks {len(missing)} of {len(only)} classes, the first is {missing[0]}")
-        classes = sorted(only)
-    number = {name: i for i, name in enumerate(classes)}
-    result = Source(classes, [], watch=[str(source.resolve())])
-    for split, files in found.items():
-        if split in labelled:
-            files.problems += [{"name": name, "reason": BESIDE} for name in files.keep(lambda name: "/" in name)]
+        result.classes = sorted(only)
+    number = {name: i for i, name in enumerate(result.classes)}
+    for split, files in listings.items():
+        label_of = dict(zip(files.names, named[split]))
+        if split in by_folders:
+            outside = files.keep(lambda name: label_of[name] is not None)  # noqa: B023
+            files.problems += [{"name": name, "reason": BESIDE} for name in outside]
         if only is not None:
-            files.keep(lambda name: name.split("/", 1)[0] in only)
-        labels = [number[name.split("/", 1)[0]] if split in labelled else -1 for name in files.names]
-        result.splits.append(_file_split(split, roots[split], files, np.array(labels, np.int64)))
+            files.keep(lambda name: label_of[name] in only)  # noqa: B023
+        numbers = [-1 if label is None else number[label] for label in map(label_of.get, files.names)]
+        result.splits.append(_file_split(split, roots[split], files, np.array(numbers, np.int64)))
         result.problems += [{"split": split, **problem} for problem in files.problems]
-        result.ignored += files.ignored
         result.watch += files.folders
+    _left_out(listings, result)
     return result
 
 
-BESIDE = "lies beside the class folders, so it has no label; --unlabelled takes all images, without labels"
+def _by_folder(files: Listing, reading: Reading) -> list[str | None]:
+    """The class of each image: the first folder of its path, as people see it, whatever its bytes."""
+    return [
+        normalize("NFC", name.split("/", 1)[0]) if "/" in name and not reading.unlabelled else None
+        for name in files.names
+    ]
 
 
-def _split_folders(source: Path) -> dict[str, Path]:
+def _file_split(split: str, root: Path, files: Listing, labels: np.ndarray) -> Split:
+    names, start = files.names, f"{root}{os.sep}"
+    sizes, times = np.array(files.sizes, np.int64), np.array(files.times, np.int64)
+    return Split(split, names, labels, sizes, lambda i: read_bytes(start + names[i]), times)
+
+
+def _left_out(listings: dict[str, Listing], result: Source) -> None:
+    """Say which files and folders were no images and no classes."""
+    types = sum((files.types for files in listings.values()), Counter())
+    hidden = sum((files.hidden for files in listings.values()), Counter())
+    result.ignored += sum(types.values()) + sum(hidden.values())
+    if types:
+        result.notes.append(f"{sum(types.values())} files left out by their type ({_counts(types)})")
+    if hidden:
+        result.notes.append(f"{sum(hidden.values())} hidden files and tools' folders left out ({_counts(hidden)})")
+
+
+def _counts(counter: Counter) -> str:
+    """`.heic: 4, .txt: 1`, the most frequent first."""
+    ranked = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{name}: {count}" for name, count in ranked[:6]) + (", …" if len(ranked) > 6 else "")
+
+
+def _split_of(folder: Path) -> str:
+    """What a folder's name is called, in any case and spelling: "" if it is no split's."""
+    name = normalize("NFC", folder.name).casefold()
+    return name if name in SPLITS else ""
+
+
+def _split_folders(source: Path, notes: list[str]) -> dict[str, Path]:
     """The folders of the splits, none if none is named like one."""
-    folders = [entry for entry in sorted(source.iterdir()) if entry.is_dir()]
-    named = [entry for entry in folders if entry.name in SPLITS]
-    others = [entry.name for entry in folders if named and entry.name not in SPLITS and _holds_images(entry)]
+    entries = [entry for entry in sorted(source.iterdir()) if not is_hidden(entry.name)]
+    if broken := [entry for entry in entries if _leads_nowhere(str(entry))]:
+        raise _unreadable(OSError(0, NOWHERE, str(broken[0])))
+    folders = [entry for entry in entries if entry.is_dir()]
+    named = [entry for entry in folders if _split_of(entry)]
+    others = [entry.name for entry in folders if named and not _split_of(entry) and _holds_images(entry)]
     if others:
         names, beside = (", ".join(words) for words in ([entry.name for entry in named], others[:3]))
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(f"{source} holds {names} and also images in {beside}{more}: splits or classes? Move them apart")
-    test = [entry for entry in named if entry.name == "test"]
-    val = [entry for entry in named if SPLITS[entry.name] == "val" and entry not in test]
-    if len(val) > 1:
-        raise UserError(
-            f"{source} holds {' and '.join(entry.name for entry in val)}: which of them is val? Move the other away"
-        )
-    if val and test:
-        print(f"note: {test[0]} is left out, val is {val[0]}", file=sys.stderr)
-        named.remove(test[0])
-    return {SPLITS[entry.name]: entry for entry in named}
+    tests = [entry for entry in named if _split_of(entry) in TESTS]
+    by_split = {split: [entry for entry in named if SPLITS[_split_of(entry)] == split] for split in ("train", "val")}
+    if tests and len(by_split["val"]) > len(tests):
+        by_split["val"] = [entry for entry in by_split["val"] if entry not in tests]
+        notes.append(f"{' and '.join(entry.name for entry in tests)} is left out, val is {by_split['val'][0].name}")
+    for split, entries in by_split.items():
+        if len(entries) > 1:
+            names = " and ".join(entry.name for entry in entries)
+            raise UserError(f"{source} holds {names}: which of them is {split}? Move the other away")
+    return {split: entries[0] for split, entries in by_split.items() if entries}
+
+
+def has_splits(source: Path) -> bool:
+    return any(entry.is_dir() and _split_of(entry) for entry in source.iterdir())
 
 
 def _holds_images(folder: Path) -> bool:
-    if folder.name.startswith(".") or folder.name == LOST:
-        return False
-
     def stop(error: OSError) -> None:
         raise _unreadable(error)
 
-    walk = os.walk(folder, onerror=stop)
-    return any(os.path.splitext(name)[1].lower() in SUFFIXES for _, _, names in walk for name in names)
+    for _, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        if any(is_image(name) for name in names):
+            return True
+    return False

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from manyview.pipeline.convert.sources import SUFFIXES, Source, Split, changed, folders, read_range
+from manyview.pipeline.convert.sources import AS_IT_IS, SUFFIXES, Reading, Source, Split, changed, folders, read_bytes
 from manyview.pipeline.errors import UserError
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -27,22 +27,26 @@ class Member(NamedTuple):
     size: int
 
 
-def _split(name: str, found: list[Member]) -> Split:
-    found = sorted(found, key=lambda member: os.fsencode(member.name))
-    labels, sizes = ([getattr(member, what) for member in found] for what in ("label", "size"))
+def _split(name: str, members: list[Member]) -> Split:
+    members = sorted(members, key=lambda member: os.fsencode(member.name))
+    labels, sizes = ([getattr(member, what) for member in members] for what in ("label", "size"))
     return Split(
         name,
-        [member.name for member in found],
+        [member.name for member in members],
         np.array(labels, np.int64),
         np.array(sizes, np.int64),
-        lambda i: read_range(*found[i][2:]),
-        changed([member.path for member in found]),
+        lambda i: read_bytes(*members[i][2:]),
+        changed([member.path for member in members]),
     )
 
 
-def imagenet(source: Path, only: set[str] | None = None) -> Source:
+def imagenet(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = None) -> Source:
     """Class folders below train/ and val/, or the official archives as they were downloaded."""
-    return imagenet_tars(source, only) if has_imagenet_tars(source) else folders.folder(source, only=only)
+    if not has_imagenet_tars(source):
+        return folders.folder(source, reading, only)
+    if reading.labels:
+        raise UserError(f"{source} holds the official archives, whose labels are in {DEVKIT}: no --labels")
+    return imagenet_tars(source, only)
 
 
 def imagenet100_classes() -> set[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from manyview.pipeline import beton, codec, tar
-from manyview.pipeline.convert.sources import SUFFIXES, Source, Split, changed, read_range
+from manyview.pipeline.convert.sources import SUFFIXES, Source, Split, changed, read_bytes
 from manyview.pipeline.convert.sources.imagenet import refused
 from manyview.pipeline.errors import UserError
 
@@ -199,7 +199,7 @@ def existing(source: Path) -> Source:
 def _existing_split(name: str, rows: list, labels: np.ndarray) -> Split:
     def read(i: int) -> np.ndarray:
         _, _, path, record = rows[i]
-        return payload(record, read_range(str(path), record.offset, record.size))
+        return payload(record, read_bytes(str(path), record.offset, record.size))
 
     names = [f"{key}.{record.extension}" for _, key, _, record in rows]
     sizes = np.array([row[3].size for row in rows], np.int64)

@@ -1,0 +1,172 @@
+"""Weights for strangers: a folder that timm and the Hugging Face hub read, with a card that says what is in it.
+
+config.json        architecture, its arguments, mean, std, size and crop: timm.create_model("local-dir:FOLDER") needs no more
+model.safetensors  the weights
+README.md          the model card: how to use it, its scores by protocol, how it was trained
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from manyview.model import backbone
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.views import crop_ratio
+
+FILES = ["config.json", "model.safetensors", "README.md"]
+TRAINED = ("dataset", "fraction", "objective", "beta", "views", "policy", "augment", "batch_size", "steps", "optimizer", "lr",
+           "weight_decay", "projector_dim", "precision", "seed")  # fmt: skip
+
+
+def write(file: Path, header: dict[str, str], out: Path) -> str:
+    """Fill the folder `out` from a run's backbone.safetensors and its header; returns the lines of Python that load it.
+
+    Where timm has no argument for the network (a ResNet with the small stem) there is no config.json, so that timm
+    cannot load something else by mistake, and the lines say how the stem is changed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(load_file(file), out / "model.safetensors", metadata=header)
+    (out / "config.json").unlink(missing_ok=True)
+    if backbone.stem_lines(header):
+        lines = backbone.timm_snippet(header, str(out / "model.safetensors"))
+    else:
+        (out / "config.json").write_text(json.dumps(config(header), indent=2) + "\n")
+        lines = f"import timm\nmodel = timm.create_model({'local-dir:' + str(out)!r}, pretrained=True)"
+    (out / "README.md").write_text(card(file, header, lines), encoding="utf-8")
+    return lines
+
+
+def config(header: dict[str, str]) -> dict[str, Any]:
+    """timm's description of the network and of the images it wants."""
+    size = int(header["image_size"])
+    name, arguments = backbone.timm_arguments(header)
+    mean, std = statistics(header)
+    images = {"input_size": [3, size, size], "fixed_input_size": "img_size" in arguments, "interpolation": "bilinear",
+              "crop_pct": crop_ratio(size), "crop_mode": "center", "mean": mean, "std": std}  # fmt: skip
+    described: dict[str, Any] = {"architecture": name, "num_classes": 0, "num_features": int(header["num_features"])}
+    if arguments:
+        described["model_args"] = arguments
+    return {**described, "pretrained_cfg": {**images, "num_classes": 0}}
+
+
+def statistics(header: dict[str, str]) -> tuple[list[float], list[float]]:
+    """Mean and std that the images are normalized by, of values 0..1. UserError where the weights do not say."""
+    try:
+        mean, std = (json.loads(header[name]) for name in ("mean", "std"))
+    except (KeyError, ValueError):
+        raise UserError("these weights do not say by which mean and std their images are normalized") from None
+    return [round(value / 255, 6) for value in mean], [round(value / 255, 6) for value in std]
+
+
+def card(file: Path, header: dict[str, str], lines: str) -> str:
+    """The model card in Markdown. What is not known (no eval.json, no config.json) is said to be so."""
+    run, size = file.parent, int(header["image_size"])
+    mean, std = statistics(header)
+    trained = facts(run / "config.json")
+    named = trained.get("dataset") or header.get("source", "images")
+    by_timm = " `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` does it."
+    parts = [
+        "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\ntags:\n- self-supervised\n- manyview\n---",
+        f"# {header['backbone']}, pretrained without labels on {named}",
+        f"A backbone of {header['num_features']} features for {size} px images, trained by manyview.",
+        f"## Use\n\n```python\n{lines}\nmodel.eval()\n```",
+        f"Images: the centre square of {crop_ratio(size):g} of the short side, resized to {size} px (bilinear, antialiased), in "
+        f"0..1, then normalized by mean {mean} and std {std}.{'' if backbone.stem_lines(header) else by_timm}",
+        f"## Scores\n\n{scores(file)}",
+        f"## Training\n\n{training(run, trained)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def scores(file: Path) -> str:
+    """A table of the accuracies in the run's eval.json, if it is of these very weights."""
+    found = facts(file.parent / "eval.json")
+    if not found.get("table"):
+        return "These weights were not evaluated."
+    if found.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
+        return "The evaluation beside these weights is of other ones, so it is not shown."
+    rows = [
+        "| dataset | protocol | features | top-1 % | 95 % interval | untrained network % |",
+        "|---|---|---|--:|--:|--:|",
+    ]
+    for row in found["table"]:
+        top1, low, high, untrained = (percent(row[name]) for name in ("top1", "low", "high", "untrained"))
+        between = f"{low} to {high}" if low else ""
+        rows.append(f"| {row['dataset']} | {row['protocol']} | {row['norm']} | {top1} | {between} | {untrained} |")
+    said = dict.fromkeys(f"- {row['protocol']} ({row['norm']}): {row['text']}" for row in found["table"])
+    return "\n".join([*rows, "", f"The view: {found['transform']}.", "", *said])
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def training(run: Path, config: dict[str, Any]) -> str:
+    """The run's settings, time and command."""
+    if not config:
+        return "Not known: no config.json lay beside the weights."
+    lines = [
+        f"- {name.replace('_', ' ')}: {config[name]}" for name in TRAINED if config.get(name) not in (None, [], "")
+    ]
+    if last := last_metrics(run / "metrics.jsonl"):
+        lines.append(
+            f"- seen: {last['images']:,} images, {last['views']:,} views, in {last['seconds'] / 3600:.2f} h and "
+            f"{last['core_seconds'] / 3600:.2f} core-hours"
+        )
+    if environment := facts(run / "env.json"):
+        words = environment["command"].split(" ", 1)
+        command = " ".join([Path(words[0]).name, *words[1:]])
+        lines.append(
+            f"- on {environment['device']}, torch {environment['versions']['torch']}, commit {environment['commit']}"
+        )
+        lines.append(f"- command: `python {command}`")
+    return "\n".join(lines)
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The last line of metrics.jsonl that is a training step; {} if there is none."""
+    rows = path.read_text().splitlines() if path.is_file() else []
+    for row in reversed(rows):
+        try:
+            values = json.loads(row)
+        except ValueError:  # what a kill cut off
+            continue
+        if "images" in values and "core_seconds" in values:
+            return values
+    return {}
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """A JSON object in a file; {} if there is no such file. UserError where it holds something else."""
+    try:
+        values = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return values
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a folder that `write` filled to the Hugging Face hub, as the account that is logged in; returns the address."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UserError("--push needs: pip install huggingface_hub, and `hf auth login` once") from None
+    api = HfApi()
+    readme = (folder / "README.md").read_text().replace(f"local-dir:{folder}", f"hf-hub:{repository}")
+    (folder / "README.md").write_text(readme)
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=FILES)
+    except Exception as error:  # its client raises many kinds; what helps is the same for all
+        text = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder} is written, but not pushed to {repository}: {text}; `hf auth login`, and try again"
+        ) from None
+    return str(address)

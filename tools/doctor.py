@@ -1,0 +1,221 @@
+"""What there is on this machine, what is lost without the rest, and how to get it: `python tools/doctor.py`
+
+Exit code 1 where something is missing without which nothing trains.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from manyview.pipeline import errors
+from manyview.pipeline.machine import cores
+
+OPTIONAL = (  # module, what is lost without it, the command
+    (
+        "nvidia.dali",
+        "engine dali: decoding and views on the GPU",
+        "pip install nvidia-dali-cuda130 (drivers before 580: -cuda120)",
+    ),
+    ("ffcv", "nothing but a check: .beton files are read and written without it", "pip install ffcv (it compiles)"),
+    ("scipy", "ImageNet's development kit, Flowers-102, Cars", "pip install scipy"),
+    ("sklearn", "the data set digits", "pip install scikit-learn"),
+    ("onnxruntime", "tools/export.py --to onnx", "pip install onnx onnxscript onnxruntime"),
+    ("huggingface_hub", "tools/export.py --to hub --push", "pip install huggingface_hub"),
+    ("s3fs", "shards in a bucket", "pip install fsspec s3fs"),
+    ("ray", "conversion on many machines", "pip install ray"),
+    ("submitit", "tools/submit.py: SLURM", "pip install submitit"),
+    ("tensorboard", "--log tensorboard", "pip install tensorboard"),
+    ("wandb", "--log wandb", "pip install wandb"),
+    ("lightly", "an example, and the bench of its losses", "pip install lightly"),
+    ("pytorch_lightning", "an example", "pip install pytorch-lightning"),
+    ("accelerate", "an example", "pip install accelerate"),
+)
+JPEG_HARDWARE = {
+    (8, 0),
+    (9, 0),
+    (10, 0),
+}  # compute capabilities of the data centre's cards that have nvJPEG's own engine
+OPEN_FILES, SHARED_MEMORY = 4096, 2 << 30
+
+
+@dataclass
+class Row:
+    name: str
+    good: bool
+    text: str  # what was found; where it is not good also what is lost
+    fix: str = ""
+    needed: bool = False
+
+
+def rows() -> Iterator[Row]:
+    """All of it, in the order in which it is printed."""
+    yield from packages()
+    torch_fits = fits()
+    yield torch_fits
+    if torch_fits.good:
+        yield from gpu()
+    yield processor()
+    yield from system()
+    for name, lost, command in OPTIONAL:
+        version = installed(name)
+        yield Row(name, bool(version), version or f"not installed: without it no {lost}", "" if version else command)
+
+
+def installed(module: str) -> str:
+    """Its version; "there" where it has none, "" where it is not installed."""
+    top = module.partition(".")[0]
+    if importlib.util.find_spec(top) is None or importlib.util.find_spec(module) is None:
+        return ""
+    names = importlib.metadata.packages_distributions().get(top, [top])
+    if module == "nvidia.dali":  # a dozen packages of CUDA's libraries share its first name
+        names = [name for name in names if "dali" in name]
+    try:
+        return importlib.metadata.version(names[0])
+    except (importlib.metadata.PackageNotFoundError, IndexError):
+        return "there"
+
+
+def packages() -> Iterator[Row]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    try:
+        wanted = importlib.metadata.requires("manyview") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Row(
+            "packages",
+            False,
+            f"Python {python}; manyview is not installed, so what it needs is not known",
+            "pip install -e .",
+        )
+        return
+    wanted = [text for text in wanted if "extra ==" not in text]
+    wrong = [text for text in wanted if not satisfied(text)]
+    if wrong:
+        text = f"Python {python} lacks {', '.join(wrong)}: nothing trains"
+        yield Row("packages", False, text, f"pip install {' '.join(map(repr, wrong))}", needed=True)
+    else:
+        yield Row("packages", True, f"Python {python}, and the {len(wanted)} packages that everything needs")
+
+
+def satisfied(requirement: str) -> bool:
+    """Whether a package is installed in a version that will do."""
+    name = re.split(r"[<>=!~;\[ ]", requirement)[0]
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    try:
+        from packaging.requirements import Requirement  # comes with matplotlib
+    except ImportError:
+        return True
+    return Requirement(requirement).specifier.contains(version, prereleases=True)
+
+
+def fits() -> Row:
+    """Whether torchvision was built for this torch: of a pair that does not fit its operators are not there."""
+    try:
+        torch, torchvision = importlib.import_module("torch"), importlib.import_module("torchvision")
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except Exception as error:  # by version: ImportError, RuntimeError, AttributeError, OSError
+        text = " ".join(str(error).split())[:100]
+        versions = f"torch {installed('torch')} and torchvision {installed('torchvision')}"
+        fix = "pip install --force-reinstall torch torchvision  # both at once, so that pip chooses a pair"
+        return Row("torch", False, f"{versions} do not fit: {text}", fix, needed=True)
+    return Row("torch", True, f"torch {torch.__version__} and torchvision {torchvision.__version__} fit each other")
+
+
+def gpu() -> Iterator[Row]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = (
+            f"this torch is built for CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else "this torch is built without CUDA"
+        )
+        yield Row(
+            "GPU",
+            False,
+            f"none: training is for small networks and images; {built}",
+            "an NVIDIA driver that fits torch",
+        )
+        return
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        bf16 = "bf16" if about.major >= 8 else "fp16 only: with a loss scaler"
+        yield Row(f"GPU {number}", about.major >= 8, f"{about.name}, {about.total_memory / 2**30:.0f} GiB, {bf16}")
+        has = (about.major, about.minor) in JPEG_HARDWARE
+        yield Row(
+            "JPEG engine",
+            has,
+            "nvJPEG decodes in hardware" if has else "no hardware decoder: the card's cores decode JPEGs",
+        )
+
+
+def processor() -> Row:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    about = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in reversed(lines) if ":" in line}
+    name, flags = about.get("model name", "unknown"), about.get("flags", "").split()
+    amx, wide = "amx_bf16" in flags, "avx512f" in flags
+    text = f"{name}, {cores()} cores, {'AMX' if amx else 'no AMX'}, {'AVX-512' if wide else 'no AVX-512'}"
+    lost = [
+        *([] if amx else ["bf16 is no faster than fp32 here"]),
+        *([] if wide else ["the views' kernels run on 256 bits"]),
+    ]
+    return Row("processor", amx and wide, "; ".join([text, *lost]))
+
+
+def system() -> Iterator[Row]:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    good = soft == resource.RLIM_INFINITY or soft >= OPEN_FILES
+    text = f"{'any number' if soft == resource.RLIM_INFINITY else soft} at once"
+    lost = "" if good else "; a set of more shards cannot be open at a time"
+    yield Row(
+        "open files",
+        good,
+        text + lost,
+        "" if good else f"ulimit -n {OPEN_FILES if hard < 0 else min(hard, OPEN_FILES)}",
+    )
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or not os.access(shared, os.W_OK):
+        yield Row(
+            "/dev/shm", False, "cannot be written: DALI and DataLoader's workers need it", "docker run --shm-size=8g …"
+        )
+        return
+    free = shutil.disk_usage(shared).free
+    text = f"{free / 2**30:.1f} GiB free"
+    lost = "" if free >= SHARED_MEMORY else "; DataLoader's workers (of the bench's peers) and DALI may fail"
+    yield Row(
+        "/dev/shm", free >= SHARED_MEMORY, text + lost, "" if free >= SHARED_MEMORY else "docker run --shm-size=8g …"
+    )
+
+
+def main() -> int:
+    everything = list(rows())
+    width = max(len(row.name) for row in everything)
+    for row in everything:
+        print(f"{'ok ' if row.good else 'no ' if row.needed else '-  '} {row.name:<{width}}  {row.text}")
+        if row.fix and not row.good:
+            print(f"    {'':<{width}}  -> {row.fix}")
+    engines = ["cpu", "resident", *(["dali"] if installed("nvidia.dali") else [])]
+    print(f"\nengines {', '.join(engines)}; formats webdataset and ffcv")
+    return int(any(row.needed and not row.good for row in everything))
+
+
+if __name__ == "__main__":
+    errors.run(main)
