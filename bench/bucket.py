@@ -7,16 +7,17 @@ order and each size of the cache, which begins empty: the first shows what the s
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
-import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import tyro
-
+from manyview.bench import output
+from manyview.bench.harness import CPU, spent
 from manyview.pipeline import plan as plans
 from manyview.pipeline import storage
 from manyview.pipeline.errors import UserError
@@ -29,7 +30,7 @@ from manyview.pipeline.store import Store
 class Args:
     data: Path
     """Address of shards, such as s3://bucket/name."""
-    batch: int = 256
+    batch_size: int = 256
     """Images a step."""
     steps: int = 0
     """Steps an epoch; 0 = all of them."""
@@ -39,62 +40,52 @@ class Args:
     """Sizes of the cache, in sizes of the split."""
     window: int = plans.WINDOW
     """Blocks of 512 images that `blocks` order mixes; fewer than in training where the set is too small to show anything."""
-    write: Path | None = None
-    """A markdown file for the table."""
+    json: Path | None = None
+    """Where to write the result; the same name with .md gets the table."""
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py bucket")
+    args = output.parse(Args, argv, __doc__, "bucket", batch_size=1, steps=0, threads=0, caches=0, window=1)
     if storage.address(args.data) is None:
         raise UserError(
             f"--data {args.data} is a folder; `profile.py bucket` reads from an address such as s3://bucket/name"
         )
     plans.MIXED = plans.BLOCK * args.window
-    lines = ["| order | cache | epoch | images/s | MB/s | fetched / read | requests | in the cache |", "|" + "---|" * 8]
-    for order in plans.ORDERS:
-        for share in args.caches:
-            with tempfile.TemporaryDirectory() as folder:
-                lines += [f"| {order} | {share:g} x the split | {row} |" for row in rows(args, order, share, folder)]
-    print("\n".join(lines))
-    if args.write:
-        store = Store(args.data)
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout
-        about = [
-            f"`python tools/profile.py bucket {' '.join(argv)}`, commit {commit.strip()}, {cores()} cores, load "
-            f"{os.getloadavg()[0]:.1f}: {len(store):,} images, {store.nbytes() / 1e6:,.0f} MB in {len(store.shards)} shards.",
-            "",
-        ]
-        args.write.write_text("\n".join([*about, *lines, ""]))
+    env = output.environment(CPU, "bucket", argv)
+    rows: list[dict[str, Any]] = []
+    for order, share in ((order, share) for order in plans.ORDERS for share in args.caches):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += epochs(args, order, share, folder)
+    with closing(Store(args.data)) as store:
+        about = f"{len(store):,} images, {store.nbytes() / 1e6:,.0f} MB in {len(store.shards)} shards"
+    text = page(
+        rows, f"`python {env['command']}`, commit {env['commit']}, {cores()} cores, load {env['load']:.1f}: {about}."
+    )
+    print(text)
+    output.write(args.json, {"environment": env, "rows": rows}, text)
 
 
-def rows(args: Args, order: str, share: float, folder: str) -> list[str]:
-    """Table rows of two epochs through one cache."""
-    os.environ["MANYVIEW_CACHE"] = folder
-    size = sum(shard["bytes"] for shard in Store(args.data).shards)
-    os.environ["MANYVIEW_CACHE_GB"] = str(share * size / 1e9)
-    found = []
+def epochs(args: Args, order: str, share: float, folder: str) -> Iterator[dict[str, Any]]:
+    """Rows of two epochs through one cache."""
+    with closing(Store(args.data)) as store:
+        size = sum(shard["bytes"] for shard in store.shards)
+    os.environ |= {"MANYVIEW_CACHE": folder, "MANYVIEW_CACHE_GB": str(share * size / 1e9)}
     for epoch in range(2):
-        store = Store(args.data)
-        counts, seconds, images, read = one_epoch(args, store, order, epoch)
-        store.close()
-        hits = counts["hits"] / (counts["hits"] + counts["misses"])
-        found.append(
-            f"{epoch + 1} | {images / seconds:,.0f} | {read / seconds / 1e6:,.0f} | {counts['bytes'] / read:.2f} | "
-            f"{counts['requests']} | {hits:.1%}"
-        )
-    return found
+        with closing(Store(args.data)) as store:
+            counts: list[int] = []
+            taken = spent(lambda: counts.extend(one_epoch(args, store, order, epoch)))  # noqa: B023
+            assert store.bucket is not None
+            yield {"order": order, "cache": share, "epoch": epoch + 1, "images": counts[0], "bytes": counts[1],
+                   "seconds": taken.wall} | {f"bucket_{name}": n for name, n in store.bucket.counts.items()}  # fmt: skip
 
 
-def one_epoch(args: Args, store: Store, order: str, epoch: int) -> tuple[dict[str, int], float, int, int]:
-    """(the bucket's counts, seconds, images, bytes of their payloads), read and announced as `Loader` does."""
-    plan = plans.plan(len(store), seed=0, batch=args.batch, order=order)
+def one_epoch(args: Args, store: Store, order: str, epoch: int) -> tuple[int, int]:
+    """(images, bytes of their payloads), read and announced as `Loader` does."""
+    plan = plans.plan(len(store), seed=0, batch=args.batch_size, order=order)
     steps = args.steps or plan.steps(1)
     first = told = epoch * steps
     reading = plan.reading(first, first + steps)
     images = size = 0
-    begun = time.perf_counter()
     with ThreadPoolExecutor(args.threads or cores()) as pool:
         for step in range(first, first + steps):
             for ids in islice(reading, min(CATCH_UP, step + plan.ahead - told)):
@@ -102,6 +93,15 @@ def one_epoch(args: Args, store: Store, order: str, epoch: int) -> tuple[dict[st
                 told += 1
             payloads = list(pool.map(store.read, plan.batch(step)[0].tolist()))
             images, size = images + len(payloads), size + sum(payload.nbytes for payload in payloads)
-    seconds = time.perf_counter() - begun
-    assert store.bucket is not None
-    return store.bucket.counts, seconds, images, size
+    return images, size
+
+
+def page(rows: list[dict[str, Any]], about: str) -> str:
+    head = ("order", "cache", "epoch", "images/s", "MB/s", "fetched / read", "requests", "in the cache")
+    lines = [
+        [r["order"], f"{r['cache']:g} x the split", r["epoch"], f"{r['images'] / r['seconds']:,.0f}",
+         f"{r['bytes'] / r['seconds'] / 1e6:,.0f}", f"{r['bucket_bytes'] / r['bytes']:.2f}", r["bucket_requests"],
+         f"{r['bucket_hits'] / (r['bucket_hits'] + r['bucket_misses']):.1%}"]
+        for r in rows
+    ]  # fmt: skip
+    return output.document(about, output.table(head, lines))

@@ -2,24 +2,20 @@
 
 From a profile of `tools/profile.py stages` (profile.json): the time, the cores that feed the GPUs, the storage and its
 bandwidth, and with `--hours` how much of each would meet a deadline. Costs a view and an image come from the profile, so
-other numbers of views and other batches are predictions; what the composed run lost against its stages is taken along.
+other numbers of views and other batches are predictions; what the whole lost against its stages is taken along.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from manyview.bench import expected
+from manyview.bench import expected, output
+from manyview.bench.output import quantity
 from manyview.bench.stages import read
-from manyview.bench.terminal import quantity
 from manyview.bench.verdict import costs_of, shape_of
-from manyview.pipeline.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -45,51 +41,36 @@ class Args:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py capacity")
-    errors = [
-        f"--{k} must be positive, not {getattr(args, k)}" for k in ("images", "gpus", "epochs") if getattr(args, k) <= 0
-    ]
-    errors += [
-        f"--{k.replace('_', '-')} must not be negative, but is {getattr(args, k)}"
-        for k in ("views", "batch_size", "hours")
-        if getattr(args, k) < 0
-    ]
-    if errors:
-        raise UserError("\n".join(errors))
+    args = output.parse(Args, argv, __doc__, "capacity", images=1, gpus=1, epochs=1e-9, views=0, batch_size=0, hours=0)
     result = plan(read(args.profile), args)
     print(text(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    output.write(args.json, result)
 
 
 def plan(report: dict[str, Any], args: Args) -> dict[str, Any]:
     """Everything `text` says, as numbers: rates are for all GPUs together, bandwidths in bytes a second."""
     costs, measured = costs_of(report), shape_of(report)
-    shape = replace(
-        measured, views=args.views or measured.views, batch=args.batch_size or report["settings"]["batch_size"]
-    )
+    batch = args.batch_size or report["settings"]["batch_size"]
+    shape = replace(measured, views=args.views or measured.views, batch=batch)
     efficiency = report["composed"]["efficiency"]
     resource, stage = expected.bottleneck(costs, shape)
     rate = args.gpus * efficiency * 1e3 / expected.milliseconds(costs, shape)
     seconds = args.images * args.epochs / rate
     on_host = expected.loads(costs, shape).get("cores", {})
     core_ms = shape.cores * sum(on_host.values()) / efficiency
-    bytes_per_image = report["data"]["bytes_per_image"]
+    bytes_per_image, limits = report["data"]["bytes_per_image"], report.get("limits") or {}
     result = {
         "images": args.images, "views": shape.views, "epochs": args.epochs, "gpus": args.gpus, "batch": shape.batch,
         "device": report["data"]["device"], "certified": report["noise"]["certified"],
         "images_per_s": rate, "views_per_s": rate * shape.views, "hours": seconds / 3600,
         "bottleneck": stage, "resource": resource, "efficiency": efficiency,
         "storage_bytes": bytes_per_image * args.images, "read_bytes_per_s": bytes_per_image * rate,
-        "disk_bytes_per_s": report["limits"]["disk"]["random_bytes_per_s"] if report.get("limits") else None,
+        "disk_bytes_per_s": limits["disk"]["random_bytes_per_s"] if limits else None,
         "cores": rate * core_ms / 1e3, "core_hours": args.images * args.epochs * core_ms / 3.6e6,
     }  # fmt: skip
-    if report.get("limits", {}).get("gradient_bytes") and args.gpus > 1:
+    if limits.get("gradient_bytes") and args.gpus > 1:
         steps_per_s = rate / args.gpus / shape.batch
-        result["network_bytes_per_s"] = (
-            2 * report["limits"]["gradient_bytes"] * (args.gpus - 1) / args.gpus * steps_per_s
-        )
+        result["network_bytes_per_s"] = 2 * limits["gradient_bytes"] * (args.gpus - 1) / args.gpus * steps_per_s
     if args.hours:
         factor = result["hours"] / args.hours
         result |= {"deadline_hours": args.hours, "gpus_for_deadline": math.ceil(args.gpus * factor - 1e-9),
@@ -104,32 +85,27 @@ def views_that_fit(costs: list[expected.Cost], shape: expected.Shape, efficiency
     return max(fits, default=0)
 
 
-def text(result: dict[str, Any]) -> str:
-    kind = "GPU(s)" if result["device"].startswith("cuda") else "machine(s) without a GPU"
+def text(r: dict[str, Any]) -> str:
+    kind = "GPU(s)" if r["device"].startswith("cuda") else "machine(s) without a GPU"
+    disk, reads = r["disk_bytes_per_s"], r["read_bytes_per_s"]
     lines = [
-        f"{result['images']:,} images x {result['views']} views x {result['epochs']:g} epochs on {result['gpus']} {kind},"
-        f" batch {result['batch']} each",
-        f"  time       {result['hours']:,.1f} hours at {result['images_per_s']:,.0f} images/s"
-        f" ({result['views_per_s']:,.0f} views/s); {result['bottleneck']} holds it back",
-        f"  cores      {result['cores']:,.1f} kept busy, {result['core_hours']:,.0f} core-hours",
-        f"  storage    {quantity(result['storage_bytes'], 'B')}",
-        f"  reads      {quantity(result['read_bytes_per_s'], 'B/s')}"
-        + (
-            f" (measured here, cold: {quantity(result['disk_bytes_per_s'], 'B/s')})"
-            if result["disk_bytes_per_s"]
-            else ""
-        ),
+        f"{r['images']:,} images x {r['views']} views x {r['epochs']:g} epochs on {r['gpus']} {kind}, batch {r['batch']} each",
+        f"  time       {r['hours']:,.1f} hours at {r['images_per_s']:,.0f} images/s ({r['views_per_s']:,.0f} views/s);"
+        f" {r['bottleneck']} holds it back",
+        f"  cores      {r['cores']:,.1f} kept busy, {r['core_hours']:,.0f} core-hours",
+        f"  storage    {quantity(r['storage_bytes'], 'B')}",
+        f"  reads      {quantity(reads, 'B/s')}" + (f" (measured here, cold: {quantity(disk, 'B/s')})" if disk else ""),
     ]
-    if "network_bytes_per_s" in result:
+    if "network_bytes_per_s" in r:
         lines.append(
-            f"  gradients  {quantity(result['network_bytes_per_s'], 'B/s')} in and out of each, if averaged by a ring"
+            f"  gradients  {quantity(r['network_bytes_per_s'], 'B/s')} in and out of each, if averaged by a ring"
         )
-    if result["disk_bytes_per_s"] and result["read_bytes_per_s"] > result["disk_bytes_per_s"]:
+    if disk and reads > disk:
         lines.append("  the disk measured here is too slow for that unless the data fits in memory")
-    if "deadline_hours" in result:
-        fits = result["views_for_deadline"]
-        lines.append(f"  deadline   {result['deadline_hours']:g} hours take {result['gpus_for_deadline']} of them, or"
+    if "deadline_hours" in r:
+        fits = r["views_for_deadline"]
+        lines.append(f"  deadline   {r['deadline_hours']:g} hours take {r['gpus_for_deadline']} of them, or"
                      + (f" {fits} views at most" if fits else " fewer images or epochs: one view is too many"))  # fmt: skip
-    if not result["certified"]:
+    if not r["certified"]:
         lines.append("  the profile is not certified: these numbers are as noisy as it was")
     return "\n".join(lines)

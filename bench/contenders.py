@@ -2,16 +2,19 @@
 """The pipelines that `peers` compares, each written as its own documentation would have it.
 
 A contender is built once for a number of views and then run: one run goes over all photos, makes V views of each as a
-training loop would get them, and returns the number of views made.
+training loop would get them, and returns the number of views made. `CONTENDERS`, at the end, says what each can do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +23,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 from torchvision.transforms import v2
 
+from manyview.bench import output
 from manyview.pipeline import engines
+from manyview.pipeline.codec import decode
+from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.loader import Loader, normalize
+from manyview.pipeline.manifest import Options
 from manyview.pipeline.plan import plan
 from manyview.pipeline.store import Store
 from manyview.pipeline.views import Group, Policy, ViewParameters, parameters
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+UNIT = [m / 255 for m in MEAN], [d / 255 for d in STD]
 
 
 @dataclass
@@ -43,7 +50,8 @@ class Setting:
     batch: int
     threads: int
     device: str = "cpu"
-    beton: Path | None = None  # the same photos for ffcv
+    floats: bool = True  # normalized float32 is to come out, else uint8
+    scratch: Path = Path()
 
     @property
     def group(self) -> Group:
@@ -54,29 +62,47 @@ class Setting:
         for first in range(0, len(self.files), self.batch):
             yield range(first, min(first + self.batch, len(self.files)))
 
+    @property
+    def beton(self) -> Path:
+        """The same photos for ffcv."""
+        out = self.scratch / "beton"
+        if not out.exists():
+            write_shards(Options("shards", "ffcv", shard_mb=100_000), self.store.path, out, quiet=True)
+        return next(out.glob("train-*.beton"))
 
-Contender = Callable[[], int]
+    @property
+    def tar(self) -> Path:
+        """The same photos in one tar."""
+        path = self.scratch / "photos.tar"
+        if not path.exists():
+            with tarfile.open(path, "w") as file:
+                for photo in self.files:
+                    file.add(photo, photo.name)
+        return path
+
+
+Run = Callable[[], int]
+Build = Callable[[Setting], AbstractContextManager[Run]]
 
 
 @contextlib.contextmanager
-def ours(name: str, s: Setting, normalized: bool = True) -> Iterator[Contender]:
+def ours(name: str, s: Setting) -> Iterator[Run]:
     """This project's engine behind its loader; as float32, or as the uint8 that the engine makes."""
     engine, _ = engines.create(name, s.store, s.device, threads=s.threads)
     order = plan(len(s.files), seed=0, batch=s.batch)  # of the first images
     loader = Loader(s.store, order, s.policy, engine, seed=0)
 
     def run() -> int:
-        made = 0
+        count = 0
         for batch in loader.batches(0, order.steps(1)):
             for group in batch.views:
-                made += group.shape[0] * group.shape[1]
-                if normalized:
+                count += group.shape[0] * group.shape[1]
+                if s.floats:
                     normalize(group, MEAN, STD, torch.float32)
         if s.device == "cuda":
             torch.cuda.synchronize()
-        return made
+        return count
 
-    run.engine = engine
     try:
         yield run
     finally:
@@ -103,14 +129,16 @@ def pil(path: Path) -> Image.Image:
 
 
 def tensor(path: Path) -> torch.Tensor:
-    return decode_image(str(path), ImageReadMode.RGB)
+    """(3, H, W) uint8. By libjpeg-turbo itself: torchvision's own decoders are deprecated."""
+    if path.suffix != ".jpg":
+        return v2.functional.pil_to_tensor(pil(path))
+    return torch.from_numpy(decode(np.fromfile(path, np.uint8))).permute(2, 0, 1)
 
 
 @contextlib.contextmanager
-def _dataloader(s: Setting, load: Callable, transform: Callable) -> Iterator[Contender]:
-    loader = DataLoader(
-        Photos(s.files, load, transform, s.views), s.batch, num_workers=s.threads, persistent_workers=True
-    )
+def _dataloader(s: Setting, load: Callable, transform: Callable) -> Iterator[Run]:
+    photos = Photos(s.files, load, transform, s.views)
+    loader = DataLoader(photos, s.batch, num_workers=s.threads, persistent_workers=True)
 
     def run() -> int:
         return sum(len(view) for batch in loader for view in batch)
@@ -122,29 +150,33 @@ def _dataloader(s: Setting, load: Callable, transform: Callable) -> Iterator[Con
             loader._iterator._shutdown_workers()
 
 
-def _torchvision_policy(g: Group) -> list[Any]:
-    """The policy in torchvision's own transforms, up to pixels 0..255."""
-    kernel = max(3, g.size // 10 // 2 * 2 + 1)  # SimCLR: a tenth of the side, 23 at 224
+def kernel(g: Group) -> int:
+    """Taps of SimCLR's blur: a tenth of the side, 23 at 224."""
+    return max(3, g.size // 10 // 2 * 2 + 1)
+
+
+def _torchvision(s: Setting, load: Callable, first: list[Any]) -> AbstractContextManager[Run]:
+    """The policy in torchvision's own transforms."""
+    g = s.group
     steps: list[Any] = [v2.RandomResizedCrop(g.size, g.scale, g.ratio, antialias=True), v2.RandomHorizontalFlip(g.flip)]
     if g.jitter:
         jitter = v2.ColorJitter(g.brightness, g.contrast, g.saturation, g.hue)
         steps += [v2.RandomApply([jitter], g.jitter), v2.RandomGrayscale(g.grey)]
     if max(g.blur):
-        steps.append(v2.RandomApply([v2.GaussianBlur(kernel, g.sigma)], max(g.blur)))
-    return steps
+        steps.append(v2.RandomApply([v2.GaussianBlur(kernel(g), g.sigma)], max(g.blur)))
+    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*UNIT)]
+    return _dataloader(s, load, v2.Compose(steps + first + finish))
 
 
-def torchvision_pil(s: Setting) -> Any:
-    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*_unit())]
-    return _dataloader(s, pil, v2.Compose(_torchvision_policy(s.group) + finish))
+def torchvision_pil(s: Setting) -> AbstractContextManager[Run]:
+    return _torchvision(s, pil, [v2.ToImage()])
 
 
-def torchvision_tensor(s: Setting) -> Any:
-    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*_unit())]
-    return _dataloader(s, tensor, v2.Compose(_torchvision_policy(s.group) + finish))
+def torchvision_tensor(s: Setting) -> AbstractContextManager[Run]:
+    return _torchvision(s, tensor, [])
 
 
-def lightly(s: Setting) -> Any:
+def lightly(s: Setting) -> AbstractContextManager[Run]:
     from lightly.transforms.simclr_transform import SimCLRViewTransform
 
     g = s.group
@@ -156,12 +188,8 @@ def lightly(s: Setting) -> Any:
     return _dataloader(s, pil, transform)
 
 
-def _unit() -> tuple[list[float], list[float]]:
-    return [m / 255 for m in MEAN], [d / 255 for d in STD]
-
-
 @contextlib.contextmanager
-def stock_dali(s: Setting) -> Iterator[Contender]:
+def stock_dali(s: Setting) -> Iterator[Run]:
     """DALI's stock operators in the usual way: random_resized_crop, color_twist, hsv for grey, gaussian_blur of
     SimCLR's 23 taps, crop_mirror_normalize; each chance as a conditional, as in DALI's documentation."""
     from nvidia.dali import fn, pipeline_def, types
@@ -179,16 +207,13 @@ def stock_dali(s: Setting) -> Iterator[Contender]:
         out = fn.random_resized_crop(images, size=g.size, random_area=g.scale, random_aspect_ratio=g.ratio)
         if chance(g.jitter):
             out = fn.color_twist(
-                out,
-                brightness=factor(g.brightness),
-                contrast=factor(g.contrast),
-                saturation=factor(g.saturation),
+                out, brightness=factor(g.brightness), contrast=factor(g.contrast), saturation=factor(g.saturation),
                 hue=fn.random.uniform(range=(-360 * g.hue, 360 * g.hue)),
-            )
+            )  # fmt: skip
         if chance(g.grey):
             out = fn.hsv(out, saturation=0.0)
         if chance(max(g.blur)):
-            out = fn.gaussian_blur(out, window_size=g.size // 10 // 2 * 2 + 1, sigma=fn.random.uniform(range=g.sigma))
+            out = fn.gaussian_blur(out, window_size=kernel(g), sigma=fn.random.uniform(range=g.sigma))
         mirror = fn.random.coin_flip(probability=g.flip)
         return fn.crop_mirror_normalize(out, mirror=mirror, mean=MEAN, std=STD, dtype=types.FLOAT, output_layout="CHW")
 
@@ -215,14 +240,14 @@ def stock_dali(s: Setting) -> Iterator[Contender]:
 
 
 @contextlib.contextmanager
-def floor(s: Setting) -> Iterator[Contender]:
+def floor(s: Setting) -> Iterator[Run]:
     """What threads and native kernels give with nothing around them: decode once, torch's exact antialiased resize,
     OpenCV's color matrix and blur of the smallest window. No shards, no checksums, no fixed order, uint8 out."""
     cv2.setNumThreads(0)
-    data = [torch.from_numpy(np.fromfile(f, np.uint8)) for f in s.files]
+    data = [np.fromfile(f, np.uint8) for f in s.files]
 
     def image(i: int, drawn: ViewParameters, b: int, out: np.ndarray) -> None:
-        pixels = decode_jpeg(data[i], mode=ImageReadMode.RGB)
+        pixels = torch.from_numpy(decode(data[i])).permute(2, 0, 1)
         for v, view_of in enumerate(drawn.views[:, b]):
             top, left, height, width = view_of["box"].tolist()
             crop = pixels[None, :, top : top + height, left : left + width]
@@ -234,16 +259,16 @@ def floor(s: Setting) -> Iterator[Contender]:
             out[v, b] = flat[:, ::-1] if view_of["flip"] else flat
 
     def run() -> int:
-        made = 0
+        count = 0
         torch.set_num_threads(1)
         for rows in s.batches:
             ids = np.asarray(rows)
             drawn = parameters(s.policy, 0, 0 * ids, ids, sizes[ids, 0], sizes[ids, 1])
             out = np.empty((s.views, len(ids), s.group.size, s.group.size, 3), np.uint8)
             list(pool.map(lambda b, ids=ids, drawn=drawn, out=out: image(ids[b], drawn, b, out), range(len(ids))))
-            made += out.shape[0] * out.shape[1]
+            count += out.shape[0] * out.shape[1]
         torch.set_num_threads(s.threads)
-        return made
+        return count
 
     sizes = np.array([pil(f).size[::-1] for f in s.files])
     with ThreadPoolExecutor(s.threads) as pool:
@@ -251,7 +276,7 @@ def floor(s: Setting) -> Iterator[Contender]:
 
 
 @contextlib.contextmanager
-def ffcv(s: Setting) -> Iterator[Contender]:
+def ffcv(s: Setting) -> Iterator[Run]:
     """The stock ffcv Loader with one pipeline a view; each decodes the JPEG again."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader as FFCVLoader
@@ -279,7 +304,7 @@ def ffcv(s: Setting) -> Iterator[Contender]:
 
 
 @contextlib.contextmanager
-def kornia(s: Setting) -> Iterator[Contender]:
+def kornia(s: Setting) -> Iterator[Run]:
     """kornia works on batches of equal, decoded images: it is given 256 px float tensors, decode and resize not counted."""
     import kornia.augmentation as K
 
@@ -288,47 +313,46 @@ def kornia(s: Setting) -> Iterator[Contender]:
     if g.jitter:
         steps += [K.ColorJitter(g.brightness, g.contrast, g.saturation, g.hue, p=g.jitter), K.RandomGrayscale(p=g.grey)]
     if max(g.blur):
-        kernel = g.size // 10 // 2 * 2 + 1
-        steps.append(K.RandomGaussianBlur((kernel, kernel), g.sigma, p=max(g.blur)))
-    steps.append(K.Normalize(*(torch.tensor(x) for x in _unit())))
+        steps.append(K.RandomGaussianBlur((kernel(g), kernel(g)), g.sigma, p=max(g.blur)))
+    steps.append(K.Normalize(*(torch.tensor(x) for x in UNIT)))
     augment = K.AugmentationSequential(*steps, data_keys=["input"])
     side = min(256, *pil(s.files[0]).size)
     prepare = v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(side)])
     images = torch.stack([prepare(tensor(f)) for f in s.files[: 2 * s.batch]]).to(s.device)
 
     def run() -> int:
-        made = 0
+        count = 0
         for rows in s.batches:
             part = images[[i % len(images) for i in rows]].float() / 255
-            made += sum(len(augment(part)) for _ in range(s.views))
+            count += sum(len(augment(part)) for _ in range(s.views))
         if s.device == "cuda":
             torch.cuda.synchronize()
-        return made
+        return count
 
     yield run
 
 
 @contextlib.contextmanager
-def decode_ceiling(s: Setting) -> Iterator[Contender]:
+def decode_ceiling(s: Setting) -> Iterator[Run]:
     """Our engine's decoding on the GPU, batches as close to each other, and nothing else: no pipeline with these pixels is
     faster at one view."""
     from nvidia.dali import pipeline_def
 
-    from manyview.pipeline.engines.dali import DEPTH, decode
+    from manyview.pipeline.engines import dali
 
     data = [np.fromfile(f, np.uint8) for f in s.files]
 
     @pipeline_def(exec_dynamic=True, exec_pipelined=False)
     def graph() -> Any:
-        return decode(s.device)
+        return dali.decode(s.device)
 
-    pipeline = graph(batch_size=s.batch, num_threads=s.threads, device_id=0, prefetch_queue_depth=DEPTH)
+    pipeline = graph(batch_size=s.batch, num_threads=s.threads, device_id=0, prefetch_queue_depth=dali.DEPTH)
     pipeline.build()
 
     def run() -> int:
         waiting = 0
         for rows in s.batches:
-            if waiting == DEPTH:
+            if waiting == dali.DEPTH:
                 pipeline.outputs()
                 waiting -= 1
             pipeline.feed_input("images", [data[i] for i in rows])
@@ -340,3 +364,111 @@ def decode_ceiling(s: Setting) -> Iterator[Contender]:
         return len(s.files) * s.views
 
     yield run
+
+
+@contextlib.contextmanager
+def variopinta(s: Setting) -> Iterator[Run]:
+    """Its compiled pipeline in threads: decode once, a call a view, the key of which replays it. uint8, or float32 (H, W, 3)."""
+    import variopinta as vp
+
+    g = s.group
+    around = lambda strength: (1 - strength, 1 + strength)  # noqa: E731
+    crop = vp.RandomResizedCrop(g.size, g.size, area_range=g.scale, aspect_ratio_range=g.ratio, antialias=True)
+    steps: list[Any] = [crop, vp.HorizontalFlip(p=g.flip)]
+    if g.jitter:
+        steps.append(vp.ColorJitter(
+            brightness_range=around(g.brightness), contrast_range=around(g.contrast), saturation_range=around(g.saturation),
+            hue_range=(-g.hue, g.hue), p=g.jitter,
+        ))  # fmt: skip
+        steps.append(vp.Grayscale(p=g.grey))
+    if max(g.blur):
+        steps.append(vp.GaussianBlur(kernel_size=kernel(g), sigma_range=g.sigma, p=max(g.blur)))
+    if s.floats:
+        steps.append(vp.Normalize(mean=UNIT[0], std=UNIT[1]))
+    pipeline = vp.Pipeline(steps, seed=0).compile()
+    data = [f.read_bytes() for f in s.files]
+    shape, dtype = (g.size, g.size, 3), np.float32 if s.floats else np.uint8
+
+    def image(i: int, b: int, out: np.ndarray) -> None:
+        pixels = vp.decode_image(data[i])
+        for v in range(s.views):
+            out[v, b] = pipeline(pixels, key=i * s.views + v)
+
+    def run() -> int:
+        count = 0
+        for rows in s.batches:
+            out = np.empty((s.views, len(rows), *shape), dtype)
+            list(pool.map(lambda i, out=out, rows=rows: image(i, i - rows[0], out), rows))
+            count += s.views * len(rows)
+        return count
+
+    with ThreadPoolExecutor(s.threads) as pool:
+        yield run
+
+
+@contextlib.contextmanager
+def turboloader(s: Setting) -> Iterator[Run]:
+    """Its DataLoader over a tar, fused crop, flip and normalize (torchvision's ranges of the crop), one pass and so one
+    decode a view: it makes one view of an image."""
+    import turboloader as tl
+
+    loaders = [
+        tl.DataLoader(
+            str(s.tar), batch_size=s.batch, num_workers=s.threads, image_size=s.group.size, output_format="pytorch", shuffle=True,
+            transform=tl.ImageNetNormalize(), train_aug=True, hflip_prob=s.group.flip, antialias=True, seed=seed,
+        )
+        for seed in range(s.views)
+    ]  # fmt: skip
+    yield lambda: sum(len(images) for loader in loaders for images, _ in loader)
+
+
+ANY, PHOTOS, TINY = ("photos", "tiny"), ("photos",), ("tiny",)  # what a contender can be given
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the comparison. Ratios are of ours to peers that make the same: all of the policy or crop and flip alone
+    (`plain`), normalized `floats` or uint8."""
+
+    name: str
+    build: Build
+    engine: str = ""  # of ours, which a peer has not
+    plain: bool = False
+    floats: bool = True
+    images: tuple[str, ...] = ANY
+    devices: tuple[str, ...] = ("cpu",)
+    packages: tuple[str, ...] = ()  # one of them must be there
+
+    def fits(self, images: str, device: str) -> bool:
+        there = not self.packages or any(output.version(package) for package in self.packages)
+        return images in self.images and device in self.devices and there
+
+
+def _engines(floats: bool) -> list[Contender]:
+    both = ("cpu", "cuda")
+    return [
+        Contender("manyview cpu", partial(ours, "cpu"), "cpu", floats=floats, devices=both),
+        Contender("manyview dali", partial(ours, "dali"), "dali", floats=floats, devices=both, packages=DALI),
+        Contender("manyview resident", partial(ours, "resident"), "resident", floats=floats, images=TINY, devices=both),
+    ]
+
+
+CONTENDERS = [
+    *_engines(floats=True),
+    Contender("decode ceiling (nvJPEG)", decode_ceiling, images=PHOTOS, devices=("cuda",), packages=DALI),
+    Contender("torchvision v2 PIL + DataLoader", torchvision_pil),
+    Contender("torchvision v2 tensor + DataLoader", torchvision_tensor),
+    Contender("lightly + DataLoader", lightly, packages=("lightly",)),
+    Contender("stock DALI CPU graph", stock_dali, images=PHOTOS, packages=DALI),
+    Contender("variopinta in threads", variopinta, images=PHOTOS, packages=("variopinta",)),
+    Contender("manyview cpu", partial(ours, "cpu"), "cpu", plain=True, images=PHOTOS),
+    Contender("stock ffcv Loader", ffcv, plain=True, images=PHOTOS, packages=("ffcv",)),
+    Contender("variopinta in threads", variopinta, plain=True, images=PHOTOS, packages=("variopinta",)),
+    Contender("TurboLoader, a pass a view", turboloader, plain=True, images=PHOTOS, packages=("turboloader",)),
+    Contender("kornia (decode not counted)", kornia, devices=("cpu", "cuda"), packages=("kornia",)),
+    *_engines(floats=False),
+    Contender("floor: threads, torch resize, OpenCV", floor, floats=False, images=PHOTOS),
+    Contender("manyview cpu", partial(ours, "cpu"), "cpu", plain=True, floats=False, images=PHOTOS),
+    Contender("variopinta in threads", variopinta, plain=True, floats=False, images=PHOTOS, packages=("variopinta",)),
+]

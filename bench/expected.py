@@ -7,28 +7,22 @@ Stages that share a resource add up; resources work at the same time, so the slo
     main     time of the stages in the thread that trains (what it launches counts, what runs on the device does not)
     device   time of the stages on the device
     copy     time of host-to-device copies
-    network  time of the all-reduce
 
-A prediction is the observed rate times the ratio of two expectations: what the composed run loses against the
-expectation (its efficiency) is taken to stay as it is.
+A prediction is the observed rate times the ratio of two expectations: what the whole loses against the expectation (its
+efficiency) is taken to stay as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from manyview.bench.ceilings import Cost
+from manyview.bench.stage_cost import Cost
 
 RESOURCES = {
-    "cores": "the cores",
-    "engine": "the engine's threads",
-    "main": "the training thread",
-    "device": "the GPU",
+    "cores": "the cores", "engine": "the engine's threads", "main": "the training thread", "device": "the GPU",
     "copy": "the copy engine",
-    "network": "the network",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,13 +74,8 @@ def core_ms(costs: Iterable[Cost], shape: Shape) -> float:
 
 def scaled(costs: Iterable[Cost], name: str, factor: float) -> list[Cost]:
     """The costs with one stage at `factor` of its own: 0 takes it away."""
-    result = []
-    for cost in costs:
-        changed = copy(cost)
-        if cost.name == name:
-            changed.core, changed.wall = [factor * x for x in cost.core], [factor * x for x in cost.wall]
-        result.append(changed)
-    return result
+    times = lambda samples: [factor * x for x in samples]  # noqa: E731
+    return [replace(c, core=times(c.core), wall=times(c.wall)) if c.name == name else c for c in costs]
 
 
 def what_if(costs: list[Cost], shape: Shape, name: str, factor: float, observed: float) -> dict:
@@ -100,7 +89,7 @@ def what_if(costs: list[Cost], shape: Shape, name: str, factor: float, observed:
 
 def ceiling(cost: Cost, shape: Shape) -> float:
     """Images a second of a stage that has the machine to itself; 0 = it costs nothing that was seen."""
-    own = milliseconds([cost], shape) if cost.core_ms or cost.wall_ms else 0.0
+    own = milliseconds([cost], shape)
     return 1e3 / own if own else 0.0
 
 

@@ -9,22 +9,23 @@ crops, factors and weights at the start, and the k-nearest-neighbour accuracy of
 
 from __future__ import annotations
 
-import json
-import math
-import shlex
-import statistics
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
-from scipy.stats import t
-from torch import nn
+from scipy import stats
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
+from manyview.bench import output
+from manyview.bench.harness import CPU, interleaved
+from manyview.bench.output import table
 from manyview.evaluation.knn import cosine_exp
 from manyview.model import backbone, objective
 from manyview.pipeline.codec import decode
@@ -33,9 +34,10 @@ from manyview.pipeline.loader import normalize
 from manyview.pipeline.plan import plan
 from manyview.pipeline.store import Store
 from manyview.pipeline.views import clean, color_map, parameters, policy
-from manyview.training.monitor import environment
 
 OPERATIONS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+STATISTICS = ("mean red", "mean green", "mean blue", "contrast", "chroma", "clipped share")
+TRAINED = ("ours", "torchvision", "no jitter", "untrained")
 
 
 @dataclass
@@ -56,11 +58,10 @@ class Args:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py jitter")
-    begun = time.perf_counter()
+    args = output.parse(Args, argv, __doc__, "jitter", images=1, size=8, strength=0, seeds=1, train_images=2, epochs=1)
+    begun, env = time.perf_counter(), output.environment(CPU, "jitter", argv)
     result: dict[str, Any] = {
-        "command": "python tools/profile.py jitter " + shlex.join(argv),
-        "environment": environment(torch.device("cpu")),
+        "command": f"python {env['command']}", "environment": env,
         "pixels": pixels(args), "distributions": distributions(args), "clipped": clipped(args),
     }  # fmt: skip
     if args.small:
@@ -68,130 +69,115 @@ def main(argv: list[str]) -> None:
     result["minutes"] = round((time.perf_counter() - begun) / 60, 1)
     text = markdown(result)
     print(text)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(text)
+    output.write(args.json, result, text)
 
 
-def photos(args: Args) -> list[torch.Tensor]:
+def photos(args: Args) -> list[Tensor]:
     """Square crops (3, size, size) uint8."""
     store = Store(args.data)
     ids = np.arange(min(args.images, len(store)))
     drawn = parameters(policy("none", 1, args.size), 0, 0 * ids, ids, store.heights[ids], store.widths[ids])
-    views = []
-    for b, i in enumerate(ids):
-        image = torch.from_numpy(np.array(decode(store.read(int(i))))).permute(2, 0, 1)
-        views.append(F.resized_crop(image, *drawn.views["box"][0, b].tolist(), [args.size, args.size], antialias=True))
-    return views
+    images = (torch.from_numpy(np.array(decode(store.read(int(i))))).permute(2, 0, 1) for i in ids)
+    boxes = (drawn.views["box"][0, b].tolist() for b in range(len(ids)))
+    return [F.resized_crop(image, *box, [args.size, args.size], antialias=True) for image, box in zip(images, boxes)]
 
 
 def draw(generator: np.random.Generator, strength: float) -> tuple[list[float], list[int]]:
     """Three factors around 1, a hue in turns, and an order."""
     spread = 0.8 * strength
-    return [
-        *generator.uniform(1 - spread, 1 + spread, 3),
-        generator.uniform(-0.2, 0.2) * strength,
-    ], generator.permutation(4).tolist()
+    factors = [*generator.uniform(1 - spread, 1 + spread, 3), generator.uniform(-0.2, 0.2) * strength]
+    return factors, generator.permutation(4).tolist()
 
 
-def theirs(image: torch.Tensor, factors: list[float], order: list[int]) -> torch.Tensor:
+def chain(image: Tensor, factors: list[float], order: list[int]) -> Iterator[Tensor]:
+    """torchvision's view after each of its operations."""
     for k in order:
         image = OPERATIONS[k](image, factors[k])
-    return image
+        yield image
 
 
-def ours(image: torch.Tensor, factors: list[float], pivot: float = 128) -> torch.Tensor:
+def theirs(image: Tensor, factors: list[float], order: list[int]) -> Tensor:
+    return [image, *chain(image, factors, order)][-1]
+
+
+def ours(image: Tensor, factors: list[float], pivot: float = 128) -> Tensor:
     out = np.zeros((3, 4), np.float32)
-    color_map(*factors, out)  # type: ignore[call-arg]
+    color_map(*factors, out)
     out[:, 3] *= pivot / 128
     m = torch.from_numpy(out)
     mapped = torch.einsum("dc,chw->dhw", m[:, :3], image.float()) + m[:, 3, None, None]
     return mapped.round().clamp(0, 255).to(torch.uint8)
 
 
+def luma(image: Tensor) -> float:
+    return float(F.rgb_to_grayscale(image, 1).float().mean())
+
+
+def collected(rows: list[dict[str, float]], of: Callable[[list[float]], Any]) -> dict[str, Any]:
+    return {name: of([row[name] for row in rows]) for name in rows[0]}
+
+
 def pixels(args: Args) -> dict[str, Any]:
     """Mean absolute difference in grey levels (of 255), for all of the jitter and cause by cause."""
-    generator = np.random.default_rng(0)
-    found: dict[str, list[float]] = {}
+    generator, rows = np.random.default_rng(0), []
 
-    def add(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
-        found.setdefault(name, []).append(float((a.float() - b.float()).abs().mean()))
+    def apart(a: Tensor, b: Tensor) -> float:
+        return float((a.float() - b.float()).abs().mean())
 
     for image in photos(args):
         factors, order = draw(generator, args.strength)
         _, other = draw(generator, args.strength)
-        luma = float(F.rgb_to_grayscale(image, 1).float().mean())
-        no_hue, only_hue = [*factors[:3], 0.0], [1.0, 1.0, 1.0, factors[3]]
+        no_hue, only_hue, pivot = [*factors[:3], 0.0], [1.0, 1.0, 1.0, factors[3]], luma(image)
         full = theirs(image, factors, order)
-        add("ours and torchvision", ours(image, factors), full)
-        add("torchvision in two of its random orders", theirs(image, factors, other), full)
-        add("torchvision with other factors", theirs(image, draw(generator, args.strength)[0], order), full)
-        add("cause: contrast pivots at 128, not at the mean", ours(image, no_hue), ours(image, no_hue, luma))
-        add("cause: hue in YIQ, not in HSV", ours(image, only_hue), theirs(image, only_hue, [3]))
-        add("cause: one clamp, not four", ours(image, no_hue, luma), theirs(image, no_hue, [k for k in order if k < 3]))
-    return {
-        name: {"mean": round(statistics.mean(v), 2), "median": round(statistics.median(v), 2)}
-        for name, v in found.items()
-    }
+        rows.append({
+            "ours and torchvision": apart(ours(image, factors), full),
+            "torchvision in two of its random orders": apart(theirs(image, factors, other), full),
+            "torchvision with other factors": apart(theirs(image, draw(generator, args.strength)[0], order), full),
+            "cause: contrast pivots at 128, not at the mean": apart(ours(image, no_hue), ours(image, no_hue, pivot)),
+            "cause: hue in YIQ, not in HSV": apart(ours(image, only_hue), theirs(image, only_hue, [3])),
+            "cause: one clamp, not four":
+                apart(ours(image, no_hue, pivot), theirs(image, no_hue, [k for k in order if k < 3])),
+        })  # fmt: skip
+    return collected(rows, lambda v: {"mean": round(mean(v), 2), "median": round(median(v), 2)})
 
 
 def distributions(args: Args) -> dict[str, Any]:
     """Kolmogorov-Smirnov distances of statistics of the views: ours to torchvision's, and two of torchvision's."""
     images = photos(args) * max(1, 900 // args.images)
-    sets = {}
-    for name, seed, make in (("ours", 1, "ours"), ("torchvision", 2, "theirs"), ("torchvision again", 3, "theirs")):
-        generator = np.random.default_rng(seed)
-        rows = []
+
+    def statistics(seed: int, mine: bool) -> np.ndarray:
+        generator, rows = np.random.default_rng(seed), []
         for image in images:
             factors, order = draw(generator, args.strength)
-            view = (ours(image, factors) if make == "ours" else theirs(image, factors, order)).float()
-            luma = (view * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
+            view = (ours(image, factors) if mine else theirs(image, factors, order)).float()
+            grey = (view * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
+            ends = ((view == 0) | (view == 255)).float().mean()
             chroma = (view.amax(0) - view.amin(0)).mean()
-            clipped = ((view == 0) | (view == 255)).float().mean()
-            rows.append([*view.mean((1, 2)).tolist(), float(luma.std()), float(chroma), float(clipped)])
-        sets[name] = np.array(rows)
-    names = ("mean red", "mean green", "mean blue", "contrast", "chroma", "clipped share")
-    return {
-        name: {
-            "ours to torchvision": _ks(sets["ours"][:, k], sets["torchvision"][:, k]),
-            "torchvision to itself": _ks(sets["torchvision"][:, k], sets["torchvision again"][:, k]),
-        }
-        for k, name in enumerate(names)
-    }
+            rows.append([*view.mean((1, 2)).tolist(), float(grey.std()), float(chroma), float(ends)])
+        return np.array(rows).T
+
+    mine, other, again = statistics(1, True), statistics(2, False), statistics(3, False)
+    distance = lambda a, b: round(float(stats.ks_2samp(a, b).statistic), 3)  # noqa: E731
+    return {name: {"ours to torchvision": distance(mine[k], other[k]), "torchvision to itself": distance(other[k], again[k])}
+            for k, name in enumerate(STATISTICS)}  # fmt: skip
 
 
 def clipped(args: Args) -> dict[str, float]:
     """Share (%) of the values that are 0 or 255, by what makes the views; and of those that torchvision's chain put to
     0 or 255 at any of its steps, where what they were is lost too."""
-    generator = np.random.default_rng(4)
-    found: dict[str, list[torch.Tensor]] = {}
-
-    def ends(image: torch.Tensor) -> torch.Tensor:
-        return (image == 0) | (image == 255)
-
+    generator, rows = np.random.default_rng(4), []
+    ends = lambda image: (image == 0) | (image == 255)  # noqa: E731
     for image in photos(args):
         factors, order = draw(generator, args.strength)
-        luma = float(F.rgb_to_grayscale(image, 1).float().mean())
-        steps = [image]
-        for k in order:
-            steps.append(OPERATIONS[k](steps[-1], factors[k]))
+        steps = torch.stack(list(chain(image, factors, order)))
         shares = {
-            "photos": ends(image), "torchvision": ends(steps[-1]),
-            "torchvision, at any of its steps": torch.stack([ends(step) for step in steps[1:]]).any(0),
-            "ours": ends(ours(image, factors)), "ours, contrast around the image's mean": ends(ours(image, factors, luma)),
+            "photos": ends(image), "torchvision": ends(steps[-1]), "torchvision, at any of its steps": ends(steps).any(0),
+            "ours": ends(ours(image, factors)),
+            "ours, contrast around the image's mean": ends(ours(image, factors, luma(image))),
             "ours, without hue": ends(ours(image, [*factors[:3], 0.0])),
         }  # fmt: skip
-        for name, which in shares.items():
-            found.setdefault(name, []).append(which.float().mean())
-    return {name: round(100 * float(torch.stack(v).mean()), 2) for name, v in found.items()}
-
-
-def _ks(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest distance between two empirical distribution functions."""
-    both = np.sort(np.concatenate([a, b]))
-    steps = [np.searchsorted(np.sort(x), both, "right") / len(x) for x in (a, b)]
-    return round(float(np.abs(steps[0] - steps[1]).max()), 3)
+        rows.append({name: 100 * float(which.float().mean()) for name, which in shares.items()})
+    return collected(rows, lambda v: round(mean(v), 2))
 
 
 def training(args: Args) -> dict[str, Any]:
@@ -199,27 +185,70 @@ def training(args: Args) -> dict[str, Any]:
     assert args.small is not None
     store, val = Store(args.small), Store(args.small, "val")
     engine, other = ResidentEngine(store), ResidentEngine(val)
-    found: dict[str, list[float]] = {"ours": [], "torchvision": [], "no jitter": [], "untrained": []}
-    for seed in range(args.seeds):
-        for name, scores in found.items():
-            scores.append(round(train(args, store, engine, val, other, name, seed), 2))
+    seeds = iter(range(args.seeds * len(TRAINED)))
+
+    def score(name: str) -> float:
+        return round(train(args, store, val, engine, other, name, next(seeds) // len(TRAINED)), 2)
+
+    found = interleaved({name: partial(score, name) for name in TRAINED}, args.seeds, lambda call: call())
     engine.close()
     other.close()
-    return {
-        "accuracy": found,
-        "mean": {name: round(statistics.mean(v), 2) for name, v in found.items()},
-        "ours - torchvision": paired(found["ours"], found["torchvision"]),
-        "torchvision - no jitter": paired(found["torchvision"], found["no jitter"]),
-        "torchvision - untrained": paired(found["torchvision"], found["untrained"]),
+    pairs = (("ours", "torchvision"), ("torchvision", "no jitter"), ("torchvision", "untrained"))
+    return {"accuracy": found, "mean": {name: round(mean(v), 2) for name, v in found.items()}} | {
+        f"{a} - {b}": paired(found[a], found[b]) for a, b in pairs
     }
 
 
 def paired(a: list[float], b: list[float]) -> dict[str, float]:
     """Mean difference a seed and its 95 % interval by Student's t (infinite for one seed)."""
-    differences = [x - y for x, y in zip(a, b)]
-    mean, n = statistics.mean(differences), len(differences)
-    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5 if n > 1 else math.inf
-    return {"mean": round(mean, 2), "low": round(mean - half, 2), "high": round(mean + half, 2)}
+    found = stats.ttest_rel(a, b).confidence_interval(0.95) if len(a) > 1 else (-np.inf, np.inf)
+    middle = mean(x - y for x, y in zip(a, b))
+    return {"mean": round(middle, 2), "low": round(float(found[0]), 2), "high": round(float(found[1]), 2)}
+
+
+def train(
+    args: Args, store: Store, val: Store, engine: ResidentEngine, other: ResidentEngine, jitter: str, seed: int
+) -> float:
+    """Held-out kNN accuracy (%) of a network trained on the views of `jitter`."""
+    torch.manual_seed(seed)
+    generator = np.random.default_rng(seed)
+    network: Any = backbone.create("resnet10-narrow", image_size=32, stem="standard")
+    wide = nn.Linear(network.num_features, 128, bias=False)
+    head = nn.Sequential(wide, nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 128))
+    optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], 1e-3, weight_decay=1e-6)
+    loss_of = objective.create("barlow")
+    chosen = policy("simclr", 2, 32, {"jitter": 0, "grey": 0, "blur": 0})
+    order = plan(store.labels, seed=seed, batch=250, fraction=args.train_images / len(store))
+    for step in range(order.steps(args.epochs) if jitter != "untrained" else 0):
+        ids, epochs = order.batch(step)
+        drawn = parameters(chosen, seed, epochs, ids, store.heights[ids], store.widths[ids])
+        views = torch.stack(
+            [jittered(view, jitter, generator, args.strength) for view in engine(ids, drawn)[0].flatten(0, 1)]
+        )
+        z = head(network(normalize(views, store.mean, store.std, torch.float32))).unflatten(0, (2, -1))
+        optimizer.zero_grad()
+        loss_of(z).total.backward()
+        optimizer.step()
+    network.eval()
+    bank = embed(network, store, engine, order.ids)
+    queries = embed(network, val, other, np.arange(min(2000, len(val))))
+    labels, truth = (torch.from_numpy(np.array(x)) for x in (store.labels[order.ids], val.labels[: len(queries)]))
+    guesses = cosine_exp(bank, labels, queries, classes=len(store.classes)).argmax(1)
+    return 100 * float((guesses == truth).float().mean())
+
+
+def jittered(view: Tensor, jitter: str, generator: np.random.Generator, strength: float) -> Tensor:
+    factors, order = draw(generator, strength)
+    if generator.random() >= 0.8 or jitter == "no jitter":
+        return view
+    return ours(view, factors) if jitter == "ours" else theirs(view, factors, order)
+
+
+@torch.inference_mode()
+def embed(network: nn.Module, store: Store, engine: ResidentEngine, ids: np.ndarray) -> Tensor:
+    parts = np.array_split(ids, max(1, len(ids) // 500))
+    views = (engine(part, clean(32, store.heights[part], store.widths[part]))[0][0] for part in parts)
+    return torch.cat([network(normalize(view, store.mean, store.std, torch.float32)) for view in views])
 
 
 def verdict(training: dict[str, Any]) -> str:
@@ -240,67 +269,18 @@ def verdict(training: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    env = result["environment"]
-    lines = [
-        "# One color map beside torchvision's chain", "", f"`{result['command']}`", "",
-        f"Commit {env['commit']}, {env['device']} ({env['cores']} cores), {result['minutes']} minutes.", "",
-        "| mean absolute difference, grey levels | mean | median |", "|---|--:|--:|",
-        *(f"| {name} | {v['mean']} | {v['median']} |" for name, v in result["pixels"].items()), "",
-        "| Kolmogorov-Smirnov distance of views' | ours to torchvision | torchvision to itself |", "|---|--:|--:|",
-        *(f"| {name} | {' | '.join(str(x) for x in v.values())} |" for name, v in result["distributions"].items()), "",
-        "| values that are 0 or 255 | % |", "|---|--:|",
-        *(f"| {name} | {v} |" for name, v in result["clipped"].items()), "",
+    env, trained = result["environment"], result.get("training")
+    distances = [[name, *v.values()] for name, v in result["distributions"].items()]
+    scores = [[k, trained["mean"][k], v] for k, v in trained["accuracy"].items()] if trained else []
+    return output.document(
+        "# One color map beside torchvision's chain",
+        f"`{result['command']}`",
+        f"Commit {env['commit']}, {env['device']} ({env['cores']} cores), {result['minutes']} minutes.",
+        table(("mean absolute difference, grey levels", "mean", "median"),
+              [[name, v["mean"], v["median"]] for name, v in result["pixels"].items()]),
+        table(("Kolmogorov-Smirnov distance of views'", "ours to torchvision", "torchvision to itself"), distances),
+        table(("values that are 0 or 255", "%"), result["clipped"].items()),
         "Torchvision clamps after each operation, and a later one moves what was clamped off the end again: fewer values end "
         "there, but what they were is lost all the same.",
-    ]  # fmt: skip
-    if "training" in result:
-        training = result["training"]
-        lines += ["", "| held-out kNN, % | mean | seeds |", "|---|--:|---|"]
-        lines += [f"| {k} | {training['mean'][k]} | {v} |" for k, v in training["accuracy"].items()]
-        lines += ["", verdict(training)]
-    return "\n".join(lines) + "\n"
-
-
-def train(args: Args, store: Store, engine: ResidentEngine, val: Store, other: ResidentEngine, jitter: str, seed: int):
-    torch.manual_seed(seed)
-    generator = np.random.default_rng(seed)
-    network = backbone.create("resnet10-narrow", image_size=32, stem="standard")
-    head = nn.Sequential(
-        nn.Linear(network.num_features, 128, bias=False),  # type: ignore[arg-type]
-        nn.BatchNorm1d(128),
-        nn.ReLU(),
-        nn.Linear(128, 128),
-    )
-    optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], 1e-3, weight_decay=1e-6)
-    loss_of = objective.create("barlow")
-    chosen = policy("simclr", 2, 32, {"jitter": 0, "grey": 0, "blur": 0})
-    order = plan(store.labels, seed=seed, batch=250, fraction=args.train_images / len(store))
-    for step in range(order.steps(args.epochs) if jitter != "untrained" else 0):
-        ids, epochs = order.batch(step)
-        drawn = parameters(chosen, seed, epochs, ids, store.heights[ids], store.widths[ids])
-        views = engine(ids, drawn)[0].flatten(0, 1)
-        views = torch.stack([_jittered(view, jitter, generator, args.strength) for view in views])
-        z = head(network(normalize(views, store.mean, store.std, torch.float32))).unflatten(0, (2, -1))
-        optimizer.zero_grad()
-        loss_of(z).total.backward()
-        optimizer.step()
-    network.eval()
-    bank = embed(network, store, engine, order.ids)
-    queries = embed(network, val, other, np.arange(min(2000, len(val))))
-    labels = torch.from_numpy(np.array(store.labels[order.ids]))
-    guesses = cosine_exp(bank, labels, queries, classes=len(store.classes)).argmax(1)
-    return 100 * float((guesses == torch.from_numpy(np.array(val.labels[: len(queries)]))).float().mean())
-
-
-def _jittered(view: torch.Tensor, jitter: str, generator: np.random.Generator, strength: float) -> torch.Tensor:
-    factors, order = draw(generator, strength)
-    if generator.random() >= 0.8 or jitter == "no jitter":
-        return view
-    return ours(view, factors) if jitter == "ours" else theirs(view, factors, order)
-
-
-@torch.inference_mode()
-def embed(network: nn.Module, store: Store, engine: ResidentEngine, ids: np.ndarray) -> torch.Tensor:
-    parts = np.array_split(ids, max(1, len(ids) // 500))
-    views = [engine(part, clean(32, store.heights[part], store.widths[part]))[0][0] for part in parts]
-    return torch.cat([network(normalize(view, store.mean, store.std, torch.float32)) for view in views])
+        *([table(("held-out kNN, %", "mean", "seeds"), scores), verdict(trained)] if trained else []),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Peak memory of a training step, whole and in chunks of views: python tools/profile.py memory --csv FILE
+"""Peak memory of a training step, whole and in chunks of views: python tools/profile.py memory --json FILE
 
 Every row is a process of its own, so that one peak does not hide the next: on CUDA the allocator's peak, on the CPU the
 growth of the resident set during the step.
@@ -6,24 +6,22 @@ growth of the resident set during the step.
 
 from __future__ import annotations
 
-import csv
-import json
-import subprocess
-import sys
+import multiprocessing
 import threading
-import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import tyro
 
-from manyview.model import backbone, objective, projector
+from manyview.bench import output
+from manyview.bench.harness import spent, synchronize
 from manyview.pipeline import engines
-from manyview.training.step import PretrainingModel, backward, backward_chunked
+from manyview.training import setup
+from manyview.training.config import Config
 
 
 @dataclass
@@ -36,72 +34,59 @@ class Args:
     """Views in the graph at a time; 0 = all."""
     projector_dim: int = 256
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    csv: Path | None = None
-    """Where to write the rows."""
-    one: tuple[int, int] | None = None
-    """Measure one (views, chunk) in this process and print its bytes."""
+    json: Path | None = None
+    """Where to write the rows; the same name with .csv gets them too."""
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py memory")
-    if args.one:
-        print(json.dumps(peak(args, *args.one)))
-        return
-    engines.device_of(args.device)  # here, since what a process of its own says is not shown
+    args = output.parse(Args, argv, __doc__, "memory", size=1, batch_size=2, views=2, chunks=0, projector_dim=1)
+    rows = measure(args)
+    output.write(args.json, rows, rows=rows)
+
+
+def measure(args: Args) -> list[dict[str, Any]]:
+    """A row for each number of views and each chunk below it; printed as they come."""
+    engines.device_of(args.device)  # what is missing is said before anything is started
     rows = []
-    for v in args.views:
-        for chunk in args.chunks:
-            if chunk >= v:
-                continue
-            done = subprocess.run(
-                [sys.executable, "tools/profile.py", "memory", *argv, "--one", str(v), str(chunk)],
-                capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[1],
-            )  # fmt: skip
-            rows.append(
-                {"views": v, "chunk": chunk, "batch": args.batch_size, **json.loads(done.stdout.splitlines()[-1])}
-            )
-            mib = rows[-1]["peak_bytes"] / 2**20
-            print(f"V={v:<3d} chunk {chunk or 'all':<4} {mib:8.0f} MiB  {rows[-1]['seconds']:.2f} s a step")
-    if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    for v, chunk in ((v, chunk) for v in args.views for chunk in args.chunks if chunk < v):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            peak_bytes, seconds = fresh.submit(peak, args, v, chunk).result()
+        print(f"V={v:<3d} chunk {chunk or 'all':<4} {peak_bytes / 2**20:8.0f} MiB  {seconds:.2f} s a step", flush=True)
+        rows.append(
+            {
+                "views": v,
+                "chunk": chunk,
+                "batch": args.batch_size,
+                "peak_bytes": peak_bytes,
+                "seconds": round(seconds, 3),
+            }
+        )
+    return rows
 
 
-def peak(args: Args, views: int, chunk: int) -> dict[str, float]:
+def peak(args: Args, views: int, chunk: int) -> tuple[int, float]:
     """Peak bytes above the resting state, and seconds, of one step after a small warm-up step."""
     device = engines.device_of(args.device)
-    trunk: Any = backbone.create(args.backbone, image_size=args.size)
-    head = projector.Projector(trunk.num_features, args.projector_dim, args.projector_dim)
-    encoder: Any = PretrainingModel(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
-    loss_of = objective.create("barlow")
+    cfg = Config(backbone=args.backbone, projector_dim=args.projector_dim, bn="view", view_chunk=chunk,
+                 precision="bf16" if device.type == "cuda" else "fp32")  # fmt: skip
+    training = setup.create(cfg, args.size, device)
 
-    def step(x: torch.Tensor) -> None:
-        if chunk:
-            backward_chunked(encoder, [x], loss_of, lambda t: t, chunk, autocast)
-        else:
-            backward(encoder, [x], loss_of, lambda t: t, True, autocast)
+    def step(n_views: int, images: int) -> Callable[[], object]:
+        x = torch.randn(n_views, images, 3, args.size, args.size, device=device)
+        return lambda: training.gradients([x])
 
-    step(torch.randn(2, 2, 3, args.size, args.size, device=device))
-    x = torch.randn(views, args.batch_size, 3, args.size, args.size, device=device)
-    if device.type == "cuda":
-        step(x)  # the first of a shape also loads its kernels
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    if device.type == "cuda":
-        rest = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(x)
-        torch.cuda.synchronize()
-        top = torch.cuda.max_memory_allocated() - rest
-    else:
+    step(2, 2)()
+    measured = step(views, args.batch_size)
+    if device.type != "cuda":
         with ResidentPeak() as watch:
-            step(x)
-        top = watch.peak - watch.rest
-    return {"peak_bytes": top, "seconds": round(time.perf_counter() - start, 3)}
+            seconds = spent(measured).wall
+        return watch.peak - watch.rest, seconds
+    measured()  # the first of a shape also loads its kernels
+    synchronize(device)
+    rest = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = spent(measured, device).wall
+    return torch.cuda.max_memory_allocated() - rest, seconds
 
 
 class ResidentPeak:

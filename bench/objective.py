@@ -11,7 +11,6 @@ training step the projector and the objective take with a real backbone.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,24 +21,27 @@ from typing import Any
 
 import psutil
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from manyview.bench.host import Neighbours, spent
+from manyview.bench import output
+from manyview.bench.harness import Neighbours, interleaved, spent
 from manyview.model import backbone, objective
 from manyview.model.projector import Projector
 from manyview.pipeline import engines
-from manyview.pipeline.errors import UserError
 from manyview.pipeline.machine import tune
-from manyview.training.monitor import environment
 
 BETA = 1e-3  # any: it costs the same
 PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 CLAIMED_DIM = 2048  # where the growth from 2 to 8 views is told
 SLOW_SECONDS = 8.0  # something slower is run once
+SHARED = ("ours-mean", "ours-cross", "ours-vicreg", "pairwise")  # whose share of a step is told
+NOTES = {
+    "apart": "backward after each term: the whole graph does not fit",
+    "fewer": "batch {batch}, for this machine's sake",
+    "once": "run once, under the profiler",
+}
 
 OURS: dict[str, Callable[..., objective.Loss]] = {
     "ours-mean": partial(objective.barlow, beta=BETA, form="mean"),
@@ -75,28 +77,15 @@ class Args:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py objective")
-    result = measure(args)
+    args = output.parse(Args, argv, __doc__, "objective", batch_size=2, rounds=1, threads=1, seed=0)
+    result = measure(args, argv)
     text = page(result)
     print(text)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(text + "\n")
+    output.write(args.json, result, text)
 
 
-def numbers(flag: str, text: str, least: int) -> list[int]:
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        values = []
-    if not values or values[0] < least:
-        raise UserError(f"{flag} takes whole numbers from {least} on, separated by commas, got {text!r}")
-    return values
-
-
-def measure(args: Args) -> dict[str, Any]:
-    views, dims = numbers("--views", args.views, 2), numbers("--dim", args.dim, 1)
+def measure(args: Args, argv: list[str]) -> dict[str, Any]:
+    views, dims = output.whole_numbers("--views", args.views, 2), output.whole_numbers("--dim", args.dim, 1)
     device = engines.device_of(args.device)
     torch.set_num_threads(args.threads)
     tune(device)
@@ -105,23 +94,15 @@ def measure(args: Args) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     for dim in dims:
-        tasks = list(tasks_of(views, dim, batch_size(args, dim, device), device, left_out))
+        batch = args.batch_size if device.type == "cuda" else max(2, min(args.batch_size, 2**19 // dim))
+        tasks = list(tasks_of(views, dim, batch, device, left_out))
         run(tasks, args.rounds, device)
         rows += [task.row() for task in tasks]
-    share = shares(args, dims, device) if args.backbone != "none" else []
     return {
-        "environment": environment(device),
-        "seed": args.seed,
-        "clock": "ms" if device.type == "cuda" else "core_ms",
-        "neighbors": round(neighbors.share(), 3),
-        "rows": rows,
-        "share": share,
-        "left_out": left_out,
-    }
-
-
-def batch_size(args: Args, dim: int, device: torch.device) -> int:
-    return args.batch_size if device.type == "cuda" else max(2, min(args.batch_size, 2**19 // dim))
+        "environment": output.environment(device, "objective", argv), "seed": args.seed,
+        "clock": "ms" if device.type == "cuda" else "core_ms", "neighbors": round(neighbors.share(), 3), "rows": rows,
+        "share": shares(args, dims, device) if args.backbone != "none" else [], "left_out": left_out,
+    }  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- what is timed
@@ -175,7 +156,7 @@ class Task:
     product_ms: float = float("inf")
     peak_bytes: int = 0
     product_flops: int | None = None  # not counted where a step is slow
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # keys of NOTES
 
     def step(self) -> None:
         """Forward and backward."""
@@ -206,22 +187,13 @@ class Task:
         return taken.wall
 
     def row(self) -> dict[str, Any]:
-        wall, core, forward = (1e3 * median(values) for values in zip(*self.seconds))
+        wall, core, forward = (round(1e3 * median(values), 3) for values in zip(*self.seconds))
         return {
-            "form": self.form,
-            "views": self.views,
-            "dim": self.dim,
-            "batch": self.batch,
-            "ms": round(wall, 3),
-            "core_ms": round(core, 3),
-            "forward_ms": round(forward, 3),
-            "backward_ms": round(wall - forward, 3),
-            "product_ms": round(self.product_ms, 3),
-            "product_flops": self.product_flops,
-            "peak_bytes": self.peak_bytes,
-            "repeats": len(self.seconds),
-            "note": "; ".join(self.notes),
-        }
+            "form": self.form, "views": self.views, "dim": self.dim, "batch": self.batch, "ms": wall, "core_ms": core,
+            "forward_ms": forward, "backward_ms": round(wall - forward, 3), "product_ms": round(self.product_ms, 3),
+            "product_flops": self.product_flops, "peak_bytes": self.peak_bytes, "repeats": len(self.seconds),
+            "note": "; ".join(NOTES[note].format(batch=self.batch) for note in self.notes),
+        }  # fmt: skip
 
 
 def tasks_of(views: list[int], dim: int, batch: int, device: torch.device, left_out: list[str]) -> Iterator[Task]:
@@ -233,19 +205,11 @@ def tasks_of(views: list[int], dim: int, batch: int, device: torch.device, left_
         if not fits and name not in others:
             left_out.append(f"{name} at V={v}, D={dim}: about {16 * n_products * dim**2 / 2**30:.0f} GB")
             continue
-        leaves = embeddings(v, batch, dim, device)
+        shared = torch.randn(batch, dim, device=device)
+        leaves = [shared + torch.randn(batch, dim, device=device) for _ in range(v)]
         z = [torch.stack(leaves)] if name in forms else leaves
-        task = Task(name, {**forms, **others}[name], [x.requires_grad_() for x in z], v, dim, batch, fits)
-        if not fits:
-            task.notes.append("backward after each term: the whole graph does not fit")
-        if batch * dim == 2**19 and dim > 2048:
-            task.notes.append(f"batch {batch}, for this machine's sake")
-        yield task
-
-
-def embeddings(v: int, batch: int, dim: int, device: torch.device) -> list[Tensor]:
-    shared = torch.randn(batch, dim, device=device)
-    return [shared + torch.randn(batch, dim, device=device) for _ in range(v)]
+        notes = ["apart"] * (not fits) + ["fewer"] * (batch * dim == 2**19 and dim > 2048)
+        yield Task(name, {**forms, **others}[name], [x.requires_grad_() for x in z], v, dim, batch, fits, notes=notes)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -261,22 +225,16 @@ def free_bytes(device: torch.device) -> int:
 def run(tasks: list[Task], rounds: int, device: torch.device) -> None:
     """Peak memory and time in products of every task, then rounds over all of them; slow ones take part once."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of its every start otherwise
-    bar = partial(tqdm, leave=False, disable=None)  # no bar in a file
-    slow = [
-        task for task in bar(tasks, f"D = {tasks[0].dim}, memory and products") if inspect(task, device) > SLOW_SECONDS
-    ]
-    for n in range(rounds):
-        for task in bar([task for task in tasks if task not in slow], f"D = {tasks[0].dim}, round {n + 1} of {rounds}"):
-            task.timed(device)
+    fast = {id(task): partial(task.timed, device) for task in tasks if inspect(task, device) <= SLOW_SECONDS}
+    interleaved(fast, rounds, lambda timed: timed())
 
 
 def inspect(task: Task, device: torch.device) -> float:
     """Look at one step (fast ones: the best of three) under the profiler; returns its wall seconds."""
     wall = look(task, device)
     if wall > SLOW_SECONDS:
-        task.notes.append("run once, under the profiler")
+        task.notes.append("once")
         return wall
-    task.seconds.clear()
     for _ in range(2):
         look(task, device)
     task.seconds.clear()
@@ -316,35 +274,22 @@ def peak_of(profiler: profile) -> int:
 
 def shares(args: Args, dims: list[int], device: torch.device) -> list[dict[str, Any]]:
     """Projector's and objective's share of a training step at V = 4: forward and backward, without data or optimizer."""
-    v, b = 4, args.batch_size
-    rows = []
-    for size in numbers("--sizes", args.sizes, 1):
+    v, b, rows = 4, args.batch_size, []
+    for size in output.whole_numbers("--sizes", args.sizes, 1):
         network: Any = backbone.create(args.backbone, image_size=size)
         network.to(device, memory_format=torch.channels_last)
         trunk_ms = of_backbone(network, size, v * b, device)
         for dim in sorted({dims[0], dims[-1]}):
             head = Projector(network.num_features, dim).to(device)
             head_ms = of_network(head, torch.randn(v * b, network.num_features, device=device))
-            for task in tasks_of([v], dim, b, device, []):
-                if task.form not in ("ours-mean", "ours-cross", "ours-vicreg", "pairwise"):
-                    continue
+            for task in (task for task in tasks_of([v], dim, b, device, []) if task.form in SHARED):
                 ms = milliseconds(partial(task.timed, device), device)
                 whole = trunk_ms + head_ms + ms
-                rows.append(
-                    {
-                        "backbone": args.backbone,
-                        "size": size,
-                        "form": task.form,
-                        "views": v,
-                        "dim": dim,
-                        "batch": b,
-                        "backbone_ms": round(trunk_ms, 1),
-                        "projector_ms": round(head_ms, 1),
-                        "objective_ms": round(ms, 1),
-                        "projector_share": round(head_ms / whole, 5),
-                        "objective_share": round(ms / whole, 5),
-                    }
-                )
+                rows.append({
+                    "backbone": args.backbone, "size": size, "form": task.form, "views": v, "dim": dim, "batch": b,
+                    "backbone_ms": round(trunk_ms, 1), "projector_ms": round(head_ms, 1), "objective_ms": round(ms, 1),
+                    "projector_share": round(head_ms / whole, 5), "objective_share": round(ms / whole, 5),
+                })  # fmt: skip
     return rows
 
 
@@ -369,13 +314,9 @@ def of_network(network: nn.Module, x: Tensor) -> float:
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     """Core time of a CPU, wall time of another device; the median of three calls after the first, if that was quick."""
-    cost = lambda: getattr(spent(call, device), clock(device))  # noqa: E731
+    cost = lambda: getattr(spent(call, device), "wall" if device.type == "cuda" else "core")  # noqa: E731
     first = cost()
     return 1e3 * (first if first > SLOW_SECONDS else median(cost() for _ in range(3)))
-
-
-def clock(device: torch.device) -> str:
-    return "wall" if device.type == "cuda" else "core"
 
 
 # -------------------------------------------------------------------------------------------------------------- the page
@@ -387,54 +328,48 @@ CLOCKS = {"ms": "wall time", "core_ms": "time of the cores"}
 def page(result: dict[str, Any]) -> str:
     """The tables as Markdown."""
     rows, clock, where = result["rows"], result["clock"], result["environment"]
-    lines = ["# What an objective costs", ""]
-    lines += [
+    return output.document(
+        "# What an objective costs",
         f"`python {where['command']}`, commit {where['commit']}, torch {where['versions']['torch']}, {where['device']}, "
-        f"{where['threads']} threads, seed {result['seed']}; others used {result['neighbors']:.0%} of the cores.",
+        f"{where['threads']} threads, seed {result['seed']}; others used {result['neighbors']:.0%} of the cores.\n"
         "Forward and backward in fp32 on random embeddings (V views, B images, D dimensions); medians of rounds taken in "
         f"turn, of the {CLOCKS[clock]}. In brackets: times the same form at the smallest V. `peak` is what is "
         "allocated at once on top of the embeddings, gradients included.",
-        "",
         "In one process the norm of a D x D correlation of n rows is taken from its n x n twin where n < D, since "
         "|z^T z| = |z z^T|: `mean`, `paper` and `vicreg` do at every V here where B < D; `vicreg-pooled` and `spectral` "
         "(n = V B) up to V B = D, from where on they cost what the D x D product costs. `cross` needs D x D.",
-        "",
-    ]
-    for dim in sorted({row["dim"] for row in rows}):
-        lines += table([row for row in rows if row["dim"] == dim], clock)
-    lines += verdicts(rows, clock) + share_table(result["share"])
-    if result["left_out"]:
-        lines += ["", "Left out: " + "; ".join(result["left_out"]) + "."]
-    return "\n".join(lines)
+        *(costs(group, clock) for group in output.by(rows, "dim").values()),
+        verdicts(rows, clock),
+        share_table(result["share"]),
+        "Left out: " + "; ".join(result["left_out"]) + "." if result["left_out"] else "",
+    )
 
 
-def table(rows: list[dict[str, Any]], clock: str) -> list[str]:
+def costs(rows: list[dict[str, Any]], clock: str) -> str:
+    """The table of one D."""
     views = sorted({row["views"] for row in rows})
-    lines = [f"## D = {rows[0]['dim']}, B = {rows[0]['batch']}", ""]
-    lines += [
-        "| form | " + " | ".join(f"V = {v}: ms | peak MB" for v in views) + " |",
-        "|---|" + "--:|" * 2 * len(views),
-    ]
-    for form in dict.fromkeys(row["form"] for row in rows):
-        cells, first = [f"`{form}`"], None
+    body = []
+    for form, group in output.by(rows, "form").items():
+        at, first = {row["views"]: row for row in group}, group[0][clock]
+        cells = [f"`{form}`"]
         for v in views:
-            row = next((row for row in rows if (row["form"], row["views"]) == (form, v)), None)
-            if row is None:
-                cells += ["-", "-"]
-                continue
-            first = first or row[clock]
-            mark = " *" if row["note"].count("run once") or row["note"].count("each term") else ""
-            cells += [f"{row[clock]:.1f} ({row[clock] / first:.1f}x){mark}", f"{row['peak_bytes'] / 1e6:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+            ms, note = (at[v][clock], at[v]["note"]) if v in at else (0.0, "")
+            mark = " *" if "run once" in note or "each term" in note else ""
+            cells += (
+                [f"{ms:.1f} ({ms / first:.1f}x){mark}", f"{at[v]['peak_bytes'] / 1e6:.0f}"] if v in at else ["-", "-"]
+            )
+        body.append(cells)
+    head = ["form", *(cell for v in views for cell in (f"V = {v}: ms", "peak MB"))]
     notes = dict.fromkeys(note for row in rows for note in row["note"].split("; ") if note)
-    return [*lines, "", *(["\\* " + "; ".join(notes) + ".", ""] if notes else [])]
+    title = f"## D = {rows[0]['dim']}, B = {rows[0]['batch']}"
+    return "\n\n".join([title, output.table(head, body), *(["\\* " + "; ".join(notes) + "."] if notes else [])])
 
 
-def verdicts(rows: list[dict[str, Any]], clock: str) -> list[str]:
+def verdicts(rows: list[dict[str, Any]], clock: str) -> str:
     """The claims, each with its number, at one D from V = 2 to V = 8 where those were measured."""
     at = {(row["form"], row["views"]): row for row in rows if row["dim"] == CLAIMED_DIM}
     if ("ours-mean", 2) not in at or ("ours-mean", 8) not in at:
-        return []
+        return ""
     grow = lambda form, key: at[form, 8][key] / at[form, 2][key]  # noqa: E731
     pair = at["pairwise", 8][clock] / at["ours-mean", 8][clock]
     claims = [
@@ -451,23 +386,21 @@ def verdicts(rows: list[dict[str, Any]], clock: str) -> list[str]:
         claims.append(
             (what, ", ".join(f"{ms:.1f}" for ms in each.values()), "constant, but that few views stay in cache")
         )
-    lines = [f"## D = {CLAIMED_DIM}, from 2 to 8 views", "", "| | measured | meant |", "|---|--:|--:|"]
-    return [*lines, *(f"| {what} | {value} | {meant} |" for what, value, meant in claims), ""]
+    return f"## D = {CLAIMED_DIM}, from 2 to 8 views\n\n" + output.table(("", "measured", "meant"), claims)
 
 
-def share_table(rows: list[dict[str, Any]]) -> list[str]:
+def share_table(rows: list[dict[str, Any]]) -> str:
     if not rows:
-        return []
-    first = rows[0]
-    lines = [f"## Share of a {first['backbone']} step, V = {first['views']}, B = {first['batch']}", ""]
-    lines += [
+        return ""
+    parts, first = ("backbone", "projector", "objective"), rows[0]
+    body = [
+        [f"{r['size']} px", r["dim"], f"`{r['form']}`", *(f"{r[f'{part}_ms']:.0f}" for part in parts),
+         *(f"{r[f'{part}_share']:.2%}" for part in parts[1:])]
+        for r in rows
+    ]  # fmt: skip
+    head = ("view side", "D", "objective", "backbone ms", "projector ms", "objective ms", "projector", "objective")
+    return "\n\n".join([
+        f"## Share of a {first['backbone']} step, V = {first['views']}, B = {first['batch']}",
         "Forward and backward of backbone, projector (hidden width D) and objective; no data path, no optimizer.",
-        "",
-        "| view side | D | objective | backbone ms | projector ms | objective ms | projector | objective |",
-        "|--:|--:|---|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        times = " | ".join(f"{row[f'{part}_ms']:.0f}" for part in ("backbone", "projector", "objective"))
-        shares = " | ".join(f"{row[f'{part}_share']:.2%}" for part in ("projector", "objective"))
-        lines.append(f"| {row['size']} px | {row['dim']} | `{row['form']}` | {times} | {shares} |")
-    return lines
+        output.table(head, body, left=3),
+    ])  # fmt: skip

@@ -8,19 +8,20 @@ data path alone; `--run runs/NAME` asks a finished run what held it back, from t
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import tyro
 
-from manyview.bench import expected, limits, page, runs, terminal, waterfall
-from manyview.bench.ceilings import Ceilings, Cost
-from manyview.bench.composed import Composed, trace
-from manyview.bench.host import LOAD_LIMIT, SPREAD_LIMIT, Neighbours
+from manyview.bench import expected, limits, output, page, runs, view, waterfall
+from manyview.bench.end_to_end import EndToEnd, trace
+from manyview.bench.harness import LOAD_LIMIT, SPREAD_LIMIT, Neighbours
+from manyview.bench.stage_cost import Cost, StageCosts
 from manyview.bench.sweep import Sweep
 from manyview.bench.verdict import compare, sentence
 from manyview.bench.workload import Setup, Workload, build
@@ -29,6 +30,7 @@ from manyview.pipeline.machine import cores
 from manyview.training import monitor
 
 SCHEMA = 1
+PARTS = ["settings", "environment", "data", "shape", "stages", "composed", "loads", "bottleneck", "what_if", "noise"]
 
 
 @dataclass(kw_only=True)
@@ -39,57 +41,35 @@ class Args(Setup):
     """Time to spend on measuring; starting up comes on top."""
     out: Path | None = None
     """Folder of profile.json, waterfall.png and report.html; default runs/profile-DATA-vV."""
+    json: Path | None = None
+    """Also write the profile here."""
     baseline: Path | None = None
     """profile.json of an earlier run: the verdict also says which stage has changed, and what undoing it would bring."""
     trace: Path | None = None
-    """Also write a torch.profiler trace of the composed run here (.json.gz), for ui.perfetto.dev."""
+    """Also write a torch.profiler trace of the whole run here (.json.gz), for ui.perfetto.dev."""
     run: Path | None = None
     """A run directory of train.py to ask, instead of measuring."""
 
 
 def main(argv: list[str]) -> int:
-    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py stages")
-    check(args)
+    least = {"views": 1, "size": 0, "batch_size": 2, "projector_dim": 2, "threads": 0, "prefetch": 1, "seed": 0}
+    args = output.parse(Args, argv, __doc__, "stages", seconds=1, **least)
     if args.run:
         print(runs.ask(args.run))
         return 0
     baseline = read(args.baseline) if args.baseline else None
-    report = measure(args, progress=lambda text: print(text, end="\r", flush=True) if terminal.tty() else None)
+    report = measure(args, progress=lambda text: print(text, end="\r", flush=True) if sys.stdout.isatty() else None)
     if baseline:
         report["baseline"] = compare(baseline, report)
         report["verdict"] = sentence(report)
     folder = args.out or Path("runs") / f"profile-{args.data.name}-v{args.views}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "profile.json").write_text(json.dumps(report, indent=1) + "\n")
+    for path in (folder / "profile.json", args.json):
+        output.write(path, report)
     waterfall.draw(report, folder / "waterfall.png")
     (folder / "report.html").write_text(page.html(report))
-    print(terminal.table(report))
-    print(f"\n{report['verdict']}")
+    print(view.text(report))
     print(f"\nprofile.json, waterfall.png and report.html are in {folder}")
     return 0
-
-
-LEAST = {
-    "views": 1,
-    "size": 0,
-    "batch_size": 2,
-    "projector_dim": 2,
-    "threads": 0,
-    "prefetch": 1,
-    "seed": 0,
-    "seconds": 1,
-}
-
-
-def check(args: Args) -> None:
-    """UserError with one line for every number that cannot be."""
-    errors = [
-        f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}"
-        for name, least in LEAST.items()
-        if not getattr(args, name) >= least
-    ]
-    if errors:
-        raise UserError("\n".join(errors))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -103,24 +83,12 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     if schema != SCHEMA:
         raise UserError(f"{path} has schema {schema}, this program reads {SCHEMA}; measure again")
-    parts = (
-        "settings",
-        "environment",
-        "data",
-        "shape",
-        "stages",
-        "composed",
-        "loads",
-        "bottleneck",
-        "what_if",
-        "noise",
-    )
-    if missing := [part for part in parts if part not in report]:
+    if missing := [part for part in PARTS if part not in report]:
         raise UserError(f"{path} is no whole profile, without {', '.join(missing)}; measure again")
     return report
 
 
-def measure(args: Args, progress: Any = lambda text: None, extras: bool = True) -> dict[str, Any]:
+def measure(args: Args, progress: Callable[[str], object] = lambda text: None, extras: bool = True) -> dict[str, Any]:
     """The whole report, as JSON-ready data. Without `extras` there is no sweep and no limit: stages and verdict alone."""
     imported = time.time() - psutil.Process().create_time()
     neighbours, begun = Neighbours(), time.perf_counter()
@@ -128,29 +96,25 @@ def measure(args: Args, progress: Any = lambda text: None, extras: bool = True) 
     opened = time.perf_counter()
     work = build(args, max(0.06, args.seconds / 150))
     startup = {"imports_s": imported, "build_s": time.perf_counter() - opened}
-    network = limits.all_reduce() if extras and work.training else None
-    ceilings = Ceilings(work, args.seconds / 300)
-    startup |= first_batch(work)
-    composed, sweep = (
-        Composed(work),
-        Sweep(work, max(work.batch, min(args.batch_size, ceilings.images))) if extras else None,
-    )
-    for part in range(3):  # ceilings and composed run by turns: what the machine does meanwhile hits both
-        progress(f"part {part + 1} of 3: every stage alone   ")
-        rounds(ceilings, 0.4 * args.seconds / 3)
-        progress(f"part {part + 1} of 3: everything together ")
-        composed.block(0.3 * args.seconds / 3)
+    alone, whole = StageCosts(work, args.seconds / 300), EndToEnd(work)
+    startup["first_batch_s"] = first_batch(work)
+    sweep = Sweep(work, max(work.batch, min(args.batch_size, alone.images))) if extras else None
+    for number in (1, 2, 3):  # by turns: what the machine does meanwhile hits all of them
+        part = f"part {number} of 3: "
+        progress(part + "every stage alone   ")
+        rounds(alone, 0.4 * args.seconds / 3)
+        progress(part + "everything together ")
+        whole.block(0.3 * args.seconds / 3)
         if sweep:
-            progress(f"part {part + 1} of 3: other settings      ")
+            progress(part + "other settings      ")
             sweep.round(0.3 * args.seconds / 3 / len(sweep.points))
-    ceilings.close()
+    alone.close()
     others = neighbours.share()
-    report = assemble(args, work, ceilings, composed, cores() * (1 - others))
-    report["startup"] = startup
+    report = assemble(args, work, alone, whole, cores() * (1 - others)) | {"startup": startup}
     if sweep and cold:
         sweep.close()
         report["sweep"] = sweep.result()
-        report["limits"] = limits.measure(work, cold, network)
+        report["limits"] = limits.measure(work, cold)
         report["limits"]["shares"] = limits.shares(report["limits"], report["composed"]["images_per_s"])
     if args.trace:
         trace(work, args.trace)
@@ -162,60 +126,56 @@ def measure(args: Args, progress: Any = lambda text: None, extras: bool = True) 
     return report
 
 
-def rounds(ceilings: Ceilings, seconds: float) -> None:
+def rounds(alone: StageCosts, seconds: float) -> None:
     """One round, and more as long as another one fits in."""
     begun, done = time.perf_counter(), 0
     while done == 0 or (time.perf_counter() - begun) * (done + 1) / done < seconds:
-        ceilings.round()
+        alone.round()
         done += 1
 
 
-def first_batch(work: Workload) -> dict[str, float]:
+def first_batch(work: Workload) -> float:
     """Seconds from a new loader to its first batch."""
     begun = time.perf_counter()
     batches = work.loader().batches(0, 1)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
-    return {"first_batch_s": time.perf_counter() - begun}
+    return time.perf_counter() - begun
 
 
-def assemble(args: Args, work: Workload, ceilings: Ceilings, composed: Composed, free: float) -> dict[str, Any]:
-    """Everything that follows from the ceilings and the composed run, on a machine with `free` cores."""
-    together = composed.result()
+def assemble(args: Args, work: Workload, alone: StageCosts, whole: EndToEnd, free: float) -> dict[str, Any]:
+    """Everything that follows from the stages alone and the whole run, on a machine with `free` cores."""
+    together, costs = whole.result(), alone.costs
     on_device = work.device.type == "cuda" and work.engine.name != "cpu"
-    shape = expected.Shape(work.policy.views, work.batch, free, parallel(ceilings, free), on_device)
-    costs, observed = ceilings.costs, together["images_per_s"]
-    together["expected_images_per_s"] = 1e3 / expected.milliseconds(costs, shape)
-    together["expected_core_ms"] = expected.core_ms(costs, shape)
-    together["efficiency"] = observed / together["expected_images_per_s"]
-    full = replace(shape, batch=args.batch_size)
-    faster = expected.milliseconds(costs, shape) / expected.milliseconds(costs, full)
-    together["full_batch_images_per_s"] = observed * faster
+    shape = expected.Shape(work.policy.views, work.batch, free, parallel(alone, free), on_device)
+    ms = expected.milliseconds(costs, shape)
+    observed = together["images_per_s"]
+    together |= {
+        "expected_images_per_s": 1e3 / ms, "expected_core_ms": expected.core_ms(costs, shape), "efficiency": observed * ms / 1e3,
+        "full_batch_images_per_s": observed * ms / expected.milliseconds(costs, replace(shape, batch=args.batch_size)),
+    }  # fmt: skip
     resource, stage = expected.bottleneck(costs, shape)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
     return {
-        "schema": SCHEMA, "settings": settings, "environment": monitor.environment(work.device),
+        "schema": SCHEMA, "settings": output.settings(args), "environment": monitor.environment(work.device),
         "data": describe(work), "shape": asdict(shape), "stages": stages(costs, shape), "composed": together,
         "loads": {k: sum(v.values()) for k, v in expected.loads(costs, shape).items()},
-        "bottleneck": {"resource": resource, "stage": stage},
-        "what_if": expected.removed(costs, shape, observed),
+        "bottleneck": {"resource": resource, "stage": stage}, "what_if": expected.removed(costs, shape, observed),
     }  # fmt: skip
 
 
-def parallel(ceilings: Ceilings, free: float) -> float:
+def parallel(alone: StageCosts, free: float) -> float:
     """Cores that the engine alone fills: an upper quartile, since whatever else runs takes some away."""
-    return float(np.clip(np.quantile(ceilings.parallel, 0.75), 0.1, free))
+    return float(np.clip(np.quantile(alone.parallel, 0.75), 0.1, free))
 
 
 def stages(costs: list[Cost], shape: expected.Shape) -> list[dict[str, Any]]:
     rows = []
     for cost in costs:
-        rate = expected.ceiling(cost, shape)
-        units = cost.units(shape.views, shape.batch)
-        low, high = (x * units for x in cost.to_json()["core_interval"])
-        rows.append(cost.to_json() | {
-            "images_per_s": rate, "views_per_s": rate * shape.views,
-            "core_ms_image": cost.core_ms * units, "core_ms_image_interval": (low, high), "wall_ms_image": cost.wall_ms * units,
+        row, units, per_s = cost.to_json(), cost.units(shape.views, shape.batch), expected.ceiling(cost, shape)
+        low, high = (x * units for x in row["core_interval"])
+        rows.append(row | {
+            "images_per_s": per_s, "views_per_s": per_s * shape.views, "core_ms_image": cost.core_ms * units,
+            "core_ms_image_interval": (low, high), "wall_ms_image": cost.wall_ms * units,
         })  # fmt: skip
     return rows
 

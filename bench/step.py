@@ -11,27 +11,20 @@ bootstrap's 95 % of that median.
 
 from __future__ import annotations
 
-import json
-import random
-import time
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-import tyro
 
-from manyview.model import backbone, objective, projector
-from manyview.pipeline import engines, views
-from manyview.pipeline.loader import Loader, normalize
-from manyview.pipeline.machine import tune
-from manyview.pipeline.plan import plan
-from manyview.pipeline.store import Store
-from manyview.training import monitor, optim
-from manyview.training.step import PretrainingModel, Update, backward
+from manyview.bench import output, workload
+from manyview.bench.end_to_end import ENDLESS
+from manyview.bench.harness import Call, Spent, interleaved, interval, spent
+from manyview.bench.workload import Setup
+from manyview.pipeline import engines
+from manyview.training import setup
+from manyview.training.config import Config
 
 
 @dataclass
@@ -56,95 +49,64 @@ class Args:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py step")
-    result = measure(args)
+    args = output.parse(Args, argv, __doc__, "step", views=2, batch_size=2, projector_dim=1, size=1, rounds=1, steps=1)
+    result = measure(args, argv)
     for name, row in result["rows"].items():
-        times = f"{row['ms']:9.1f} ms  {row['core_ms']:9.1f} core-ms"
         low, high = row["interval"]
-        print(f"{name:8s} {times}  {row['ratio']:.3f}x bare [{low:.3f}, {high:.3f}] (core {row['core_ratio']:.3f}x)")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{name:8s} {row['ms']:9.1f} ms  {row['core_ms']:9.1f} core-ms  {row['ratio']:.3f}x bare [{low:.3f}, {high:.3f}]"
+              f" (core {row['core_ratio']:.3f}x)")  # fmt: skip
+    output.write(args.json, result)
 
 
-def measure(args: Args) -> dict[str, Any]:
+def measure(args: Args, argv: list[str]) -> dict[str, Any]:
     device = engines.device_of(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
-    tune(device)
-    torch.manual_seed(0)
-    store = Store(args.data)
-    trunk: Any = backbone.create(args.backbone, image_size=args.size)
-    head = projector.Projector(trunk.num_features, args.projector_dim, args.projector_dim)
-    encoder: Any = PretrainingModel(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = optim.create("adamw", encoder, 1e-4, 1e-4)
-    update = Update(encoder, optimizer, dtype)
-    compiled: Any = torch.compile(encoder) if args.compile else None
-    loss_of = objective.create("barlow")
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    work = workload.build(Setup(
+        data=args.data, split="train", backbone=args.backbone, size=args.size, views=args.views, batch_size=args.batch_size,
+        projector_dim=args.projector_dim, engine=args.engine, device=args.device, precision=precision,
+    ))  # fmt: skip
+    training: Any = work.training
     pixels = torch.randint(
         256, (args.views, args.batch_size, args.size, args.size, 3), dtype=torch.uint8, device=device
     )
     pixels = pixels.permute(0, 1, 4, 2, 3)
-    floats = normalize(pixels, store.mean, store.std, torch.float32)
-    policy = views.policy("simclr", args.views, args.size)
-    engine, reason = engines.create(args.engine, store, device)
-    loader = Loader(store, plan(len(store), seed=0, batch=args.batch_size), policy, engine, seed=0)
-    batches = loader.batches(0, 10**9)
+    floats = work.normalized([pixels])[0]
+    batches = work.loader().batches(0, ENDLESS)
 
     def bare() -> None:
-        with autocast():
-            z = encoder(floats.flatten(0, 1))
+        with training.autocast():
+            z = training.model(floats.flatten(0, 1))
         z.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
 
-    def step(made: list[torch.Tensor], run: Any = encoder) -> None:
-        groups = [normalize(v, store.mean, store.std, torch.float32) for v in made]
-        loss, _ = backward(run, groups, loss_of, update.scale, False, autocast)
-        update(loss.total)
+    ways: dict[str, Call] = {
+        "bare": bare, "step": lambda: work.step([pixels]), "data": lambda: work.step(next(batches).views)
+    }  # fmt: skip
+    if args.compile:
+        cfg = Config(backbone=args.backbone, projector_dim=args.projector_dim, precision=precision, compile=True)
+        compiled = replace(work, training=setup.create(cfg, args.size, device))
+        ways["compiled"] = lambda: compiled.step([pixels])
 
-    ways = {"bare": bare, "step": lambda: step([pixels]), "data": lambda: step(next(batches).views)}
-    if compiled is not None:
-        ways["compiled"] = lambda: step([pixels], compiled)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    first = {name: timed(way, 2, device)[0] for name, way in ways.items()}  # warm up: kernels, compiler, prefetch
-    order = random.Random(0)
-    for _ in range(args.rounds):
-        for name in order.sample(list(ways), len(ways)):
-            taken[name].append(timed(ways[name], args.steps, device))
+    def timed(way: Call, steps: int = args.steps) -> Spent:
+        return spent(lambda: [way() for _ in range(steps)], device) / steps
+
+    first = {name: timed(way, 2).wall for name, way in ways.items()}  # warm up: kernels, compiler, prefetch
+    taken = interleaved(ways, args.rounds, timed, shuffled=True)
     batches.close()  # type: ignore[attr-defined]
-    engine.close()
-    rows = {name: summary(times, taken["bare"]) for name, times in taken.items()}
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    work.close()
     return {
-        "rows": rows,
-        "settings": settings,
-        "engine": f"{engine.name}: {reason}",
-        "first_steps_s": first,
-        "environment": monitor.environment(device),
-    }
+        "rows": {name: summary(times, taken["bare"]) for name, times in taken.items()}, "settings": output.settings(args),
+        "engine": f"{work.engine.name}: {work.engine_reason}", "first_steps_s": first,
+        "environment": output.environment(device, "step", argv),
+    }  # fmt: skip
 
 
-def summary(times: list[tuple[float, float]], bare: list[tuple[float, float]]) -> dict[str, Any]:
+def summary(times: list[Spent], bare: list[Spent]) -> dict[str, Any]:
     """Medians, and the median ratio to `bare` of the same round with its interval."""
-    wall, core = (np.array([t[i] / b[i] for t, b in zip(times, bare)]) for i in (0, 1))
-    again = np.median(np.random.default_rng(0).choice(wall, (2000, len(wall))), axis=1)
+    wall = [t.wall / b.wall for t, b in zip(times, bare)]
     return {
-        "ms": 1e3 * median(t[0] for t in times),
-        "core_ms": 1e3 * median(t[1] for t in times),
-        "ratio": float(np.median(wall)),
-        "interval": [float(x) for x in np.percentile(again, (2.5, 97.5))],
-        "core_ratio": float(np.median(core)),
-    }
-
-
-def timed(way: Any, steps: int, device: torch.device) -> tuple[float, float]:
-    """Wall and CPU seconds a step."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(steps):
-        way()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps
+        "ms": 1e3 * median(t.wall for t in times), "core_ms": 1e3 * median(t.core for t in times),
+        "ratio": median(wall), "interval": interval(wall),
+        "core_ratio": median(t.core / b.core for t, b in zip(times, bare)),
+    }  # fmt: skip

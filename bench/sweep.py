@@ -9,43 +9,42 @@ from typing import Any
 
 import numpy as np
 
-from manyview.bench.composed import ENDLESS
-from manyview.bench.host import now, synchronize
+from manyview.bench.end_to_end import ENDLESS
+from manyview.bench.harness import now, synchronize
 from manyview.bench.workload import Workload
 from manyview.pipeline import engines, views
 from manyview.pipeline.machine import cores
 
 KNEE = 0.03  # a setting that is this close to the best one is as good, and the smallest such is recommended
+Point = dict[str, int]
 
 
-def points(work: Workload, base: dict[str, int]) -> list[dict[str, int]]:
+def points(work: Workload, base: Point) -> list[Point]:
     """One setting changed at a time around `base`."""
     ladder = {
-        "views": sorted({v for v in (1, 2, 4, 8, base["views"]) if v <= max(4, base["views"])}),
-        "threads": sorted({1, 2, max(1, cores() // 2), cores(), 2 * cores()}),
-        "batch": sorted({max(2, base["batch"] // 4), base["batch"], min(2 * base["batch"], work.plan.n)}),
-        "prefetch": sorted({1, 2, 4, base["prefetch"]}),
+        "views": {v for v in (1, 2, 4, 8, base["views"]) if v <= max(4, base["views"])},
+        "threads": {1, 2, max(1, cores() // 2), cores(), 2 * cores()},
+        "batch": {max(2, base["batch"] // 4), base["batch"], min(2 * base["batch"], work.plan.n)},
+        "prefetch": {1, 2, 4, base["prefetch"]},
     }
     if len(work.policy.groups) > 1:  # local crops: fewer than three views are another policy
-        ladder["views"] = sorted({3, 4, 6, base["views"]})
+        ladder["views"] = {3, 4, 6, base["views"]}
     if work.engine.name != "cpu":
-        ladder["threads"] = [base["threads"]]
-    found = [base | {name: value} for name, values in ladder.items() for value in values]
+        ladder["threads"] = {base["threads"]}
+    found = [base | {name: value} for name, values in ladder.items() for value in sorted(values)]
     return [dict(point) for point in dict.fromkeys(tuple(p.items()) for p in found)]
 
 
 class Sweep:
+    """`round(seconds)` takes every setting once; `result()` says what a view costs and where the knees are."""
+
     def __init__(self, work: Workload, batch: int):
         """`batch`: images of a batch; the network's step may be too dear for as many as the data path does well with."""
         self.work = work
-        self.base = {
-            "views": work.policy.views,
-            "threads": work.threads,
-            "batch": batch,
-            "prefetch": work.setup.prefetch,
-        }
+        self.base = {"views": work.policy.views, "threads": work.threads}
+        self.base |= {"batch": batch, "prefetch": work.setup.prefetch}
         self.points = points(work, self.base)
-        self.rows: list[dict[str, Any]] = [p | {"rate": [], "core": []} for p in self.points]
+        self.rows: list[dict[str, Any]] = [point | {"rate": [], "core": []} for point in self.points]
         self.engines: dict[int, Any] = {work.threads: work.engine}
 
     def round(self, seconds: float) -> None:
@@ -57,15 +56,12 @@ class Sweep:
 
     def _run(self, row: dict[str, Any], seconds: float) -> tuple[float, float]:
         """(images/s, core-ms an image) of the loader with nobody behind it."""
-        work = self.work
-        if row["threads"] not in self.engines:
-            self.engines[row["threads"]] = engines.create(
-                work.engine.name, work.store, work.device, threads=row["threads"]
-            )[0]
-        setup = work.setup
+        work, setup, threads = self.work, self.work.setup, row["threads"]
+        if threads not in self.engines:
+            self.engines[threads] = engines.create(work.engine.name, work.store, work.device, threads=threads)[0]
         policy = views.policy(setup.policy, row["views"], work.policy.groups[0].size, views.overrides(setup.augment))
         order = replace(work.plan, global_batch=row["batch"])
-        loader = work.loader(plan=order, policy=policy, engine=self.engines[row["threads"]], prefetch=row["prefetch"])
+        loader = work.loader(plan=order, policy=policy, engine=self.engines[threads], prefetch=row["prefetch"])
         batches = loader.batches(0, ENDLESS)
         next(batches)
         synchronize(work.device)
@@ -84,17 +80,15 @@ class Sweep:
                 engine.close()
 
     def result(self) -> dict[str, Any]:
-        rows = [row | {"images_per_s": median(row["rate"]), "core_ms": median(row["core"])} for row in self.rows]
-        base = self.base
-        lines = {}
+        base, lines = self.base, {}
         for name in base:
-            line = [r for r in rows if all(r[k] == base[k] for k in base if k != name)]
-            lines[name] = [{"value": r[name], "images_per_s": r["images_per_s"], "core_ms": r["core_ms"]} for r in line]
-        return {
-            "lines": lines,
-            "knees": {k: knee(lines[k]) for k in ("threads", "batch", "prefetch")},
-            "fit": fit(rows, base),
-        }
+            line = [row for row in self.rows if all(row[k] == base[k] for k in base if k != name)]
+            lines[name] = [
+                {"value": row[name], "images_per_s": median(row["rate"]), "core_ms": median(row["core"])}
+                for row in line
+            ]
+        knees = {name: knee(lines[name]) for name in ("threads", "batch", "prefetch")}
+        return {"lines": lines, "knees": knees, "fit": fit(self.rows, base)}
 
 
 def knee(line: list[dict[str, float]]) -> float:
@@ -103,20 +97,20 @@ def knee(line: list[dict[str, float]]) -> float:
     return min(point["value"] for point in line if point["images_per_s"] >= (1 - KNEE) * best)
 
 
-def fit(rows: list[dict[str, Any]], base: dict[str, int]) -> dict[str, Any]:
-    """Core-ms an image = a + b * V by least squares over the medians; intervals by leaving rounds to chance."""
-    line = [r for r in rows if all(r[k] == base[k] for k in base if k != "views")]
-    v = np.array([r["views"] for r in line], float)
-    samples = np.array([r["core"] for r in line])  # (points, rounds)
-    if len(v) < 2:
+def fit(rows: list[dict[str, Any]], base: Point) -> dict[str, Any]:
+    """Core-ms an image = a + b V by least squares over the medians; intervals by leaving rounds to chance."""
+    line = [row for row in rows if all(row[k] == base[k] for k in base if k != "views")]
+    if len(line) < 2:
         return {}
-    b, a = np.polyfit(v, np.median(samples, axis=1), 1)
-    rng = np.random.default_rng(0)
-    drawn = [np.polyfit(v, np.median(samples[:, rng.integers(samples.shape[1], size=samples.shape[1])], axis=1), 1)
-             for _ in range(500)]  # fmt: skip
-    spread_b, spread_a = np.quantile(np.array(drawn), (0.025, 0.975), axis=0).T
-    predicted, seen = a + b * v, np.median(samples, axis=1)
+    v, samples = (
+        np.array([row["views"] for row in line], float),
+        np.array([row["core"] for row in line]),
+    )  # (points, rounds)
+    chance = np.random.default_rng(0).integers(samples.shape[1], size=(500, samples.shape[1]))
+    seen = np.median(samples, axis=1)
+    b, a = np.polyfit(v, seen, 1)
+    between = np.quantile(np.polyfit(v, np.median(samples[:, chance], axis=2), 1), (0.025, 0.975), axis=1)
     return {
-        "a": float(a), "b": float(b), "a_interval": spread_a.tolist(), "b_interval": spread_b.tolist(),
-        "worst_error": float(np.max(np.abs(predicted / seen - 1))), "views": v.tolist(), "core_ms": seen.tolist(),
+        "a": float(a), "b": float(b), "a_interval": between[:, 1].tolist(), "b_interval": between[:, 0].tolist(),
+        "worst_error": float(np.max(np.abs((a + b * v) / seen - 1))), "views": v.tolist(), "core_ms": seen.tolist(),
     }  # fmt: skip

@@ -18,7 +18,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from manyview.bench.objective import Task, run, tasks_of
+from manyview.bench import output
+from manyview.bench.harness import CPU
+from manyview.bench.objective import run, tasks_of
 from manyview.model import objective
 from manyview.training.monitor import environment
 
@@ -146,11 +148,13 @@ class Args:
     """Draw theory.csv again, without computing anything."""
 
 
-Row = tuple[str, str, float, float, float]  # panel, series, x, y, spread (standard deviation)
 BETAS = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 DIMS = [4, 8, 16, 32]
 VIEWS = [2, 3, 4, 6, 8, 12, 16]
 COST_DIM, COST_BATCH = 512, 512
+COSTS = {"ours-mean": "tab:blue", "ours-cross": "tab:orange", "ours-vicreg": "tab:green", "pairwise": "tab:red"}
+Point = tuple[str, float, float, float]  # series, x, y, spread (standard deviation)
+Series = dict[str, list[tuple[float, float, float]]]
 
 
 def main(argv: list[str]) -> None:
@@ -158,69 +162,60 @@ def main(argv: list[str]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     table, about = args.out / "theory.csv", args.out / "theory.json"
     if not args.redraw:
-        about.write_text(json.dumps(environment(torch.device("cpu")), indent=1) + "\n")
-        write(table, [*rank_rows(), *spread_rows(), *eigenfunction_rows(), *cost_rows()])
+        about.write_text(json.dumps(environment(CPU), indent=1) + "\n")
+        rows = [(name, series, *numbers) for name, (compute, _) in PANELS.items() for series, *numbers in compute()]
+        output.write_csv(table, [dict(zip(("panel", "series", "x", "y", "spread"), (*row[:2], *(f"{v:.6g}" for v in row[2:]))))
+                                 for row in rows])  # fmt: skip
     draw(read(table), json.loads(about.read_text()), args.out / "theory.png")
     print(f"{args.out / 'theory.png'}, {table}")
 
 
-def rank_rows() -> list[Row]:
-    rows: list[Row] = []
-    for dim in DIMS:
-        ranks = effective_rank(gradient_flow(dim, BETAS))
-        rows += [("rank", f"D = {dim}", b, r.mean().item(), r.std().item()) for b, r in zip(BETAS, ranks)]
-    return rows
+def read(file: Path) -> dict[str, Series]:
+    """Series by panel."""
+    panels: dict[str, Series] = {}
+    with file.open(newline="") as stream:
+        for r in csv.DictReader(stream):
+            point = float(r["x"]), float(r["y"]), float(r["spread"])
+            panels.setdefault(r["panel"], {}).setdefault(r["series"], []).append(point)
+    return panels
 
 
-def spread_rows() -> list[Row]:
-    rows: list[Row] = []
+def ranks() -> list[Point]:
+    flows = [(dim, effective_rank(gradient_flow(dim, BETAS))) for dim in DIMS]
+    return [(f"D = {dim}", b, r.mean().item(), r.std().item()) for dim, of in flows for b, r in zip(BETAS, of)]
+
+
+def spreads() -> list[Point]:
+    points: list[Point] = []
     for v in VIEWS:
         estimates = invariance_estimates(v, 2000)
-        rows.append(("spread", "1 / (V - 1)", v, estimates.mean().item(), estimates.std().item()))
-        biased = estimates * (v - 1) / v
-        rows.append(("spread", "1 / V", v, biased.mean().item(), biased.std().item()))
-    return rows
+        for name, x in (("1 / (V - 1)", estimates), ("1 / V", estimates * (v - 1) / v)):
+            points.append((name, v, x.mean().item(), x.std().item()))
+    return points
 
 
-def eigenfunction_rows(dim: int = 4) -> list[Row]:
+def eigenfunctions(dim: int = 4) -> list[Point]:
     graph = path_graph()
     values, true = graph.eigenfunctions(dim)
     learned = minimise_spectral(graph, dim)
     angle = principal_angles(graph, learned, true).max().item()
-    found = rotated_onto(graph, learned, true)
-    rows: list[Row] = [("eigenfunctions", "largest principal angle", 0, angle, 0)]
+    both = {"true": true, "learned": rotated_onto(graph, learned, true)}
+    points: list[Point] = [("largest principal angle", 0, angle, 0)]
     for k in range(dim):
-        rows.append(("eigenfunctions", f"lambda {k + 1}", 0, values[k].item(), 0))
-        for name, functions in (("true", true), ("learned", found)):
-            rows += [("eigenfunctions", f"{name} {k + 1}", i, functions[i, k].item(), 0) for i in range(graph.n)]
-    return rows
+        points.append((f"lambda {k + 1}", 0, values[k].item(), 0))
+        points += [(f"{name} {k + 1}", i, f[i, k].item(), 0) for name, f in both.items() for i in range(graph.n)]
+    return points
 
 
-def cost_rows() -> list[Row]:
+def costs() -> list[Point]:
     torch.set_num_threads(1)
-    device = torch.device("cpu")
-    shown = ("ours-mean", "ours-cross", "ours-vicreg", "pairwise")
-    tasks: list[Task] = [t for t in tasks_of(VIEWS, COST_DIM, COST_BATCH, device, []) if t.form in shown]
-    run(tasks, 5, device)
+    tasks = [task for task in tasks_of(VIEWS, COST_DIM, COST_BATCH, CPU, []) if task.form in COSTS]
+    run(tasks, 5, CPU)
     rows = [task.row() for task in tasks]
-    return [("cost", row["form"].removeprefix("ours-"), row["views"], row["core_ms"], 0) for row in rows]
+    return [(row["form"].removeprefix("ours-"), row["views"], row["core_ms"], 0) for row in rows]
 
 
-def write(file: Path, rows: list[Row]) -> None:
-    with file.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["panel", "series", "x", "y", "spread"])
-        writer.writerows((panel, series, *(f"{value:.6g}" for value in values)) for panel, series, *values in rows)
-
-
-def read(file: Path) -> list[Row]:
-    with file.open(newline="") as stream:
-        return [
-            (r["panel"], r["series"], float(r["x"]), float(r["y"]), float(r["spread"])) for r in csv.DictReader(stream)
-        ]
-
-
-def draw(rows: list[Row], about: dict[str, Any], file: Path) -> None:
+def draw(panels: dict[str, Series], about: dict[str, Any], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -229,21 +224,14 @@ def draw(rows: list[Row], about: dict[str, Any], file: Path) -> None:
     style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
     with plt.rc_context({**style, "axes.titlesize": 11, "axes.titleweight": "bold"}):
         figure, axes = plt.subplots(2, 2, figsize=(11, 8.4), layout="constrained")
-        panels = {"rank": draw_rank, "spread": draw_spread, "eigenfunctions": draw_eigenfunctions, "cost": draw_cost}
-        for ax, (name, panel) in zip(axes.flat, panels.items()):
-            series: dict[str, list[tuple[float, float, float]]] = {}
-            for _, key, x, y, spread in (row for row in rows if row[0] == name):
-                series.setdefault(key, []).append((x, y, spread))
-            panel(ax, series)
+        for ax, (name, (_, panel)) in zip(axes.flat, PANELS.items()):
+            panel(ax, panels[name])
         layout: Any = figure.get_layout_engine()
         layout.set(w_pad=0.15, h_pad=0.15, rect=(0, 0.03, 1, 0.97))
         caption = f"python {about['command']}, commit {about['commit']}, torch {about['versions']['torch']}, "
         figure.text(0.01, 0.008, f"{caption}{about['device']}, one thread", fontsize=8, color="0.45")
         figure.savefig(file, dpi=130, metadata={"Software": None})
         plt.close(figure)
-
-
-Series = dict[str, list[tuple[float, float, float]]]
 
 
 def title(ax: Any, text: str, detail: str) -> None:
@@ -269,25 +257,21 @@ def draw_rank(ax: Any, series: Series) -> None:
     ax.set_yticks([2, 4, 8, 16, 32], [2, 4, 8, 16, 32])
     ax.set_xticks(BETAS, [f"{beta:g}" for beta in BETAS])
     ax.minorticks_off()
-    title(
-        ax,
-        "Stronger decorrelation fills a small projector",
-        "toy gradient flow, same time for all; mean and s.d. of 2 seeds",
-    )
+    detail = "toy gradient flow, same time for all; mean and s.d. of 2 seeds"
+    title(ax, "Stronger decorrelation fills a small projector", detail)
 
 
 def draw_spread(ax: Any, series: Series) -> None:
     ax.plot([2, 16], [0.9, 0.9], color="0.5", linestyle="--", linewidth=1)
     label_end(ax, "truth", 16, 0.9, "0.4")
-    for name, color, label in (
-        ("1 / (V - 1)", "tab:blue", "divided by V - 1: ours"),
-        ("1 / V", "tab:red", "divided by V: biased"),
-    ):
+    labels = {"1 / (V - 1)": "divided by V - 1: ours", "1 / V": "divided by V: biased"}
+    for (name, label), color in zip(labels.items(), ("tab:blue", "tab:red")):
         x, y, spread = (torch.tensor(column) for column in zip(*series[name]))
         ax.fill_between(x, y - spread, y + spread, color=color, alpha=0.15, linewidth=0)
         ax.plot(x, y, color=color, marker="o", markersize=4, label=label)
-    ax.set(xlabel="views of an image, V", ylabel="within-image variance", xticks=VIEWS)
-    ax.set(ylim=(0, 1.45), xlim=(1.4, 17.4))
+    ax.set(
+        xlabel="views of an image, V", ylabel="within-image variance", xticks=VIEWS, ylim=(0, 1.45), xlim=(1.4, 17.4)
+    )
     ax.legend(frameon=False, loc="lower right")
     title(ax, "More views: the same mean, less spread", "estimates from batches of 8 images; mean and one s.d.")
 
@@ -310,27 +294,25 @@ def draw_eigenfunctions(ax: Any, series: Series) -> None:
 
 
 def draw_cost(ax: Any, series: Series) -> None:
-    colors = {"pairwise": "tab:red", "cross": "tab:orange", "vicreg": "tab:green", "mean": "tab:blue"}
-    ends = {name: series[name][-1][1] for name in colors}
-    for name, color in colors.items():
+    colors = {name.removeprefix("ours-"): color for name, color in COSTS.items()}
+    last, together = 0.0, 0
+    for name in sorted(colors, key=lambda name: series[name][-1][1]):
         x, y, _ = zip(*series[name])
-        ax.plot(x, y, color=color, marker="o", markersize=4)
-    for names in grouped(ends):  # lines that end at one height have their labels moved apart
-        for i, name in enumerate(names):
-            label_end(ax, name, VIEWS[-1], ends[name], colors[name], up=13 * (i - (len(names) - 1) / 2))
-    ax.set(xscale="log", yscale="log", xlim=(1.8, 28), xlabel="views of an image, V")
-    ax.set(ylabel="forward + backward (core-ms)")
+        ax.plot(x, y, color=colors[name], marker="o", markersize=4)
+        together = (
+            together + 1 if y[-1] < 1.3 * last else 0
+        )  # lines that end at one height have their labels moved apart
+        label_end(ax, name, x[-1], y[-1], colors[name], up=13 * together)
+        last = y[-1]
+    ax.set(
+        xscale="log", yscale="log", xlim=(1.8, 28), xlabel="views of an image, V", ylabel="forward + backward (core-ms)"
+    )
     ax.set_xticks(VIEWS, VIEWS)
     ax.minorticks_off()
     title(ax, "No pairs: what the loss costs", f"measured, D = {COST_DIM}, B = {COST_BATCH}, fp32, one core")
 
 
-def grouped(ends: dict[str, float]) -> list[list[str]]:
-    """Names in order of their value, those within 30 % of the one before together."""
-    groups: list[list[str]] = []
-    for name in sorted(ends, key=lambda name: ends[name]):
-        if groups and ends[name] < 1.3 * ends[groups[-1][-1]]:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    return groups
+PANELS: dict[str, tuple[Any, Any]] = {
+    "rank": (ranks, draw_rank), "spread": (spreads, draw_spread), "eigenfunctions": (eigenfunctions, draw_eigenfunctions),
+    "cost": (costs, draw_cost),
+}  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from manyview.bench import expected
-from manyview.bench.ceilings import Cost, from_json
 from manyview.bench.expected import RESOURCES, Shape
-from manyview.bench.terminal import number
+from manyview.bench.harness import apart
+from manyview.bench.output import number
+from manyview.bench.stage_cost import Cost, from_json
 
 CHANGE = 0.05  # two runs of the same thing agree to this in core-ms; less is no change
 FIX = {
@@ -71,6 +72,7 @@ def compare(baseline: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     undoing would bring most, or None.
     """
     costs, shape, observed = costs_of(report), shape_of(report), report["composed"]["images_per_s"]
+    whole = expected.core_ms(costs, shape)
     earlier = {row["name"]: row for row in baseline["stages"]}
     rows = []
     for cost, row in zip(costs, report["stages"]):
@@ -78,20 +80,14 @@ def compare(baseline: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
             continue
         before = earlier[cost.name]
         ratio = cost.core_ms / before["core_ms"] if before["core_ms"] else float("inf") if cost.core_ms else 1.0
-        apart = (
-            row["core_interval"][0] > before["core_interval"][1] or row["core_interval"][1] < before["core_interval"][0]
-        )
         back = expected.what_if(costs, shape, cost.name, min(1 / ratio, 1e6) if ratio else 1.0, observed)
-        saved = expected.core_ms(costs, shape) - expected.core_ms(
-            expected.scaled(costs, cost.name, back["factor"]), shape
-        )
+        saved = whole - expected.core_ms(expected.scaled(costs, cost.name, back["factor"]), shape)
         # Together stages lose more where one of them is slow; what the earlier profile lost is what there is to go back to.
         rate = observed * back["gain"] * baseline["composed"]["efficiency"] / report["composed"]["efficiency"]
+        changed = apart(row["core_interval"], before["core_interval"]) and abs(ratio - 1) > CHANGE
         rows.append({
-            "stage": cost.name, "before_ms": before["core_ms"], "after_ms": cost.core_ms, "ratio": ratio,
-            "changed": bool(apart and abs(ratio - 1) > CHANGE), "images_per_s": rate, "gain": rate / observed,
-            "core_gain": expected.core_ms(costs, shape) / max(1e-12, expected.core_ms(costs, shape) - saved),
-            "core_ms_saved": saved,
+            "stage": cost.name, "before_ms": before["core_ms"], "after_ms": cost.core_ms, "ratio": ratio, "changed": changed,
+            "images_per_s": rate, "gain": rate / observed, "core_gain": whole / max(1e-12, whole - saved), "core_ms_saved": saved,
         })  # fmt: skip
     slower = [row for row in rows if row["changed"] and row["core_gain"] > 1.02]
     return {"rows": rows, "culprit": max(slower, key=lambda row: row["core_ms_saved"], default=None)}

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyview.model import backbone, objective, projector
+from manyview.bench.harness import spent
 from manyview.pipeline import engines, views
 from manyview.pipeline.loader import Loader, normalize
 from manyview.pipeline.machine import tune
 from manyview.pipeline.plan import Plan, plan
 from manyview.pipeline.store import Store, training_split
 from manyview.pipeline.views import Policy, ViewParameters, parameters
-from manyview.training import estimate, optim, precision
-from manyview.training.step import PretrainingModel, Update, backward
+from manyview.training import estimate, setup
+from manyview.training.config import Config
+from manyview.training.setup import Training
 
 
 @dataclass(kw_only=True)
@@ -69,39 +66,16 @@ class Setup:
     """Seed of weights, order and views."""
 
 
-class Training:
-    """Model, objective and optimizer; the step is train.py's."""
-
-    def __init__(self, setup: Setup, size: int, device: torch.device, mean: Any, std: Any):
-        dtype, self.precision = precision.choose(setup.precision, device)
-        self.mean, self.std, self.device, self.size = mean, std, device, size
-        trunk: Any = backbone.create(setup.backbone, image_size=size, stem=setup.stem)
-        head = projector.Projector(trunk.num_features, setup.projector_dim, setup.projector_dim)
-        self.plain = PretrainingModel(trunk, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.dim = setup.projector_dim
-        self.loss_of = objective.create(setup.objective)
-        self.optimizer = optim.create(setup.optimizer, self.plain, 1e-4, 1e-4)
-        self.dtype = dtype
-        self.update = Update(self.plain, self.optimizer, dtype)
-        self.autocast: Callable[[], AbstractContextManager] = partial(
-            torch.autocast, device.type, dtype, enabled=dtype is not torch.float32
-        )
-        self.seconds_per_view = estimate.trial(self.plain, size, device, self.autocast).seconds_per_view
-        self.encoder: Any = torch.compile(self.plain) if setup.compile else self.plain
-
-    def normalized(self, made: list[Tensor]) -> list[Tensor]:
-        return [normalize(view, self.mean, self.std, torch.float32) for view in made]
-
-    def gradients(self, groups: list[Tensor]) -> Tensor:
-        """Leaves gradients; the loss."""
-        return backward(self.encoder, groups, self.loss_of, self.update.scale, False, self.autocast)[0].total
-
-    def step(self, made: list[Tensor]) -> None:
-        self.update(self.gradients(self.normalized(made)))
+def training(asked: Any, size: int, device: torch.device) -> Training:
+    """The training that the fields of a dataclass ask for, by the names that train.py's flags have; the rest as there."""
+    known = {key: value for key, value in asdict(asked).items() if key in Config.__dataclass_fields__}
+    return setup.create(Config(**known), size, device)
 
 
 @dataclass
 class Workload:
+    """`Setup`, opened: data, engine and, unless the backbone is `none`, a network in training."""
+
     setup: Setup
     store: Store
     policy: Policy
@@ -120,47 +94,52 @@ class Workload:
     def threads(self) -> int:
         return int(getattr(self.engine, "threads", 1))
 
-    def consume(self, made: list[Tensor]) -> None:
+    def normalized(self, groups: list[Tensor]) -> list[Tensor]:
+        """Views as an engine makes them -> as the network takes them."""
+        return [normalize(group, self.store.mean, self.store.std, torch.float32) for group in groups]
+
+    def step(self, groups: list[Tensor]) -> None:
         """What happens to a batch: a training step, or without a model the normalized floats that one would start from."""
+        inputs = self.normalized(groups)
         if self.training is not None:
-            self.training.step(made)
-            return
-        for view in made:
-            normalize(view, self.store.mean, self.store.std, torch.float32)
+            loss, _ = self.training.gradients(inputs)
+            self.training.update(loss.total)
 
     def loader(self, **changes: Any) -> Loader:
         """A loader over this data; `plan`, `policy`, `engine` and `prefetch` may be others than the workload's."""
-        parts = {"plan": self.plan, "policy": self.policy, "engine": self.engine, "prefetch": self.setup.prefetch}
-        parts.update(changes)
-        return Loader(
-            self.store,
-            parts["plan"],
-            parts["policy"],
-            parts["engine"],
-            seed=self.setup.seed,
-            prefetch=parts["prefetch"],
-        )
+        parts = {
+            "plan": self.plan,
+            "policy": self.policy,
+            "engine": self.engine,
+            "prefetch": self.setup.prefetch,
+        } | changes
+        order, policy, engine = (parts.pop(name) for name in ("plan", "policy", "engine"))
+        return Loader(self.store, order, policy, engine, seed=self.setup.seed, **parts)
+
+    def draw(self, ids: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, ViewParameters]:
+        """`ids` and the parameters of their views: what an engine takes."""
+        epochs = np.full(len(ids), epoch, np.int64)
+        sizes = self.store.heights[ids], self.store.widths[ids]
+        return ids, parameters(self.policy, self.setup.seed, epochs, ids, *sizes)
 
     def close(self) -> None:
         self.engine.close()
         self.store.close()
 
 
-def build(setup: Setup, step_seconds: float) -> Workload:
-    """Open the data, the engine and, unless the backbone is `none`, the model. On the CPU a step that would take longer
-    than `step_seconds` is measured with fewer images."""
-
-    torch.manual_seed(setup.seed)
-    device = engines.device_of(setup.device)
+def build(asked: Setup, step_seconds: float = float("inf")) -> Workload:
+    """Open everything. On the CPU a step that would take longer than `step_seconds` is measured with fewer images."""
+    torch.manual_seed(asked.seed)
+    device = engines.device_of(asked.device)
     tune(device)
-    store = Store(setup.data, setup.split or training_split(setup.data))
-    size = setup.size or store.default_size()
-    policy = views.policy(setup.policy, setup.views, size, views.overrides(setup.augment))
-    engine, reason = engines.create(setup.engine, store, device, threads=setup.threads or None)
-    training = None if setup.backbone == "none" else Training(setup, size, device, store.mean, store.std)
-    whole = plan(store.labels, seed=setup.seed, batch=setup.batch_size)
-    work = Workload(setup, store, policy, whole, engine, reason, device, training)
-    if device.type == "cpu":
+    store = Store(asked.data, asked.split or training_split(asked.data))
+    size = asked.size or store.default_size()
+    policy = views.policy(asked.policy, asked.views, size, views.overrides(asked.augment))
+    engine, reason = engines.create(asked.engine, store, device, threads=asked.threads or None)
+    trained = None if asked.backbone == "none" else training(asked, size, device)
+    whole = plan(store.labels, seed=asked.seed, batch=asked.batch_size)
+    work = Workload(asked, store, policy, whole, engine, reason, device, trained)
+    if device.type == "cpu" and step_seconds < float("inf"):
         work.plan = replace(whole, global_batch=trial_batch(work, size, step_seconds))
     return work
 
@@ -169,18 +148,9 @@ def trial_batch(work: Workload, size: int, step_seconds: float) -> int:
     """Images of a step of about `step_seconds`; 2 at least. Costs a view hardly change with the batch."""
     seconds = 0.0
     if work.training is not None:
-        rows = sum(group.count * (group.size / size) ** 2 for group in work.policy.groups)
-        seconds += work.training.seconds_per_view * rows
-    ids, drawn = draw(work, work.plan.ids[:4])
-    work.engine(ids, drawn)  # compiles what is compiled on first use
-    begun = time.perf_counter()
-    work.engine(ids, drawn)
-    seconds += (time.perf_counter() - begun) / len(ids)
+        cost = estimate.trial(work.training.model, size, work.device, work.training.autocast)
+        seconds = cost.seconds_per_view * sum(group.count * (group.size / size) ** 2 for group in work.policy.groups)
+    drawn = work.draw(work.plan.ids[:4])
+    work.engine(*drawn)  # compiles what is compiled on first use
+    seconds += spent(lambda: work.engine(*drawn)).wall / len(drawn[0])
     return min(work.setup.batch_size, max(2, int(step_seconds / seconds)))
-
-
-def draw(work: Workload, ids: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, ViewParameters]:
-    """`ids` and the parameters of their views."""
-    epochs = np.full(len(ids), epoch, np.int64)
-    store = work.store
-    return ids, parameters(work.policy, work.setup.seed, epochs, ids, store.heights[ids], store.widths[ids])

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,13 +14,11 @@ from manyview.pipeline.convert.sources import folders
 from manyview.pipeline.convert.write import CHECKS, Contents, _moments, write_shards
 from manyview.pipeline.manifest import Options
 
-if TYPE_CHECKING:
-    from manyview.bench.shards import Args
+Prepare = Callable[[Path, Path, int], Callable[[], object]]  # (source, target, jobs) -> what is timed
 
 
 def photos(source: Path) -> list[tuple[str, int]]:
     """(path, label), in one fixed shuffled order: what every contender is given."""
-
     split = folders.folder(source).splits[0]
     root = source / "train" if (source / "train").is_dir() else source
     order = np.random.default_rng(0).permutation(len(split.names))
@@ -34,37 +31,37 @@ def decode(data: bytes) -> np.ndarray:
     return simplejpeg.decode_jpeg(data, "RGB")
 
 
-def ours(format: str, check: str) -> Callable:
-    def prepare(args: Args, target: Path) -> Callable:
+def ours(format: str, check: str) -> Prepare:
+    def prepare(source: Path, target: Path, jobs: int) -> Callable:
         import cv2  # noqa: F401  (what the workers would import)
         import numpy.random  # noqa: F401
         import tqdm  # noqa: F401
 
-        options = Options("folder", format, check=check)
-        return lambda: write_shards(options, args.source, target, jobs=args.jobs, quiet=True)
+        return lambda: write_shards(Options("folder", format, check=check), source, target, jobs=jobs, quiet=True)
 
     return prepare
 
 
-def shardwriter(work: Callable | None = None, post: Callable | None = None) -> Callable:
+def shardwriter(work: Callable | None = None, post: Callable | None = None) -> Prepare:
     """`work`: done to each image's bytes; `post`: to each finished tar."""
 
-    def prepare(args: Args, target: Path) -> Callable:
+    def prepare(source: Path, target: Path, jobs: int) -> Callable:
         import cv2
         import webdataset
 
         def part(files: list[tuple[str, int]], number: int) -> None:
             cv2.setNumThreads(0)
-            pattern = str(target / f"{number}-%05d.tar")
-            with webdataset.ShardWriter(pattern, maxcount=80, verbose=0, post=post) as writer:
-                for i in range(number, len(files), args.jobs):
+            with webdataset.ShardWriter(
+                str(target / f"{number}-%05d.tar"), maxcount=80, verbose=0, post=post
+            ) as writer:
+                for i in range(number, len(files), jobs):
                     path, label = files[i]
                     data = Path(path).read_bytes()
                     if work is not None:
                         work(data)
                     writer.write({"__key__": f"{i:08d}", "jpg": data, "cls": label})
 
-        return lambda: forked(part, photos(args.source), args.jobs)
+        return lambda: forked(part, photos(source), jobs)
 
     return prepare
 
@@ -74,14 +71,13 @@ def as_ours(check: str) -> Callable:
     from isal.isal_zlib import crc32
 
     from manyview.pipeline.convert import encode, moments
-    from manyview.pipeline.manifest import Options
 
     contents = Contents([], [], [], moments.nothing())
 
     def work(data: bytes) -> None:
-        found = encode.convert(np.frombuffer(data, np.uint8), Options("folder"), CHECKS[check])
-        contents.moments += _moments(found, contents)
-        crc32(found.payload)
+        converted = encode.convert(np.frombuffer(data, np.uint8), Options("folder"), CHECKS[check])
+        contents.moments += _moments(converted, contents)
+        crc32(converted.payload)
 
     return work
 
@@ -121,13 +117,13 @@ class Photos:
         return decode(Path(self.files[i][0]).read_bytes()), self.files[i][1]
 
 
-def datasetwriter(args: Args, target: Path) -> Callable:
+def datasetwriter(source: Path, target: Path, jobs: int) -> Callable:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
     fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
-    writer = DatasetWriter(str(target / "x.beton"), fields, num_workers=args.jobs)
-    return lambda: writer.from_indexed_dataset(Photos(photos(args.source)), chunksize=20)
+    writer = DatasetWriter(str(target / "x.beton"), fields, num_workers=jobs)
+    return lambda: writer.from_indexed_dataset(Photos(photos(source)), chunksize=20)
 
 
 def checked(item: tuple[str, int]) -> dict:
@@ -140,67 +136,46 @@ def copied(item: tuple[str, int]) -> dict:
     return {"image": Path(item[0]).read_bytes(), "label": item[1]}
 
 
-def litdata(function: Callable) -> Callable:
-    def prepare(args: Args, target: Path) -> Callable:
+def litdata(function: Callable) -> Prepare:
+    def prepare(source: Path, target: Path, jobs: int) -> Callable:
         import litdata
 
-        return lambda: litdata.optimize(
-            fn=function, inputs=photos(args.source), output_dir=str(target / "x"), num_workers=args.jobs,
-            chunk_bytes="8MB", verbose=False,
-        )  # fmt: skip
+        into = {"output_dir": str(target / "x"), "num_workers": jobs, "chunk_bytes": "8MB", "verbose": False}
+        return lambda: litdata.optimize(fn=function, inputs=photos(source), **into)
 
     return prepare
 
 
-def cp(args: Args, target: Path) -> Callable:
-    return lambda: subprocess.run(["cp", "-r", str(args.source), str(target)], check=True)
+def cp(source: Path, target: Path, jobs: int) -> Callable:
+    return lambda: subprocess.run(["cp", "-r", str(source), str(target)], check=True)
 
 
 @dataclass(frozen=True)
 class Contender:
-    group: str
+    group: str  # checked or copied
     name: str
     does: str
-    prepare: Callable[[Args, Path], Callable]
+    prepare: Prepare
 
 
+WHOLE = "decode at an eighth, a 16th completely; statistics, CRCs, SHA-256"
+PART = "headers, a 16th decoded, CRCs, SHA-256"
 CONTENDERS = {
     "tar-checked": Contender(
-        "checked",
-        "manyview, WebDataset",
-        "decode at an eighth, a 16th completely; statistics, CRCs, SHA-256, indexes, fsync",
-        ours("webdataset", "decode"),
+        "checked", "manyview, WebDataset", f"{WHOLE}, indexes, fsync", ours("webdataset", "decode")
     ),
-    "beton-checked": Contender(
-        "checked",
-        "manyview, FFCV",
-        "decode at an eighth, a 16th completely; statistics, CRCs, SHA-256, index, fsync",
-        ours("ffcv", "decode"),
-    ),
+    "beton-checked": Contender("checked", "manyview, FFCV", f"{WHOLE}, index, fsync", ours("ffcv", "decode")),
     "shardwriter-checked": Contender("checked", "webdataset.ShardWriter", "decode", shardwriter(decode)),
     "shardwriter-checked-as-ours": Contender(
-        "checked",
-        "webdataset.ShardWriter, by hand",
-        "decode at an eighth, a 16th completely; statistics, CRCs, SHA-256, fsync",
-        shardwriter(as_ours("decode"), seal),
+        "checked", "webdataset.ShardWriter, by hand", f"{WHOLE}, fsync", shardwriter(as_ours("decode"), seal)
     ),
     "litdata-checked": Contender("checked", "litdata.optimize", "decode", litdata(checked)),
     "datasetwriter": Contender("checked", "ffcv.DatasetWriter", "decode, encode again at quality 90", datasetwriter),
-    "tar-copied": Contender(
-        "copied",
-        "manyview, WebDataset",
-        "headers, a 16th decoded, CRCs, SHA-256, indexes, fsync",
-        ours("webdataset", "headers"),
-    ),
-    "beton-copied": Contender(
-        "copied", "manyview, FFCV", "headers, a 16th decoded, CRCs, SHA-256, index, fsync", ours("ffcv", "headers")
-    ),
+    "tar-copied": Contender("copied", "manyview, WebDataset", f"{PART}, indexes, fsync", ours("webdataset", "headers")),
+    "beton-copied": Contender("copied", "manyview, FFCV", f"{PART}, index, fsync", ours("ffcv", "headers")),
     "shardwriter-copied": Contender("copied", "webdataset.ShardWriter", "nothing", shardwriter()),
     "shardwriter-copied-as-ours": Contender(
-        "copied",
-        "webdataset.ShardWriter, by hand",
-        "headers, a 16th decoded, CRCs, SHA-256, fsync",
-        shardwriter(as_ours("headers"), seal),
+        "copied", "webdataset.ShardWriter, by hand", f"{PART}, fsync", shardwriter(as_ours("headers"), seal)
     ),
     "litdata-copied": Contender("copied", "litdata.optimize", "nothing", litdata(copied)),
     "cp": Contender("copied", "cp -r", "nothing, and no shards: the limit", cp),

@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "kNN, linear and other protocols for an encoder",
     "export": "a run's backbone for timm, torchvision or ONNX",
     "profile": "measure: the bottleneck, speed beside peers, memory",
+    "runs": "all runs side by side: a table, and one page",
     "sweep": "a grid of training runs",
     "report": "the page about the paper's claims",
     "submit": "train on SLURM",

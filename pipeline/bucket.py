@@ -13,7 +13,6 @@ fsspec's business; for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROF
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -24,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +33,7 @@ from isal.isal_zlib import crc32
 
 from manyview.pipeline import index, storage
 from manyview.pipeline.errors import UserError
+from manyview.pipeline.files import locked
 
 STREAMS = 8  # requests under way ahead of need
 ALTERED = 3  # times a piece is fetched whose checksums are wrong, until the object must be what is damaged
@@ -42,32 +42,14 @@ SLACK = 0.05  # share of the cache that an eviction frees beyond need, so that i
 PART = ".part"
 
 
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[int | None]:
-    """A descriptor of `path`, locked against all processes and threads; None if another holds it and `wait` is off.
-    The lock goes with its process, however that ends."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            with contextlib.suppress(FileNotFoundError):
-                if os.fstat(descriptor).st_ino == os.stat(path).st_ino:  # not renamed or removed while waiting
-                    yield descriptor
-                    return
-        except BlockingIOError:
-            yield None
-            return
-        finally:
-            os.close(descriptor)
-
-
 def _now() -> tuple[int, int]:
     """Times for a file. The kernel's own stand still for milliseconds, and the order of files in time is the policy."""
     return (now := time.time_ns()), now
 
 
 class Cache:
-    """Files of a folder by name, in all not more than `limit` bytes (beside those being written)."""
+    """Files of a folder by name, in all not more than `limit` bytes (beside those being written). All processes of a node
+    share it, by locks and renames alone: a piece is fetched once a node, and nobody has to run before or after them."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
@@ -104,7 +86,7 @@ class Cache:
         path = self.folder / name
         part = path.with_name(path.name + PART)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(part, wait) as descriptor:
+        with locked(part, wait) as descriptor:
             if descriptor is None:
                 return False
             if path.exists():
@@ -128,7 +110,7 @@ class Cache:
 
     def _make_room(self, size: int) -> None:
         """Count `size` more bytes. The count is only ever too high (after a kill), and made right when it matters."""
-        with _locked(self.folder / "size") as descriptor:
+        with locked(self.folder / "size") as descriptor:
             assert descriptor is not None
             counted = _counted(self.folder)
             total = self._evict() if counted is None or counted + size > self.limit else counted + size
@@ -142,23 +124,24 @@ class Cache:
             if total <= self.limit * (1 - SLACK):
                 break
             if path.suffix == PART:  # of a process that was killed, unless somebody is writing it now
-                with _locked(path, wait=False) as descriptor:
+                with locked(path, wait=False) as descriptor:
                     if descriptor is None:
                         continue
                     path.unlink()
-            path.unlink(missing_ok=True)
+            else:
+                path.unlink(missing_ok=True)
             total -= size
         return total
 
 
 def _files(folder: Path) -> list[tuple[int, int, Path]]:
     """(time in ns, bytes, path) of what is in the cache."""
-    found = []
+    files = []
     for path in folder.glob("*/*"):
         with contextlib.suppress(FileNotFoundError):
-            about = path.stat()
-            found.append((about.st_mtime_ns, about.st_size, path))
-    return found
+            state = path.stat()
+            files.append((state.st_mtime_ns, state.st_size, path))
+    return files
 
 
 def _counted(folder: Path) -> int | None:
@@ -222,17 +205,22 @@ class Bucket:
 
     def sizes(self) -> list[int | None]:
         """Bytes of each shard, None if it is not there."""
-        found = self.storage.sizes()
-        return [found.get(shard["file"]) or self.storage.size(shard["file"]) for shard in self.shards]
+        sizes = self.storage.sizes()
+        return [sizes.get(shard["file"]) or self.storage.size(shard["file"]) for shard in self.shards]
 
     def read_index(self, about: dict) -> index.Index:
-        """The index of the split, by way of the cache."""
+        """The index of the split, by way of the cache. ValueError as `index.read`."""
         self._index = f"{self._names}.index"
         path = self.cache.folder / self._index
-        if self.cache.touch(self._index) and path.stat().st_size != self.storage.size(about["file"]):
-            self.cache.remove(self._index)  # cut off, by a machine that lost power
+        there = self.cache.touch(self._index)
         self.cache.add(self._index, partial(self._fetch_whole, about))
-        self._rows = index.read(path)
+        try:
+            self._rows = index.read(path, about["sha256"])
+        except ValueError:
+            if not there:
+                raise
+            self.cache.remove(self._index)  # damaged in the cache, by a machine that lost power
+            return self.read_index(about)
         return self._rows
 
     def _fetch_whole(self, about: dict, file: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""The binary index of a split: one row a sample, columns side by side, read through a memory map.
+"""The binary index of a split: one row a sample, columns side by side.
 
 File layout (little-endian): magic, version, rows, bytes of all keys; then each column at a multiple of 64 bytes in
 the order of `COLUMNS`; then where each key begins (rows + 1 numbers), then the keys (UTF-8) end to end.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from manyview.pipeline import files
+from manyview.pipeline import codec, files
 
 MAGIC = b"mvindex\0"
 VERSION = 1
@@ -27,6 +28,11 @@ COLUMNS: dict[str, type] = {
     "crc": np.uint32,  # CRC-32 of the payload
     "kind": np.uint8,  # codec.JPEG, RAW, YUV420
 }
+ROWS = 1 << 20  # checked at a time: of 14 million all at once would be a gigabyte
+MAX_SIDE = 65_535  # pixels; .beton has 16 bits for them
+IN_MEMORY = (
+    128 << 20
+)  # bytes. What is read cannot be cut off under its reader, as what is mapped can; but it is his alone
 HEADER = np.dtype([("magic", "S8"), ("version", "<u8"), ("rows", "<u8"), ("key_bytes", "<u8")])
 
 
@@ -43,7 +49,10 @@ class Index:
         return self.columns[column]
 
     def key(self, i: int) -> str:
-        return bytes(self.key_bytes[int(self.key_starts[i]) : int(self.key_starts[i + 1])]).decode()
+        """Bytes that are not UTF-8, which only a damaged index has, as escapes: a message must be able to name it."""
+        return bytes(self.key_bytes[int(self.key_starts[i]) : int(self.key_starts[i + 1])]).decode(
+            errors="backslashreplace"
+        )
 
     def fingerprint(self) -> str:
         """Hex: what the samples are (keys, labels, payloads, in order), not where they lie; equal for both formats."""
@@ -98,19 +107,25 @@ def sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def read(path: Path) -> Index:
-    """Memory-map an index; nothing is loaded until it is used. Raises ValueError if it is not a whole index."""
-    size = path.stat().st_size
-    if size < 64:
-        raise ValueError("too short to be an index")
+def read(path: Path, checksum: str = "") -> Index:
+    """An index, in memory if it is small; a large one is mapped: nothing is loaded until it is used, and several processes
+    have one copy. `checksum`: SHA-256 that it must have.
+
+    ValueError if it is not that, or no whole index. What its rows say is another matter: see `check`.
+    """
     with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        size = os.fstat(file.fileno()).st_size
+        if size < 64:
+            raise ValueError("too short to be an index")
+        data = file.read() if size <= IN_MEMORY else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if checksum and hashlib.sha256(data).hexdigest() != checksum:
+        raise ValueError("altered since it was written (SHA-256)")
     header = np.frombuffer(data, HEADER, 1)[0]
     if header["magic"] != MAGIC.rstrip(b"\0") or header["version"] != VERSION:
         raise ValueError("not an index of this version")
     rows, key_bytes = int(header["rows"]), int(header["key_bytes"])
     columns: dict[str, np.ndarray] = {}
-    at = 64
+    at, size = 64, len(data)
     sizes = [(name, np.dtype(kind), rows) for name, kind in COLUMNS.items()]
     for name, kind, count in [*sizes, ("key_starts", np.dtype(np.uint64), rows + 1)]:
         if at + count * kind.itemsize > size:
@@ -120,3 +135,51 @@ def read(path: Path) -> Index:
     if at + key_bytes > size:
         raise ValueError("cut off in the keys")
     return Index(columns, columns.pop("key_starts"), memoryview(data)[at : at + key_bytes])
+
+
+def check(index: Index, part: dict, classes: int) -> None:
+    """ValueError unless every row fits its shard and its kind of payload, so that none of them leads native code astray.
+
+    `part`: the split's part of the manifest. `classes`: how many there are, 0 if that is not said.
+    """
+    if len(index) != part["count"]:
+        raise ValueError(f"has {len(index)} rows, the manifest {part['count']}")
+    sizes, counts = (
+        np.array([shard[word] for shard in part["shards"]] or [0], np.int64) for word in ("bytes", "count")
+    )
+    ends = np.cumsum(counts)  # the rows of a shard lie together
+    if ends[-1] != len(index):
+        raise ValueError(f"has {len(index)} rows, the shards of the manifest {ends[-1]}")
+    for first in range(0, len(index), ROWS):
+        rows = slice(first, first + ROWS)
+        wrong = _wrong({name: index[name][rows] for name in COLUMNS}, sizes.astype(np.uint64), classes)
+        number = np.arange(first, first + len(index["shard"][rows]))
+        wrong["shard"] = index["shard"][rows] != np.searchsorted(ends, number, side="right")
+        starts = index.key_starts[first : first + ROWS + 1]
+        wrong["keys"] = (starts[1:] < starts[:-1]) | (starts[1:] > len(index.key_bytes))
+        for name, rows_wrong in wrong.items():
+            if rows_wrong.any():
+                i = first + int(np.argmax(rows_wrong))
+                said = ", ".join(f"{column} {index[column][i]}" for column in COLUMNS)
+                raise ValueError(f"row {i} cannot be, by its {name} ({said})")
+
+
+def _wrong(row: dict[str, np.ndarray], sizes: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+    """Which rows are wrong, by what."""
+    height, width, length, kind = (
+        row["height"].astype(np.int64),
+        row["width"].astype(np.int64),
+        row["length"],
+        row["kind"],
+    )
+    shard = np.minimum(row["shard"], len(sizes) - 1)
+    raw, planar = kind == codec.RAW, kind == codec.YUV420
+    sides = (np.minimum(height, width) < 1) | (np.maximum(height, width) > MAX_SIDE)
+    return {
+        "label": (row["label"] < -1) | (row["label"] >= (classes or np.iinfo(np.int64).max)),
+        "place": (row["offset"] > sizes[shard]) | (length > sizes[shard] - row["offset"]) | (length == 0),
+        "size": sides | (planar & ((height | width) % 2 > 0)),
+        "kind": kind > codec.YUV420,
+        "length": (raw & (length != 3 * height * width))
+        | (planar & (2 * length.astype(np.int64) != 3 * height * width)),
+    }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -31,35 +33,84 @@ class Options:
     shard_mb: int = 0  # 0 = a 64th of the source, between 16 and 256 MB
     unlabelled: bool = False
     check: str = "decode"
-    labels: str = ""  # of a table that gives them, a digest
+    labels: str = ""  # digest of what decides them besides the source, see `sources.Reading`
     white: float = 0  # the value that becomes 255 in pictures of more than 8 bits; 0 = what their type says
 
 
 def read_manifest(out: Path) -> dict | None:
-    """None if there is none. UserError if it is of another version or damaged."""
-    bucket = storage.open_storage(out)
+    """None if there is none. UserError if it is of another version, damaged, or not to be trusted: a manifest names files."""
+    bucket, where = storage.open_storage(out), storage.where(out / MANIFEST)
     try:
-        text = bucket.read(MANIFEST).decode() if bucket else (out / MANIFEST).read_text()
+        text = bucket.read(MANIFEST).decode() if bucket else (out / MANIFEST).read_bytes().decode()
         manifest = json.loads(text)
     except (FileNotFoundError, storage.Missing):
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{storage.where(out / MANIFEST)} is damaged: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged: {error}") from None
     if isinstance(manifest, dict) and manifest.get("version", VERSION) != VERSION:
+        version = str(manifest["version"])[:20]
         raise UserError(
-            f"{storage.where(out)} holds shards of version {manifest['version']}, this program {VERSION}: make them again"
+            f"{storage.where(out)} holds shards of version {version}, this program {VERSION}: make them again"
         )
-    if not _has(manifest, KEYS) or not all(_has(part, PART_KEYS) for part in manifest["splits"].values() or [None]):
-        raise UserError(f"{storage.where(out / MANIFEST)} is no manifest of shards: another program's?")
+    if odd := _odd(manifest):
+        raise UserError(f"{where} is no manifest of shards: its {odd} is not what it should be (another program's?)")
     return manifest
 
 
 KEYS = {"name": str, "format": str, "options": dict, "classes": list, "source": dict, "rejected": int, "splits": dict}
 PART_KEYS = {"count": int, "mean": list, "std": list, "fingerprint": str, "index": dict, "shards": list}
+SHARD_KEYS = {"file": str, "count": int, "bytes": int, "sha256": str}
 
 
-def _has(found: object, keys: dict[str, type]) -> bool:
-    return isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in keys.items())
+def _odd(manifest: Any) -> str:
+    """What of a manifest cannot be, by name; empty if all is well."""
+    if odd := _lacking(manifest, KEYS):
+        return odd
+    if not all(_text(name) for name in (manifest["name"], *manifest["classes"], *manifest["splits"])):
+        return "name"
+    if manifest["format"] not in ("webdataset", "ffcv") or not manifest["splits"]:
+        return "splits" if not manifest["splits"] else "format"
+    anywhere = manifest["options"].get("dataset") == "shards"  # what was indexed lies where it lies
+    odd_parts = ((name, _odd_part(part, anywhere)) for name, part in manifest["splits"].items())
+    return next((f"split {name}, {odd}," for name, odd in odd_parts if odd), "")
+
+
+def _odd_part(part: Any, anywhere: bool) -> str:
+    if odd := _lacking(part, PART_KEYS) or _lacking(part["index"], {"file": str, "sha256": str}):
+        return odd
+    if not all(len(part[word]) == 3 and all(map(_finite, part[word])) for word in ("mean", "std")):
+        return "mean or std"
+    names = [part["index"]["file"]]
+    for shard in part["shards"]:
+        if odd := _lacking(shard, SHARD_KEYS) or ("" if isinstance(shard.get("idx", ""), str) else "idx"):
+            return f"a shard's {odd}"
+        above = re.match(r"(\.\./)*", shard["file"]).end() if anywhere else 0  # type: ignore[union-attr]
+        names += [shard["file"][above:], shard.get("idx", "idx")]
+    return next((f"file {name[:80]!a}" for name in names if not _inside(name)), "")
+
+
+def _lacking(value: Any, keys: dict[str, type]) -> str:
+    """The first of these keys that is missing or of another type; a number is whole and not negative."""
+    if not isinstance(value, dict):
+        return "content"
+    right = {key: type(value.get(key)) is kind and (kind is not int or value[key] >= 0) for key, kind in keys.items()}
+    return next((key for key, well in right.items() if not well), "")
+
+
+def _text(value: Any) -> bool:
+    """Whether this can be printed."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e6
+
+
+def _inside(name: str) -> bool:
+    """Whether a file's name is one, and leads nowhere but into the folder."""
+    path = PurePosixPath(name)
+    well = _text(name) and "\0" not in name and len(name) < 4096
+    return bool(well and path.name) and not path.is_absolute() and ".." not in path.parts
 
 
 def write_rejected(out: Path, rejected: list[dict], total: int, allowed: float) -> None:
@@ -99,9 +150,11 @@ def write_manifest(
     source: str,
     ignored: int = 0,
     notes: Iterable[str] = (),
+    **about: Any,
 ) -> dict:
     """The last thing to be written: with it the shards are complete. `source`: fingerprint of where they come from;
-    `ignored`: files there that are no images by their names; `notes`: what whoever converted should know, a line each."""
+    `ignored`: files there that are no images by their names; `notes`: what whoever converted should know, a line each;
+    `about`: more about the source."""
     whole = hashlib.sha256(json.dumps([[key, split["fingerprint"]] for key, split in sorted(splits.items())]).encode())
     manifest = {
         "name": out.resolve().name,
@@ -117,7 +170,7 @@ def write_manifest(
         "options": asdict(options),
         "fingerprint": whole.hexdigest(),
         "classes": list(classes),
-        "source": {"dataset": options.dataset, "fingerprint": source, "ignored": ignored},
+        "source": {"dataset": options.dataset, "fingerprint": source, "ignored": ignored, **about},
         "rejected": rejected,
         "notes": list(notes),
         "splits": splits,

@@ -74,7 +74,8 @@ def describe(view: np.void, pixels: int) -> list[str]:
     if np.array_equal(view["color"], np.eye(3, 4)):
         color = "color as it is"
     rest = [f"blur {view['sigma']:.2f} px"] * bool(view["sigma"]) + ["solarize"] * bool(view["solarize"])
-    return [share + ("  flipped" if view["flip"] else ""), color, "  ".join(rest)]
+    mirrored = {"flip": "flipped", "vflip": "upside down", "transposed": "transposed"}
+    return ["  ".join([share, *(word for name, word in mirrored.items() if view[name])]), color, "  ".join(rest)]
 
 
 def factors(color: np.ndarray) -> tuple[float, float, float, float]:

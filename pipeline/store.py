@@ -1,18 +1,17 @@
-"""Reading shards: samples by number, straight from memory maps, the same for both formats."""
+"""Reading shards: samples by number, checked, the same for both formats."""
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
-import threading
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
-from manyview.pipeline import bucket, codec, index, storage
+from manyview.pipeline import bucket, codec, files, index, storage
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import MANIFEST, read_manifest
 
@@ -29,7 +28,7 @@ class Corrupt(UserError):
 
 
 class Store:
-    """One split of shards in a folder, or in a bucket (see `remote`). Reads may come from any number of threads.
+    """One split of shards in a folder, or in a bucket (see `bucket`). Reads may come from any number of threads.
 
     `labels`: (n,) int64, -1 = unlabelled; `heights`, `widths`: (n,) int32, pixels of the stored image. `mean`, `std`: a
     channel, of values 0..255, over the training split. `fingerprint`: identity of this split's samples, the same
@@ -55,30 +54,29 @@ class Store:
         self._rows = self._read_index(part)
         self.labels, self.heights, self.widths = (self._rows[name] for name in ("label", "height", "width"))
         self.shard_of = self._rows["shard"]
-        self._maps: list[tuple[mmap.mmap, np.ndarray] | None] = [None] * len(self.shards)
-        self._lock = threading.Lock()
+        # Some shards stay open, not all: there may be more of them than files that a process may open.
+        folder = self.path
+        self._open = lru_cache(max(8, files.raise_limit() // 8))(lambda name: files.Opened(folder / name))
 
     def _check_shards(self) -> None:
-        paths = [self.path / shard["file"] for shard in self.shards]
-        sizes = (
-            self.bucket.sizes() if self.bucket else [path.stat().st_size if path.exists() else None for path in paths]
-        )
+        names = [shard["file"] for shard in self.shards]
+        sizes = self.bucket.sizes() if self.bucket else [files.size(self.path / name) for name in names]
         errors = []
-        for shard, path, size in zip(self.shards, paths, sizes):
+        for shard, size in zip(self.shards, sizes):
             if size != shard["bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-                errors.append(f"shard {storage.where(path)} {state}; make it again or copy it anew")
+                where = storage.where(self.path / shard["file"])
+                errors.append(f"shard {where} {state}; make it again or copy it anew")
         if errors:
             raise UserError("\n".join(errors))
 
     def _read_index(self, part: dict) -> index.Index:
         path = self.path / part["index"]["file"]
         try:
-            rows = self.bucket.read_index(part["index"]) if self.bucket else index.read(path)
+            rows = self.bucket.read_index(part["index"]) if self.bucket else index.read(path, part["index"]["sha256"])
+            index.check(rows, part, len(self.classes))
         except (OSError, ValueError) as error:
             raise UserError(f"index {storage.where(path)}: {error}") from None
-        if len(rows) != part["count"]:
-            raise UserError(f"index {storage.where(path)} has {len(rows)} rows, the manifest {part['count']}")
         return rows
 
     def __len__(self) -> int:
@@ -88,8 +86,8 @@ class Store:
         return self._rows.key(i)
 
     def read(self, i: int) -> np.ndarray:
-        """Sample i's payload (see `codec`), read-only; of a folder, a view of the memory map. Raises `Corrupt`; of a
-        bucket also UserError, when it cannot be reached any more."""
+        """Sample i's payload (see `codec`), read-only. Raises `Corrupt`; UserError where the disk, the network or this
+        machine fails, or a bucket cannot be reached any more."""
         rows = self._rows
         payload = self._payload(i)
         damaged = crc32(payload) != rows["crc"][i]
@@ -108,13 +106,14 @@ class Store:
         shows when it is read."""
         if self.bucket:
             return self.bucket.prefetch(ids)
-        if not hasattr(os, "posix_fadvise"):  # macOS has none; its maps read ahead by themselves
+        if not hasattr(os, "posix_fadvise"):  # macOS has none; it reads ahead by itself
             return
         for shard, pieces in groupby(self.ranges(ids), key=lambda one: one[0]):
-            with contextlib.suppress(OSError), open(self.path / self.shards[shard]["file"], "rb") as file:
+            with contextlib.suppress(OSError, UserError):
+                file = self._open(self.shards[shard]["file"])
                 for _, start, stop in pieces:
                     for at in range(start, stop, REQUEST):
-                        os.posix_fadvise(file.fileno(), at, min(REQUEST, stop - at), os.POSIX_FADV_WILLNEED)
+                        file.announce(at, min(REQUEST, stop - at))
 
     def ranges(self, ids: np.ndarray) -> list[tuple[int, int, int]]:
         """Where these samples lie: (shard, first byte, end), ascending, merged over gaps of up to `GAP` bytes."""
@@ -126,25 +125,17 @@ class Store:
         return list(zip(shard[first].tolist(), start[first].tolist(), stop[last].tolist())) if len(order) else []
 
     def _payload(self, i: int) -> np.ndarray:
-        shard, start = int(self._rows["shard"][i]), int(self._rows["offset"][i])
+        """Copied out of the file: a memory map of one that another process cuts off would kill this one."""
         if self.bucket:
             return self.bucket.read(i)
-        mapped, data = self._maps[shard] or self._map(i, shard)
-        stop = start + int(self._rows["length"][i])
-        if mapped.size() < stop:  # of the file, not of the map; a map of what is no longer there would kill the process
-            raise Corrupt(i, self.key(i), f"{self.shards[shard]['file']} has been cut off since it was opened")
-        return data[start:stop]
-
-    def _map(self, i: int, shard: int) -> tuple[mmap.mmap, np.ndarray]:
-        with self._lock:
-            if (found := self._maps[shard]) is None:
-                try:
-                    with open(self.path / self.shards[shard]["file"], "rb") as file:
-                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                except (OSError, ValueError) as error:  # removed, or emptied, after the shards were checked
-                    raise Corrupt(i, self.key(i), f"{self.shards[shard]['file']} cannot be read: {error}") from None
-                found = self._maps[shard] = mapped, np.frombuffer(mapped, np.uint8)
-            return found
+        name, length = self.shards[self._rows["shard"][i]]["file"], int(self._rows["length"][i])
+        try:
+            data = self._open(name).read(int(self._rows["offset"][i]), length)
+        except OSError as error:  # removed after the shards were checked
+            raise Corrupt(i, self.key(i), f"{name} cannot be read: {error.strerror}") from None
+        if len(data) < length:
+            raise Corrupt(i, self.key(i), f"{name} has been cut off since it was opened")
+        return np.frombuffer(data, np.uint8)
 
     def nbytes(self) -> int:
         """Bytes of all payloads."""
@@ -155,10 +146,10 @@ class Store:
         return min(224, int(np.median(np.minimum(self.heights, self.widths))))
 
     def close(self) -> None:
-        """Forget the memory maps and stop fetching; payloads still held stay valid."""
+        """Close the shards and stop fetching; payloads still held stay valid."""
         if self.bucket:
             self.bucket.close()
-        self._maps = [None] * len(self.shards)
+        self._open.cache_clear()
 
 
 def splits(path: str | Path) -> list[str]:

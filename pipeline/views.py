@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from numba import njit
 
+from manyview.pipeline.compiled import njit
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.philox import below, philox, uniform
 
@@ -29,8 +29,12 @@ class Group:
     size: int  # pixels, square
     scale: tuple[float, float] = (0.08, 1.0)  # the crop's share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
-    flip: float = 0.5  # probabilities of a mirror image, of the color jitter, of grey
-    jitter: float = 0.8
+    flip: float = (
+        0.5  # probabilities of a mirror image, left to right and upside down, and of a turn by 90, 180 or 270 degrees
+    )
+    vflip: float = 0.0
+    turn: float = 0.0
+    jitter: float = 0.8  # probabilities of the color jitter and of grey
     grey: float = 0.2
     brightness: float = 0.4  # factors are drawn from [1 - x, 1 + x]
     contrast: float = 0.4
@@ -41,7 +45,7 @@ class Group:
     solarize: tuple[float, ...] = (0.0,)
 
 
-PROBABILITIES = ("flip", "jitter", "grey", "blur", "solarize")
+PROBABILITIES = ("flip", "vflip", "turn", "jitter", "grey", "blur", "solarize")
 STRENGTHS = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}  # and the largest there is
 PAIRS = {"scale": 1, "ratio": math.inf, "sigma": math.inf}  # lowest and highest; what is the largest there is
 
@@ -62,7 +66,9 @@ class Policy:
 VIEW = np.dtype(
     [
         ("box", np.int32, (4,)),  # top, left, height, width in source pixels
-        ("flip", np.bool_),
+        ("flip", np.bool_),  # left and right, then
+        ("vflip", np.bool_),  # top and bottom, then
+        ("transposed", np.bool_),  # rows and columns: the three make every mirror image and quarter turn
         ("color", np.float32, (3, 4)),  # out = color @ (r, g, b, 1), values 0..255
         ("sigma", np.float32),  # of the blur, in pixels of the view; 0 = none
         ("solarize", np.bool_),  # invert values of 128 and more
@@ -239,7 +245,7 @@ def _settings(chosen: Policy) -> np.ndarray:
     return np.array(rows, [(f.name, np.float64, (2,) if f.name in PAIRS else ()) for f in fields(Group)])
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _draw(settings, seed, epochs, ids, heights, widths, views):
     for v in range(len(settings)):
         s = settings[v]
@@ -249,8 +255,15 @@ def _draw(settings, seed, epochs, ids, heights, widths, views):
             # Every number has its own fixed place in the counter: none moves when another is not used.
             x0, x1, x2, x3 = philox(seed, ids[i], epochs[i], v, 16)
             y0, y1, y2, y3 = philox(seed, ids[i], epochs[i], v, 17)
-            z0, z1, _, _ = philox(seed, ids[i], epochs[i], v, 18)
-            view.flip = uniform(x0) < s.flip
+            z0, z1, z2, z3 = philox(seed, ids[i], epochs[i], v, 18)
+            view.flip, view.vflip = uniform(x0) < s.flip, uniform(z2) < s.vflip
+            if uniform(z3) < s.turn:
+                quarters = 1 + int(
+                    3 * uniform(z3) / s.turn
+                )  # counterclockwise; an odd one is a transpose and a mirror image
+                view.flip ^= quarters <= 2
+                view.vflip ^= quarters >= 2
+                view.transposed = quarters != 2
             grey, jitter = uniform(x1) < s.grey, uniform(x2) < s.jitter
             view.solarize = uniform(x3) < s.solarize
             if jitter or grey:
@@ -266,7 +279,7 @@ def _draw(settings, seed, epochs, ids, heights, widths, views):
                 view.sigma = s.sigma[0] + (s.sigma[1] - s.sigma[0]) * uniform(z1)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _crop(seed, sample, epoch, view, height, width, scale, ratio, box):
     """torchvision's RandomResizedCrop.get_params: area uniform, aspect ratio log-uniform, ten tries, then the centre."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -286,7 +299,7 @@ def _crop(seed, sample, epoch, view, height, width, scale, ratio, box):
     box[0], box[1], box[2], box[3] = (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def color_map(brightness, contrast, saturation, hue, out):
     """Write the (3, 4) map of a color jitter: three factors (1 = unchanged) and `hue` in turns (0 = unchanged).
 

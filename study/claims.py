@@ -1,7 +1,9 @@
-"""What the rows of a study say about the paper's claims, as numbers with intervals. Nothing here draws or words.
+"""What the rows of a study say about the paper's claims, as numbers with intervals. Nothing here draws.
 
-A row is a dict of one run's settings and results (study/sweep.py). Accuracies are shares of 1. Intervals are Student's t
-at 95 % over seeds; differences are paired by seed, which removes what a seed does to both sides.
+A row is a dict of one run's settings and results (study/sweep.py). Accuracies are shares of 1 in it and percent from
+`by_seed` on. Where the spread between seeds is the same in all settings, it is pooled: three seeds a setting then give an
+interval with the degrees of freedom of all of them. Verdicts are tests against a margin, with Holm's correction for all
+verdicts of a page.
 """
 
 from __future__ import annotations
@@ -16,21 +18,74 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from manyview.study.sweep import Settings, Study, name_of
+from manyview.study.sweep import RESULTS, Settings, Study, name_of
 
 Row = dict[str, Any]
+BySeed = dict[int, float]
+LEVEL = 0.05  # of tests; intervals are the other 95 %
+
+
+# --- rows
+
+
+def rows_of(study: Study, path: Path, grid: str) -> list[Row]:
+    """The finished rows of one grid, numbers as numbers, `beta` as a number too and `c` = beta x D beside it."""
+    with path.open(newline="") as file:
+        done = {name_of({c: r[c] for c in study.columns if r[c] != ""}): r for r in csv.DictReader(file)}
+    return [typed({**study.train, **done[name_of(s)]}) for s in study.grids.get(grid, []) if name_of(s) in done]
+
+
+def typed(row: Settings) -> Row:
+    converted: Row = {key: number(value) for key, value in row.items()}
+    if isinstance(beta := converted.get("beta"), str) and beta.endswith("/D"):
+        converted["beta"] = float(beta.removesuffix("/D")) / converted["projector_dim"]
+    if isinstance(converted.get("beta"), float | int):
+        converted["c"] = converted["beta"] * converted["projector_dim"]
+    return converted
+
+
+def number(value: Any) -> Any:
+    try:
+        return float(value) if "." in str(value) or "e" in str(value) else int(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def select(rows: list[Row], **settings: Any) -> list[Row]:
+    def close(a: Any, b: Any) -> bool:
+        return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float | int) else a == b
+
+    return [row for row in rows if all(close(row.get(k), v) for k, v in settings.items())]
+
+
+def by_seed(rows: list[Row], value: str, **settings: Any) -> BySeed:
+    """{seed: percent or number} of the rows with these settings; accuracies in percent."""
+    scale = 100 if value in ("linear", "knn", "held_out") else 1
+    return {row["seed"]: scale * row[value] for row in select(rows, **settings)}
+
+
+def values(rows: list[Row], key: str) -> list[Any]:
+    return sorted({row[key] for row in rows})
+
+
+# --- estimates
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean and half-width of its 95 % interval over n seeds (infinite for one)."""
+    """A mean, its standard error, and the degrees of freedom that the error is known with (0: one seed, no error)."""
 
     mean: float
-    half: float
-    n: int
+    error: float
+    dof: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.half:.2f}" if math.isfinite(self.half) else f"{self.mean:.2f} (one seed)"
+        return f"{self.mean:.2f} ± {self.half:.2f}" if self.dof else f"{self.mean:.2f} (one seed)"
+
+    @property
+    def half(self) -> float:
+        """Of the 95 % interval, by Student's t."""
+        return float(stats.t.ppf(1 - LEVEL / 2, self.dof)) * self.error if self.dof else math.inf
 
     @property
     def low(self) -> float:
@@ -41,74 +96,142 @@ class Estimate:
         return self.mean + self.half
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Of at least one value. Student's t over the values as independent draws."""
-    x = np.asarray(values, float)
-    n = len(x)
-    half = stats.t.ppf(0.975, n - 1) * x.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    return Estimate(float(x.mean()), float(half), n)
+def estimate(sample: Sequence[float]) -> Estimate:
+    """By the spread of these values alone."""
+    error = float(stats.sem(sample)) if len(sample) > 1 else math.nan
+    return Estimate(float(np.mean(sample)), error, len(sample) - 1)
 
 
-def rows_of(study: Study, path: Path, grid: str) -> list[Row]:
-    """The finished rows of one grid, numbers as numbers, `beta` as a number too and `c` = beta x D beside it."""
-    with path.open(newline="") as file:
-        found = {name_of({c: r[c] for c in study.columns if r[c] != ""}): r for r in csv.DictReader(file)}
-    rows = [found[name_of(s)] for s in study.grids.get(grid, []) if name_of(s) in found]
-    return [typed({**study.train, **row}) for row in rows]
+@dataclass(frozen=True)
+class Spread:
+    """Of one result between seeds. Pooled over the settings of a study unless `p_equal`, Bartlett's test that it is the same
+    in all of them, says otherwise; then each setting has its own, and differences are Welch's."""
+
+    deviation: float = math.nan
+    dof: int = 0
+    settings: int = 0
+    p_equal: float = 0.0
+    correlation: float = math.nan  # of seeds over settings (intraclass): what pairing by seed would take away
+
+    @property
+    def pooled(self) -> bool:
+        return self.dof > 0 and self.p_equal >= LEVEL
+
+    def estimate(self, found: BySeed) -> Estimate:
+        own = estimate(list(found.values()))
+        return Estimate(own.mean, self.deviation / math.sqrt(len(found)), self.dof) if self.pooled else own
+
+    def difference(self, a: BySeed, b: BySeed) -> Estimate | None:
+        """a - b; None where one of them was not measured."""
+        if not a or not b:
+            return None
+        one, other = self.estimate(a), self.estimate(b)
+        error = math.hypot(one.error, other.error)
+        dof: float = self.dof if self.pooled else min(one.dof, other.dof)
+        if not self.pooled and dof and error:
+            dof = error**4 / (one.error**4 / one.dof + other.error**4 / other.dof)
+        return Estimate(one.mean - other.mean, error, dof)
 
 
-def typed(row: Settings) -> Row:
-    made: Row = {key: number(value) for key, value in row.items()}
-    if isinstance(made.get("beta"), str) and made["beta"].endswith("/D"):
-        made["beta"] = float(made["beta"].removesuffix("/D")) / made["projector_dim"]
-    if isinstance(made.get("beta"), float | int):
-        made["c"] = made["beta"] * made["projector_dim"]
-    return made
+def spread(rows: list[Row], value: str) -> Spread:
+    """Of `value` over all settings that have several seeds."""
+    cells: dict[str, BySeed] = {}
+    for row in rows:
+        cells.setdefault(name_of({k: v for k, v in row.items() if k not in (*RESULTS, "seed")}), {}).update(
+            by_seed([row], value)
+        )
+    groups = [list(cell.values()) for cell in cells.values() if len(cell) > 1]
+    if len(groups) < 2:
+        return Spread()
+    dof = sum(len(group) - 1 for group in groups)
+    squares = [np.var(group, ddof=1) for group in groups]
+    deviation = math.sqrt(sum((len(group) - 1) * s for group, s in zip(groups, squares)) / dof)
+    p_equal = float(stats.bartlett(*groups).pvalue) if min(squares) > 0 else 1.0
+    return Spread(deviation, dof, len(groups), p_equal, seeds_agree([cell for cell in cells.values() if len(cell) > 1]))
 
 
-def number(value: Any) -> Any:
-    try:
-        return float(value) if "." in str(value) or "e" in str(value) else int(value)
-    except (TypeError, ValueError):
-        return value
+def seeds_agree(cells: list[BySeed]) -> float:
+    """Intraclass correlation of seeds: the share of the spread within settings that a seed brings to all of them alike."""
+    common = sorted(set.intersection(*(set(cell) for cell in cells)))
+    table = np.array([[cell[seed] for seed in common] for cell in cells])
+    if len(common) < 2:
+        return math.nan
+    table -= table.mean(1, keepdims=True)
+    n = len(table)
+    between = n * table.mean(0).var(ddof=1)
+    within = ((table - table.mean(0)) ** 2).sum() / ((n - 1) * (len(common) - 1))
+    total = between + (n - 1) * within
+    return float((between - within) / total) if total else math.nan
 
 
-def by_seed(rows: list[Row], value: str, **settings: Any) -> dict[int, float]:
-    """{seed: percent or number} of the rows with these settings; accuracies in percent."""
-    scale = 100 if value in ("linear", "knn", "held_out") else 1
-    chosen = [row for row in rows if all(close(row.get(k), v) for k, v in settings.items())]
-    return {row["seed"]: scale * row[value] for row in chosen}
+# --- verdicts
 
 
-def close(a: Any, b: Any) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float | int) else a == b
+@dataclass(frozen=True)
+class Claim:
+    """That a value lies between two margins (one of them may be infinite)."""
+
+    text: str
+    value: Estimate | None
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def ps(self) -> tuple[float, float]:
+        """One-sided: that it lies outside (two tests where it has two margins, the worse of them), and that it lies inside."""
+        if self.value is None or not self.value.dof:
+            return 1.0, 1.0
+        t = lambda distance: distance / max(self.value.error, 1e-12)  # noqa: E731
+        above, below = t(self.value.mean - self.low), t(self.high - self.value.mean)
+        inside = stats.t.sf((above, below), self.value.dof)
+        outside = stats.t.cdf((above, below), self.value.dof)
+        return float(max(inside)), float(min(outside))
+
+    @property
+    def p(self) -> float:
+        """Of the verdict, whichever it is."""
+        return min(1.0, 2 * min(self.ps))
+
+    def told(self, p: float) -> str:
+        """The sentence, with the verdict by the corrected `p`."""
+        if self.value is None:
+            return f"- {self.text}: not measured"
+        holds, fails = self.ps
+        word = "undecided" if p >= LEVEL else "holds" if holds < fails else "does not hold"
+        bound = max(-self.value.low, self.value.high)
+        more = f", no difference larger than {bound:.2f}" if word == "undecided" and self.low == -self.high else ""
+        return f"- {self.text}: {word} ({self.value}{more})"
 
 
-def difference(a: dict[int, float], b: dict[int, float]) -> Estimate | None:
-    """a - b paired by seed; None without a common seed."""
-    common = sorted(a.keys() & b.keys())
-    return estimate([a[s] - b[s] for s in common]) if common else None
+def decide(lines: list[str | Claim]) -> list[str]:
+    """Every claim as a sentence, corrected for all of them by Holm's step-down method."""
+    claims = [line for line in lines if isinstance(line, Claim) and line.value is not None]
+    corrected = dict(zip(map(id, claims), holm([claim.p for claim in claims])))
+    return [line.told(corrected.get(id(line), 1.0)) if isinstance(line, Claim) else line for line in lines]
 
 
-def values(rows: list[Row], key: str) -> list[Any]:
-    return sorted({row[key] for row in rows})
+def holm(ps: Sequence[float]) -> list[float]:
+    """Corrected p values: the smallest times how many there are, the next times one fewer, never smaller than the one before."""
+    order = np.argsort(ps)
+    steps = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1)) if len(ps) else np.array([])
+    corrected = np.empty(len(ps))
+    corrected[order] = np.minimum(steps, 1)
+    return corrected.tolist()
 
 
-# --- claims 1 and 2: the projector and the strength of decorrelation
+# --- the best strength of decorrelation
 
 
 def complete(rows: list[Row]) -> list[Row]:
     """Without the D whose grid of beta and seeds is not done: a best beta among two of five says nothing."""
-    counts = {d: sum(r["projector_dim"] == d for r in rows) for d in values(rows, "projector_dim")}
+    counts = {d: len(select(rows, projector_dim=d)) for d in values(rows, "projector_dim")}
     return [r for r in rows if counts[r["projector_dim"]] == max(counts.values())]
 
 
 def best_beta(rows: list[Row], dim: int, seed: int) -> float:
     """The beta that is best on held-out training images: the top of the parabola through the best point and its
     neighbours in log beta, or the best point itself at an edge of the grid."""
-    points = sorted(
-        (math.log(r["beta"]), r["held_out"]) for r in rows if r["projector_dim"] == dim and r["seed"] == seed
-    )
+    points = sorted((math.log(r["beta"]), r["held_out"]) for r in select(rows, projector_dim=dim, seed=seed))
     x, y = np.array(points).T
     best = int(y.argmax())
     if 0 < best < len(x) - 1:
@@ -121,11 +244,8 @@ def best_beta(rows: list[Row], dim: int, seed: int) -> float:
 def slope(rows: list[Row]) -> Estimate:
     """Of log beta* on log D: one slope a seed."""
     dims = values(rows, "projector_dim")
-    slopes = [
-        float(np.polyfit(np.log(dims), [math.log(best_beta(rows, d, seed)) for d in dims], 1)[0])
-        for seed in values(rows, "seed")
-    ]
-    return estimate(slopes)
+    best = {seed: [math.log(best_beta(rows, d, seed)) for d in dims] for seed in values(rows, "seed")}
+    return estimate([float(np.polyfit(np.log(dims), betas, 1)[0]) for betas in best.values()])
 
 
 def tuned(rows: list[Row], of: Callable[[Row], float]) -> float:
@@ -134,18 +254,3 @@ def tuned(rows: list[Row], of: Callable[[Row], float]) -> float:
     for row in rows:
         groups.setdefault(round(of(row), 9), []).append(row["held_out"])
     return max(groups, key=lambda value: float(np.mean(groups[value])))
-
-
-# --- claims 3 to 5: views
-
-
-def cost(rows: list[Row], **settings: Any) -> dict[str, float]:
-    """Medians over the rows: core-ms a view and a step, core-seconds a run, peak MiB."""
-    chosen = [row for row in rows if all(close(row.get(k), v) for k, v in settings.items())]
-    middle = {
-        "core_ms_a_view": [1e3 * r["core_seconds"] / r["views_seen"] for r in chosen],
-        "core_ms_a_step": [1e3 * r["core_seconds"] / r["steps"] for r in chosen],
-        "core_seconds": [r["core_seconds"] for r in chosen],
-        "peak_mib": [r["peak_bytes"] / 2**20 for r in chosen],
-    }
-    return {key: float(np.median(v)) for key, v in middle.items()}

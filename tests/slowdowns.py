@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 from pictures import class_folders
 
-from manyview.bench import ceilings, stages, verdict, workload
+from manyview.bench import stages, verdict, workload
 from manyview.model import objective
 from manyview.pipeline import codec, loader, views
 from manyview.pipeline.engines import cpu, pixels
@@ -157,7 +157,7 @@ def patches(stage: str, times: int) -> list:
         "read": lambda: everywhere("read", times, Store),
         "decode": lambda: everywhere("decode", times, codec, cpu),
         "dispatch": lambda: slow_dispatch(times),
-        "normalize": lambda: everywhere("normalize", times, loader, workload, ceilings),
+        "normalize": lambda: everywhere("normalize", times, loader, workload),
         "forward": lambda: everywhere("forward", times, PretrainingModel),
         "backward": lambda: slow_backward(times),
         "objective": lambda: slow_objective(times),

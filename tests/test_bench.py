@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import tyro
 
+from manyview.tools import profile
+
 ROOT = Path(__file__).resolve().parents[1]
 VALUES = {"PHOTOS": "photos", "small": "shards/cifar10", "data": "shards/photos"}
 
@@ -29,7 +31,8 @@ def parse(words: list[str]) -> Any:
     """What the tool's own parser makes of them; SystemExit where it does not understand."""
     tool, *rest = words
     if tool == "tools/profile.py":
-        return tyro.cli(importlib.import_module(f"manyview.bench.{rest[0]}").Args, args=rest[1:])
+        name = profile.MODULES.get(rest[0], rest[0])
+        return tyro.cli(importlib.import_module(f"manyview.bench.{name}").Args, args=rest[1:])
     if tool == "tools/theory.py":
         return tyro.cli(importlib.import_module("manyview.bench.theory").Args, args=rest)
     spec = importlib.util.spec_from_file_location("tool", ROOT / tool)
@@ -66,4 +69,4 @@ def test_its_parser_takes_the_line(words, monkeypatch):
 
 def test_a_flag_that_is_not_there_is_noticed():
     with pytest.raises(SystemExit):
-        parse(["tools/profile.py", "stages", "--data", "x", "--json", "y"])
+        parse(["tools/profile.py", "stages", "--data", "x", "--batch", "y"])

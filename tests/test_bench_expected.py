@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyview.bench import expected
-from manyview.bench.ceilings import Cost
 from manyview.bench.expected import Shape
+from manyview.bench.stage_cost import Cost
 
 
 def cost(name: str, where: str, per: str, core: float, wall: float | None = None) -> Cost:

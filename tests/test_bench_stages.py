@@ -15,7 +15,7 @@ import torch
 from conftest import command
 from PIL import Image
 
-from manyview.bench import ceilings, host, stages, terminal, verdict
+from manyview.bench import harness, stage_cost, stages, verdict, view
 from manyview.pipeline import loader as loader_module
 from manyview.pipeline import plan, views
 from manyview.pipeline.engines import cpu as engines_cpu
@@ -80,7 +80,7 @@ def test_names_a_slowed_stage_and_predicts_what_undoing_it_brings(photos, report
         rows.append(slowdowns.trial(slowdowns.STAGES[number % len(slowdowns.STAGES)], args, base))
     named = sum(row["culprit"] == row["stage"] for row in rows)
     errors = [abs(row["core_error"]) for row in rows]
-    quiet = max(row["others"] for row in rows) < host.LOAD_LIMIT
+    quiet = max(row["others"] for row in rows) < harness.LOAD_LIMIT
     wrong = [(row["stage"], row["culprit"], round(row["core_error"], 2)) for row in rows]
     assert named >= 19, wrong
     assert np.median(errors) <= 0.15, wrong
@@ -100,7 +100,7 @@ def test_two_runs_agree_in_core_ms(photos, report):
 
 
 def test_a_busy_machine_is_not_certified():
-    neighbours = host.Neighbours()
+    neighbours = harness.Neighbours()
     others = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(2)]
     time.sleep(1.5)
     share = neighbours.share()
@@ -118,10 +118,10 @@ def burn(until: float) -> None:
 
 
 def test_own_work_is_not_taken_for_others():
-    neighbours, begun = host.Neighbours(), time.process_time()
-    before = host.busy_seconds()
+    neighbours, begun = harness.Neighbours(), time.process_time()
+    before = harness.busy_seconds()
     burn(time.time() + 1.0)
-    elsewhere = (host.busy_seconds() - before) - (time.process_time() - begun)
+    elsewhere = (harness.busy_seconds() - before) - (time.process_time() - begun)
     assert neighbours.share() * cores() == pytest.approx(max(0.0, elsewhere), abs=0.15)
 
 
@@ -137,13 +137,13 @@ def test_taking_a_step_of_a_view_away_leaves_the_others(photos):
     policy = views.policy("byol", 2, 32)
     drawn = views.parameters(policy, 0, np.zeros(12, np.int64), ids, store.heights[ids], store.widths[ids])
     less = drawn
-    for name in ceilings.OPERATIONS:
-        less = ceilings.without(less, name)
+    for name in stage_cost.OPERATIONS:
+        less = stage_cost.without(less, name)
     assert (less.views["box"] == drawn.views["box"]).all() and (less.views["color"] == np.eye(3, 4)).all()
     assert not any(less.views[name].any() for name in ("flip", "sigma", "solarize"))
     assert drawn.views["sigma"].any() and drawn.views["flip"].any()  # the original is as it was
-    for name in ceilings.OPERATIONS:
-        assert ceilings.without(less, name) is less
+    for name in stage_cost.OPERATIONS:
+        assert stage_cost.without(less, name) is less
 
 
 def test_the_timings_that_training_always_keeps_cost_under_a_percent(photos, report, monkeypatch):
@@ -181,7 +181,7 @@ def test_the_timings_that_training_always_keeps_cost_under_a_percent(photos, rep
 
     cpu = device_of("cpu")
     look_ms, keep_ms = (
-        min(host.spent(what, cpu).core for _ in range(10)) for what in (look, keep)
+        min(harness.spent(what, cpu).core for _ in range(10)) for what in (look, keep)
     )  # s for 1000: ms for 1
     kept_ms = (len(looks) * look_ms + len(tasks) * keep_ms) / images
     assert kept_ms / report["composed"]["core_ms"] < 0.01
@@ -195,7 +195,7 @@ def test_the_recommended_command_is_what_was_profiled(photos, tmp_path):
         "optimizer": "lars", "precision": "fp32", "compile": True, "engine": "cpu", "device": "auto", "threads": 0,
         "prefetch": 2, "seed": 3, "seconds": 70.0, "out": str(tmp_path / "a"), "baseline": None, "trace": None, "run": None,
     }  # fmt: skip
-    made = terminal.command({"settings": profiled, "sweep": {"knees": {"threads": 2, "prefetch": 1.0, "batch": 16}}})
+    made = view.command({"settings": profiled, "sweep": {"knees": {"threads": 2, "prefetch": 1.0, "batch": 16}}})
     words = shlex.split(made)
     assert words[:2] == ["python", "train.py"] and "--size" not in words and "--out" not in words
     config = config_module.parse(words[2:])
@@ -203,7 +203,7 @@ def test_the_recommended_command_is_what_was_profiled(photos, tmp_path):
     skipped = ("data", "threads", "prefetch", "out")
     assert {k: getattr(config, k) for k in same if k not in skipped} == {k: same[k] for k in same if k not in skipped}
     assert (config.data, config.threads, config.prefetch) == (photos, 2, 1)
-    assert "--backbone" not in terminal.command(
+    assert "--backbone" not in view.command(
         {"settings": profiled | {"backbone": "none"}, "sweep": {"knees": {"threads": 2, "prefetch": 1}}}
     )
 
@@ -242,7 +242,7 @@ def test_without_a_backbone_the_data_path_is_profiled(photos):
     report = stages.measure(args, extras=False)
     names = [row["name"] for row in report["stages"]]
     assert "decode" in names and "normalize" in names and "forward" not in names
-    assert terminal.composed(report)
+    assert view.end_to_end(report)
 
 
 def test_local_crops_are_profiled_too(photos):
@@ -253,9 +253,9 @@ def test_local_crops_are_profiled_too(photos):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what must be missing")
-@pytest.mark.parametrize("name", ["memory", "objective", "peers", "stages", "step", "trainer"])
+@pytest.mark.parametrize("name", ["memory", "objective", "peers", "probes", "stages", "step", "trainer"])
 def test_a_gpu_that_is_not_there_is_one_line(photos, tmp_path, name):
-    data = {"objective": [], "memory": []}.get(name, ["--data", str(photos)])
+    data = {"objective": [], "memory": [], "probes": []}.get(name, ["--data", str(photos)])
     with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
         importlib.import_module(f"manyview.bench.{name}").main([*data, "--device", "cuda"])
 

@@ -36,8 +36,8 @@ def test_step_and_memory_write_what_the_page_shows(digits, tmp_path):
         64,
         "--device",
         "cpu",
-        "--csv",
-        tmp_path / "b" / "m.csv",
+        "--json",
+        tmp_path / "b" / "m.json",
     ]
     done = command("tools/profile.py", "memory", "--backbone", "resnet10-narrow", "--size", 32, *words)
     assert done.returncode == 0, done.stderr
@@ -46,6 +46,7 @@ def test_step_and_memory_write_what_the_page_shows(digits, tmp_path):
     assert [(row["views"], row["chunk"]) for row in rows] == [("2", "0"), ("2", "1"), ("4", "0"), ("4", "1")]
     assert int(rows[2]["peak_bytes"]) > 1.5 * int(rows[3]["peak_bytes"]) > 0  # four views in the graph against one
 
+    rows = json.loads((tmp_path / "b" / "m.json").read_text())
     page = trainer.page([result], rows, trainer.Args(data=digits))
     assert "| resnet10-narrow, 8 px | 2 x 8 | cpu | step |" in page and "| 4 | all |" in page
 

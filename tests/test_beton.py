@@ -8,7 +8,7 @@ import simplejpeg
 from pictures import class_folders, jpeg, pixels
 
 from manyview.pipeline import beton, codec
-from manyview.pipeline.convert import adopt
+from manyview.pipeline.convert.index_foreign import index_foreign
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.manifest import Options
 from manyview.pipeline.store import Store
@@ -114,7 +114,7 @@ def test_what_ffcv_writes_reads_in_ours(tmp_path, mode):
     fields = {"image": RGBImageField(write_mode=mode, jpeg_quality=95), "label": IntField()}
     np.random.seed(3)
     DatasetWriter(str(tmp_path / "x.beton"), fields, num_workers=1).from_indexed_dataset(Photos(), chunksize=3)
-    adopt.adopt(tmp_path, quiet=True)
+    index_foreign(tmp_path, quiet=True)
     store = Store(tmp_path)
     assert len(store) == 12 and store.labels.tolist() == [i % 4 for i in range(12)]
     kinds = {store.read(i).ndim for i in range(12)}

@@ -5,7 +5,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from functools import partial
 
 import cv2
 import numpy as np
@@ -338,16 +337,21 @@ def color_png(values: np.ndarray) -> bytes:
     return cv2.imencode(".png", values)[1].tobytes()
 
 
+DEEP = {
+    "png": grey,
+    "tiff": lambda values: grey(values, "TIFF"),
+    "color png": color_png,
+    "color tiff": lambda values: cv2.imencode(".tiff", values)[1].tobytes(),
+}
+
+
 @pytest.mark.parametrize("bits", [9, 10, 12, 14])
-@pytest.mark.parametrize("kind", ["png", "tiff", "color png", "color tiff"])
+@pytest.mark.parametrize("kind", DEEP)
 def test_bits_that_16_hold_are_scaled_by_a_flag_and_told_of_without(bits, kind):
     values = np.rint(RAMP * ((1 << bits) - 1)).astype(np.uint16)
     if "color" in kind:
         values = values[..., None].repeat(3, 2)
-    data = {
-        "png": lambda: grey(values), "tiff": lambda: grey(values, "TIFF"), "color png": partial(color_png, values),
-        "color tiff": lambda: cv2.imencode(".tiff", values)[1].tobytes(),
-    }[kind]()  # fmt: skip
+    data = DEEP[kind](values)
     assert deep(data, white=(1 << bits) - 1) == (96, 255, "")
     levels, brightest, note = deep(data)
     assert brightest == ((1 << bits) - 1) >> 8 and levels < 96

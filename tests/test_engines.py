@@ -34,7 +34,7 @@ def dali(test):
 
 
 DALI = pytest.param("dali", marks=[pytest.mark.slow, pytest.mark.skipif(not HAS_DALI, reason="needs DALI")])
-STEPS = {"solarize": 0.3, "blur": [0.5, 1.0]}
+STEPS = {"solarize": 0.3, "blur": [0.5, 1.0], "vflip": 0.5, "turn": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +121,21 @@ def test_each_step_alone_is_right(photos):
     engine.close()
 
 
-@pytest.mark.parametrize("name", ["cpu", DALI])
-def test_decoding_is_exact(name, photos):
-    store = Store(photos)
-    ids = np.arange(3)
-    p = clean(32, np.full(3, 32), np.full(3, 32))  # a box of 32 px at 32 px: nothing but decoding is left
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("cpu", "photos"),
+        ("resident", "tiny"),
+        *(pytest.param(n, "photos", marks=DALI.marks) for n in ("dali", "dali gpu graph")),
+    ],
+)
+def test_decoding_and_turning_are_exact(name, where, request):
+    store = Store(request.getfixturevalue(where))
+    ids = np.array([0, 1, 2, 3, 0, 1, 2, 3])
+    p = clean(32, store.heights[ids], store.widths[ids])
+    p.views["box"] = 0, 0, 32, 32  # at 32 px: nothing but decoding is left
+    for bit, field in enumerate(("flip", "vflip", "transposed")):
+        p.views[field] = np.arange(8) >> bit & 1
     engine = make(name, store)
     assert torch.equal(engine(ids, p)[0], reference.engine(store, ids, p)[0])
     engine.close()

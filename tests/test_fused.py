@@ -56,7 +56,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     ("name", "count", "size", "changes"),
     [
         ("simclr", 2, 32, {"blur": 0.5}),
-        ("byol", 3, 17, {"solarize": 0.5}),
+        ("byol", 3, 17, {"solarize": 0.5, "vflip": 0.5, "turn": 0.7}),
         ("multicrop", 4, 28, None),
         ("simclr", 1, 1, {"scale": [0.01, 0.05]}),
         ("none", 1, 40, None),

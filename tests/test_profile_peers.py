@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from conftest import command
 from pictures import class_folders, jpeg
 
 from manyview.bench import peers
+from manyview.bench.contenders import Contender
+from manyview.bench.harness import Spent
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import Options
@@ -23,14 +26,16 @@ def test_the_fit_finds_what_was_put_in():
 
 
 def test_ratios_are_of_the_same_round():
-    result: dict = {"ratios": []}
+    build: Any = None
+    mine, uint8 = (Contender("manyview cpu", build, "cpu", floats=floats) for floats in (True, False))
     taken = {
-        ("manyview cpu", peers.FULL): [(1, 2), (10, 2), (1, 2)],
-        ("manyview cpu", peers.UINT8): [(1, 1), (1, 1), (1, 1)],  # another thing than the peer makes
-        ("peer", peers.FULL): [(3, 8), (30, 8), (3, 8)],
+        mine: [Spent(1, 2), Spent(10, 2), Spent(1, 2)],
+        uint8: [Spent(1, 1)] * 3,  # another thing than the peer makes
+        Contender("peer", build): [Spent(3, 8), Spent(30, 8), Spent(3, 8)],
     }
-    peers.add_ratios(taken, "simclr", 224, 8, result)
-    (ratio,) = result["ratios"]
+    case: Any = peers.Case(peers.Args(), build, "simclr", 224, list(taken))
+    (ratio,) = peers.ratios(case, 8, taken)
+    assert (ratio["ours"], ratio["peer"], ratio["policy"]) == ("manyview cpu", "peer", "simclr")
     assert ratio["times_the_views_per_s"] == 3 and ratio["times_less_core_time"] == 4
 
 
@@ -39,21 +44,22 @@ def test_the_command_measures_and_writes_its_tables(tmp_path):
     root = class_folders(tmp_path / "in", 12, 2)
     write_shards(Options("folder"), root, tmp_path / "photos", quiet=True)
     out = tmp_path / "result.json"
-    line = ["tools/profile.py", "peers", "--data", tmp_path / "photos", "--views", "1,2,3", "--size", 48, "--batch", 6]
-    line = [
+    words = [
+        "--data",
+        tmp_path / "photos",
+        "--views",
+        "1,2,3",
+        "--size",
+        48,
+        "--batch-size",
+        6,
         "--rounds",
         1,
         "--images",
         18,
-        "--threads",
-        2,
-        "--json",
-        out,
-        "--only",
-        "manyview cpu,floor,torchvision v2 PIL",
-        *line,
     ]
-    done = command(*line[10:], *line[:10])
+    only = ["--threads", 2, "--only", "manyview cpu,floor,torchvision v2 PIL"]
+    done = command("tools/profile.py", "peers", *words, *only, "--json", out)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert {"pipeline", "policy", "views", "views_per_s", "core_ms_per_image"} <= set(result["rows"][0])
@@ -77,7 +83,8 @@ def test_the_command_measures_and_writes_its_tables(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--views", "1,two"], "--views 1,two"), (["--rounds", "0"], "--rounds must be"), (["--batch", "0"], "--batch must"),
+        (["--views", "1,two"], "--views 1,two"), (["--rounds", "0"], "--rounds must be"),
+        (["--batch-size", "0"], "--batch-size must"),
         (["--table", "none.json"], "none.json: no such file"), (["--only", "nosuch"], "--only nosuch: no pipeline"),
     ],
 )  # fmt: skip

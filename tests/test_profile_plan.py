@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from typing import BinaryIO
+from zlib import crc32
 
 import numpy as np
 import pytest
 from conftest import ROOT, command
 
-from manyview.bench import plan, replay
+from manyview.bench import large_index, replay, scale
 from manyview.bench import shards as measure_shards
 from manyview.bench.replay import LRU, Cluster
 from manyview.pipeline import bucket, storage
@@ -133,13 +134,13 @@ def test_the_formula_is_near(order, nodes, cache):
 
 
 def test_the_generated_index_is_an_index(tmp_path):
-    plan.generate(tmp_path, 10_007, 1000, 300)
+    large_index.generate(tmp_path, 10_007, 1000, 300)
     store = Store(tmp_path)
     assert len(store) == 10_007 and len(store.shards) == 34 and store.shards[-1]["count"] == 107
     assert store.key(10_006) == "n" * 18 + "0000010006" and store.key(0).endswith("n0000000000")
     last = {name: int(store._rows[name][-1]) for name in store._rows.columns}
     assert last == {"label": 6, "offset": 106_000, "length": 1000, "shard": 33, "height": 300 + 10_006 % 201,
-                    "width": 500 - 10_006 % 101, "crc": 0, "kind": 0}  # fmt: skip
+                    "width": 500 - 10_006 % 101, "crc": crc32(bytes(1000)), "kind": 0}  # fmt: skip
     assert store.shard_of.tolist() == [i // 300 for i in range(10_007)]
 
 
@@ -165,11 +166,11 @@ def test_the_command_writes_page_table_and_picture(tmp_path):
 
 
 def test_bandwidth_and_where_it_stops():
-    args = plan.Args(
+    args = scale.Args(
         images=(1e6,), nodes=(1, 10), gpus=10, images_per_s=100, image_kb=storage.PIECE / 1000, storage_gb_s=2
     )
     c = Cluster(10**6, 10, 100, float(storage.PIECE), 1e9)
-    found = plan.bandwidth(c, replay.Epoch(1000, 1000, 0, 1.0), replay.Epoch(1000, 250, 0, 1.0), args)
+    found = scale.bandwidth(c, replay.Epoch(1000, 1000, 0, 1.0), replay.Epoch(1000, 250, 0, 1.0), args)
     assert found["first_node_gb_s"] == pytest.approx(1000 * storage.PIECE / 1e9)  # 8.4 GB/s into a node that takes 3
     assert found["first_speed"] == pytest.approx(2 / (10 * 1000 * storage.PIECE / 1e9))  # the storage is slower still
     assert found["first_storage_gb_s"] == pytest.approx(10 * found["first_node_gb_s"])
@@ -178,20 +179,23 @@ def test_bandwidth_and_where_it_stops():
     rows = [{"order": "random", "nodes": 10, **found}]
     assert found["images_per_s"] == pytest.approx(10_000 * found["later_speed"])
     settings = {"gpus": 10, "batch_per_gpu": 10, "image_kb": 100, "shard_mb": 100, "node_gb_s": 3, "storage_gb_s": 2}
-    limits = plan.bounds({"images": 10**6, "rows": rows}, "random", settings)
+    limits = scale.bounds({"images": 10**6, "rows": rows}, "random", settings)
     assert list(limits.values()) == ["-", "10", "10", "101", "101"]
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--gpus", "0"), "--gpus must be positive, not 0"),
-        (("--images", "100"), "--images takes numbers from 512 on, got 100"),
-        (("--nodes", "0"), "--nodes takes numbers from 1 on"),
-        (("--images", "1e6", "--nodes", "4096"), "4096 nodes take more images a step than the 1e.06 there are"),
+        (("--gpus", "0"), "--gpus must be at least 1, not 0"),
+        (("--images", "100"), r"256 nodes take .* more than the 100 of --images"),
+        (("--nodes", "0"), "--nodes must be at least 1, not 0"),
+        (
+            ("--images", "1e6", "--nodes", "4096"),
+            r"4096 nodes take 2,097,152 images a step, more than the 1e\+06 of --images",
+        ),
         (("--images", "1e12", "--nodes", "1"), "name a larger disk with --scratch"),
-        (("--images", "nan"), "--images takes numbers from 512 on, got nan"),
-        (("--images", "1e6", "inf"), "--images takes numbers from 512 on, got 1e.06 inf"),
+        (("--images", "nan"), "--images must be at least 1, not nan"),
+        (("--images", "1e6", "inf"), "--images must be at least 1, not 1e.06 inf"),
         (("--cache-gb", "nan"), "--cache-gb must be positive, not nan"),
         (("--storage-gb-s", "inf"), "--storage-gb-s must be positive, not inf"),
         (("--scratch", "nowhere"), "--scratch nowhere is no folder"),
@@ -199,7 +203,7 @@ def test_bandwidth_and_where_it_stops():
 )
 def test_bad_input_is_said(tmp_path, flags, said):
     with pytest.raises(UserError, match=said):
-        plan.main([*flags, "--out", str(tmp_path)])
+        scale.main([*flags, "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -209,7 +213,7 @@ def test_bad_input_is_said(tmp_path, flags, said):
         (("--source", "."), "--source . holds no photos"),
         (
             ("--source", ".", "--rounds", "0", "--jobs", "-1"),
-            "--rounds is a number from 1 on, not 0\n--jobs is .* not -1",
+            "--rounds must be at least 1, not 0\n--jobs must be at least 1, not -1",
         ),
     ],
 )
@@ -222,7 +226,7 @@ def test_bad_input_to_the_measurement_of_shards_is_said(tmp_path, monkeypatch, f
 def test_what_is_extrapolated_is_marked():
     """The shuffle of more than twenty million samples is not measured, and the page must not say so."""
     result = json.loads((ROOT / "results" / "scale.json").read_text())
-    text = plan.page(result)
+    text = scale.page(result)
     assert text == (ROOT / "results" / "scale.md").read_text()
     rows = {
         line.split(" | ")[0]: line for line in text.split("how well an order mixes")[1].split("## ")[0].splitlines()

@@ -20,7 +20,7 @@ from conftest import ROOT, command
 from pictures import encoded
 from safetensors.torch import load_file
 
-from manyview.pipeline import bucket, storage
+from manyview.pipeline import bucket, files, storage
 from manyview.pipeline.convert.verify import verify
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.engines.cpu import CPUEngine
@@ -202,7 +202,7 @@ def test_a_damaged_object_is_that_samples_fault(folder, proxy, tmp_path):
 
 READER = """
 import sys, numpy as np
-from manyview.pipeline import storage
+from manyview.pipeline import bucket, storage
 storage.PIECE, bucket.STREAMS = {piece}, 3
 from manyview.pipeline.store import Store
 store = Store(sys.argv[1])
@@ -279,7 +279,7 @@ def test_what_was_asked_for_longest_ago_goes_first(fresh):
     assert held(fresh) <= 950
     dead = fresh / "pieces" / "x" / "dead.part"  # of a process that was killed
     dead.write_bytes(b"." * 500)
-    with bucket._locked(fresh / "pieces" / "x" / "alive.part"):  # and of one that is at work
+    with files.locked(fresh / "pieces" / "x" / "alive.part"):  # and of one that is at work
         for name in "jklmnopq":
             assert cache.add(f"x/{name}", lambda file: file.write(b"." * 120))
         assert (fresh / "pieces" / "x" / "alive.part").exists()

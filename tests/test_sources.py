@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from conftest import command
 from pictures import class_folders, encoded, jpeg, pixels
 
+from manyview.pipeline.convert import sources
 from manyview.pipeline.convert.sources import Reading, Source, arrays, datasets, imagenet, shards
 from manyview.pipeline.errors import UserError
 
@@ -58,11 +61,11 @@ def test_an_image_beside_the_class_folders_is_a_problem_and_the_others_keep_thei
 
 
 def test_a_class_named_like_a_split_is_asked_about(tmp_path):
-    for name in ("bus", "car", "train"):
+    for name in ("bus", "car", "Train"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.jpg").write_bytes(jpeg(1))
     with pytest.raises(
-        UserError, match=r"holds train and also images in bus, car: splits or classes\? Move them apart"
+        UserError, match=r"holds Train and also images in bus, car: splits or classes\? Move them apart"
     ):
         datasets.load("folder", tmp_path)
     (tmp_path / "car").rename(tmp_path / ".car")
@@ -70,6 +73,155 @@ def test_a_class_named_like_a_split_is_asked_about(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "readme.txt").write_text("no image")
     assert names(datasets.load("folder", tmp_path)) == {"train": ["x.jpg"]}
+
+
+@pytest.mark.parametrize(
+    "train,val",
+    [("Training", "Testing"), ("Train", "Test"), ("TRAIN", "VALIDATION"), ("train", "dev"), ("training", "Eval"),
+     ("train", "evaluation"), ("Train", "Valid")],
+)  # fmt: skip
+def test_splits_have_the_names_that_people_give_them(tmp_path, train, val):
+    class_folders(class_folders(tmp_path, 1, 2, split=train), 1, 2, split=val)
+    source = datasets.load("folder", tmp_path)
+    assert source.classes == ["class0", "class1"]
+    assert names(source) == {split: ["class0/photo0.jpg", "class1/photo0.jpg"] for split in ("train", "val")}
+
+
+def test_two_folders_of_one_split_are_asked_about(tmp_path):
+    class_folders(class_folders(tmp_path, 1, 2, split="train"), 1, 2, split="Training")
+    with pytest.raises(UserError, match="holds Training and train: which of them is train"):
+        datasets.load("folder", tmp_path)
+
+
+HIDDEN = (
+    ".ipynb_checkpoints/a-checkpoint.jpg", "@eaDir/cat/SYNO.jpg", "@EADIR/x.jpg", ".Trash-1000/files/old.jpg", "#recycle/x.png",
+    ".thumbnails/a.jpg", "__MACOSX/._photo0.jpg", "$RECYCLE.BIN/x.jpg", "System Volume Information/x.jpg", "lost+found/x.jpg",
+    "@Recently-Snapshot/x.jpg", ".git/x.jpg", "._photo0.jpg", ".DS_Store", ".hidden.jpg",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["", "train", "train/class0", "train/class0/deeper"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_tools_leave_behind_is_neither_class_nor_image(hidden_root, place, name):
+    path = hidden_root / place / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"no image")
+    try:
+        source = datasets.load("folder", hidden_root)
+        assert source.classes == ["class0"] and not source.problems
+        assert names(source)["train"] == ["class0/photo0.jpg", "class0/photo1.jpg"]
+        shown = "._*" if name.startswith("._") else name.split("/")[0]
+        assert not place or source.notes[0] == f"1 hidden files and tools' folders left out ({shown}: 1)"
+    finally:
+        path.unlink()
+        for folder in path.parents[: len(Path(name).parts) - 1]:
+            folder.rmdir()
+
+
+@pytest.fixture(scope="module")
+def hidden_root(tmp_path_factory) -> Path:
+    return class_folders(tmp_path_factory.mktemp("hidden"), 2, 1)
+
+
+def test_a_class_without_an_image_keeps_its_number_and_is_named(tmp_path, capsys):
+    class_folders(tmp_path, 2, 2)
+    phone = tmp_path / "train" / "ant"
+    phone.mkdir()
+    for i in range(4):
+        (phone / f"IMG_{i}.HEIC").write_bytes(b"ftypheic")
+    (phone / "list").write_text("")
+    (tmp_path / "train" / "bee").mkdir()
+    source = datasets.load("folder", tmp_path)
+    assert source.classes == ["ant", "bee", "class0", "class1"] and source.splits[0].labels.tolist() == [2, 2, 3, 3]
+    assert source.notes == [
+        "5 files left out by their type (.heic: 4, no suffix: 1)", "2 of 4 classes have no image: ant, bee",
+    ]  # fmt: skip
+    assert "warning: 2 of 4 classes have no image: ant, bee" in capsys.readouterr().err
+
+
+def test_where_every_image_is_of_another_type_it_is_named(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"ftypheic")
+    with pytest.raises(UserError, match=r"no images in .*1 files left out by their type \(.heic: 1\)"):
+        datasets.load("folder", tmp_path)
+
+
+@pytest.mark.parametrize("place", ["bee", "n.01", "class1/more", "../val"])
+def test_a_link_to_a_folder_that_is_not_there_is_refused_by_name(tmp_path, place):
+    class_folders(tmp_path, 1, 2)
+    link = tmp_path / "train" / place
+    link.symlink_to(tmp_path / "not-mounted" / Path(place).name)
+    with pytest.raises(
+        UserError, match=rf"{re.escape(link.name)} cannot be read \(it is a link to what is not there\)"
+    ):
+        datasets.load("folder", tmp_path)
+    link.unlink()
+    link.symlink_to(tmp_path / "notes.txt")  # of a file: that is nothing to do with images
+    assert datasets.load("folder", tmp_path).classes == ["class0", "class1"]
+
+
+def test_a_class_is_the_same_in_both_ways_to_write_a_letter(tmp_path):
+    for split, word in (("train", "u\u0308"), ("val", "\u00fc")):
+        for name in (word, "x"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "1.jpg").write_bytes(jpeg(1))
+    source = datasets.load("folder", tmp_path)
+    assert source.classes == ["x", "\u00fc"] and [split.labels.tolist() for split in source.splits] == [[1, 0], [0, 1]]
+    assert all(split.read(i).tobytes() == jpeg(1) for split in source.splits for i in range(2))
+
+
+def test_a_split_that_shares_no_class_is_refused(tmp_path):
+    class_folders(tmp_path, 2, 2)
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    (tmp_path / "val" / "images" / "1.jpg").write_bytes(jpeg(1))
+    with pytest.raises(UserError, match=r"val \(images\) shares no class with train \(class0, class1\)"):
+        datasets.load("folder", tmp_path)
+    assert datasets.load("folder", tmp_path, Reading(disjoint=True)).splits[1].labels.tolist() == [2]
+    assert datasets.load("folder", tmp_path, Reading(unlabelled=True)).classes == []
+
+
+class Flaky:
+    """`os.scandir` or `open` that fails so many times for a path, then works."""
+
+    def __init__(self, real, path: Path, code: int, times: int) -> None:
+        self.real, self.path, self.code, self.left = real, str(path), code, times
+
+    def __call__(self, path, *args, **kwargs):
+        if str(path) == self.path and self.left:
+            self.left -= 1
+            raise OSError(self.code, os.strerror(self.code), str(path))
+        return self.real(path, *args, **kwargs)
+
+
+FAULTS = [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENOMEM]
+
+
+@pytest.mark.parametrize("code", FAULTS, ids=errno.errorcode.get)
+def test_what_passes_is_tried_again_and_what_stays_stops_with_its_path(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(sources, "PAUSES", (0.001,) * 3)
+    path = class_folders(tmp_path, 1, 1) / "train" / "class0" / "photo0.jpg"
+    split = datasets.load("folder", tmp_path).splits[0]
+    monkeypatch.setattr("builtins.open", Flaky(open, path, code, 3))
+    assert split.read(0).tobytes() == path.read_bytes()
+    monkeypatch.setattr("builtins.open", Flaky(open, path, code, 99))
+    with pytest.raises(OSError, match=os.strerror(code)) as info:
+        split.read(0)
+    assert info.value.filename == str(path) and not isinstance(info.value, ValueError)
+    monkeypatch.setattr(os, "scandir", Flaky(os.scandir, tmp_path / "train", code, 2))
+    assert len(datasets.load("folder", tmp_path).splits[0].names) == 1
+
+
+def test_short_reads_go_on(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(bytes(range(200)))
+
+    class Dribble(io.FileIO):
+        def readinto(self, buffer):
+            return super().readinto(memoryview(buffer)[:7])
+
+    monkeypatch.setattr("builtins.open", lambda path, *_, **__: Dribble(path))
+    assert sources.read_bytes(str(tmp_path / "x")).tobytes() == bytes(range(200))
+    assert sources.read_bytes(str(tmp_path / "x"), 10, 50).tobytes() == bytes(range(10, 60))
+    with pytest.raises(ValueError, match="the archive ends inside it"):
+        sources.read_bytes(str(tmp_path / "x"), 190, 50)
 
 
 def test_beside_val_the_test_split_is_left_out_and_two_of_val_are_refused(tmp_path):

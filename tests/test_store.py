@@ -16,7 +16,7 @@ import pytest
 from pictures import class_folders, encoded, jpeg, pixels
 
 from manyview.pipeline import codec
-from manyview.pipeline.convert import adopt
+from manyview.pipeline.convert.index_foreign import index_foreign
 from manyview.pipeline.convert.verify import verify
 from manyview.pipeline.convert.write import FORMATS, write_shards
 from manyview.pipeline.errors import UserError
@@ -116,7 +116,7 @@ def test_adopting_refuses_what_needs_encoding_and_names_import(tmp_path):
         writer.write({"__key__": "a", "jpg": jpeg(1), "cls": 3})
         writer.write({"__key__": "b", "png": encoded(pixels(2), "PNG"), "cls": 1})
     with pytest.raises(UserError, match=r"1 images .* b; .*import"):
-        adopt.adopt(tmp_path, quiet=True)
+        index_foreign(tmp_path, quiet=True)
 
 
 def test_adopted_tars_read_in_place(tmp_path):
@@ -129,8 +129,8 @@ def test_adopted_tars_read_in_place(tmp_path):
         writer.write({"__key__": "bad", "jpg": jpeg(3)[:500], "cls": 0})
     before = {path: path.read_bytes() for path in tmp_path.glob("*.tar")}
     with pytest.raises(UserError, match="1 of 10 images were rejected"):
-        adopt.adopt(tmp_path, quiet=True)
-    adopt.adopt(tmp_path, max_rejected=0.1, quiet=True)
+        index_foreign(tmp_path, quiet=True)
+    index_foreign(tmp_path, max_rejected=0.1, quiet=True)
     store = Store(tmp_path)
     assert [store.key(i) for i in range(len(store))] == [f"k{i}" for i in range(9)]
     for i in range(9):
@@ -139,7 +139,7 @@ def test_adopted_tars_read_in_place(tmp_path):
     assert store.labels.tolist() == [i % 5 for i in range(9)]
     assert {path: path.read_bytes() for path in tmp_path.glob("*.tar")} == before
     with pytest.raises(UserError, match="has a manifest already"):
-        adopt.adopt(tmp_path, quiet=True)
+        index_foreign(tmp_path, quiet=True)
 
 
 def test_what_cannot_be_indexed_is_rejected_and_the_rest_is_whole(tmp_path):
@@ -159,7 +159,7 @@ def test_what_cannot_be_indexed_is_rejected_and_the_rest_is_whole(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    manifest = adopt.adopt(tmp_path, max_rejected=0.8, quiet=True)
+    manifest = index_foreign(tmp_path, max_rejected=0.8, quiet=True)
     store = Store(tmp_path)
     assert [store.key(i) for i in range(len(store))] == ["c"] and store.labels.tolist() == [3]
     assert store.read(0).tobytes() == jpeg(2) and manifest["rejected"] == 3 and verify(tmp_path) == []
@@ -172,7 +172,7 @@ def test_only_folders_are_indexed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source, out in ((Path("s3:/bucket/x"), None), (tmp_path, Path("s3:/bucket/x"))):
         with pytest.raises(UserError, match=r"^s3://bucket/x: only shards on this machine are indexed"):
-            adopt.adopt(source, out, quiet=True)
+            index_foreign(source, out, quiet=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from manyview.pipeline.errors import UserError
 from manyview.study import claims, report, sweep
@@ -115,13 +116,64 @@ def test_a_failing_run_is_named_and_the_others_are_done(study: Path, tmp_path: P
 def test_an_interval_is_students():
     found = claims.estimate([1.0, 2.0, 3.0])
     assert found.mean == 2 and math.isclose(found.half, 4.302652729911275 * 1 / math.sqrt(3), rel_tol=1e-9)
-    assert claims.estimate([1.0]).half == math.inf
+    assert claims.estimate([1.0]).half == math.inf and str(claims.estimate([1.0])) == "1.00 (one seed)"
 
 
-def test_differences_are_paired():
-    found = claims.difference({0: 10.0, 1: 20.0, 2: 30.0}, {0: 9.0, 1: 19.0, 3: 0.0})
-    assert found is not None and found.mean == 1 and found.half == 0 and found.n == 2
-    assert claims.difference({0: 1.0}, {1: 1.0}) is None
+def rows(cells: dict[int, list[float]]) -> list[claims.Row]:
+    """{views: percent of each seed} as rows."""
+    return [{"views": v, "seed": s, "linear": x / 100} for v, xs in cells.items() for s, x in enumerate(xs)]
+
+
+def test_equal_spreads_are_pooled_and_a_difference_has_all_their_degrees_of_freedom():
+    cells = {v: [10.0 * v, 10.0 * v + 1, 10.0 * v + 3] for v in (1, 2, 3, 4)}
+    found = claims.spread(rows(cells), "linear")
+    own = stats.ttest_ind(cells[2], cells[1], equal_var=True)  # of two cells alone: 4 degrees of freedom
+    assert found.pooled and (found.dof, found.settings) == (8, 4)
+    assert math.isclose(found.deviation, math.sqrt(7 / 3), rel_tol=1e-9)
+    assert math.isclose(found.correlation, 1, rel_tol=1e-9)  # the seeds do the same in every cell
+    a, b = (claims.by_seed(rows(cells), "linear", views=v) for v in (2, 1))
+    gap = found.difference(a, b)
+    assert gap is not None and gap.dof == 8 and math.isclose(gap.error, 10 / own.statistic, rel_tol=1e-9)
+    assert found.difference(a, {}) is None
+
+
+def test_unequal_spreads_are_not_pooled_and_a_difference_is_welchs():
+    generator = np.random.default_rng(0)
+    cells = {v: (50 + generator.normal(0, 0.01 if v < 3 else 5, 6)).tolist() for v in range(1, 5)}
+    found = claims.spread(rows(cells), "linear")
+    gap = found.difference(*(claims.by_seed(rows(cells), "linear", views=v) for v in (4, 1)))
+    welch = stats.ttest_ind(cells[4], cells[1], equal_var=False).confidence_interval(0.95)
+    assert not found.pooled and gap is not None
+    assert math.isclose(gap.low, welch.low, rel_tol=1e-6) and math.isclose(gap.high, welch.high, rel_tol=1e-6)
+    assert "Welch" in report.pooling(found) and not claims.spread(rows({1: [1.0, 2.0]}), "linear").pooled
+
+
+@pytest.mark.parametrize("sample", [[0.1, 0.3, -0.2, 0.2], [1.5, 1.9, 1.2, 2.1], [-1.2, 0.8, 0.1, -0.4]])
+def test_a_margin_test_is_two_one_sided_t_tests(sample):
+    claim = claims.Claim("x", claims.estimate(sample), -1, 1)
+    above, below = (stats.ttest_1samp(sample, m, alternative=side).pvalue for m, side in ((-1, "greater"), (1, "less")))
+    assert claim.ps == pytest.approx((max(above, below), min(1 - above, 1 - below)))
+    assert claims.Claim("x", claims.estimate(sample), 1).ps[0] == pytest.approx(1 - below)  # at least one point
+
+
+def test_verdicts_are_corrected_for_each_other():
+    assert claims.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and claims.holm([]) == []
+    good = claims.Claim("good", claims.Estimate(0.0, 0.45, 100), -1, 1)  # p = 0.029 twice
+    assert claims.decide([good])[0].startswith("- good: undecided") is (good.p >= 0.05)
+    sure = claims.Claim("sure", claims.Estimate(0.0, 0.4, 100), -1, 1)
+    assert 0.01 < sure.p < 0.05
+    alone, among = (
+        claims.decide([sure])[0],
+        claims.decide(
+            ["text", *[sure] * 1, *(claims.Claim(f"{i}", claims.Estimate(0, 0.4, 100), -1, 1) for i in range(5))]
+        ),
+    )
+    assert alone == "- sure: holds (0.00 ± 0.79)" and among[0] == "text"
+    assert among[1] == "- sure: undecided (0.00 ± 0.79, no difference larger than 0.79)"
+    assert claims.decide([claims.Claim("lost", claims.Estimate(-3.0, 0.3, 100), -1, 1)])[0].startswith(
+        "- lost: does not hold"
+    )
+    assert claims.decide([claims.Claim("nothing", None, -1)]) == ["- nothing: not measured"]
 
 
 def planted(c: float = 5.0) -> list[claims.Row]:
@@ -133,6 +185,11 @@ def planted(c: float = 5.0) -> list[claims.Row]:
     ]  # fmt: skip
 
 
+def projector(rows: list[claims.Row], folder: Path) -> str:
+    untrained = [{"linear": 0.2, "seed": 0}]
+    return "\n".join(claims.decide(report.projector(rows, untrained, claims.spread(rows, "linear"), folder / "x.png")))
+
+
 def test_a_planted_law_is_found():
     rows = planted(c=7.0)
     assert math.isclose(claims.best_beta(rows, 256, 0), 7 / 256, rel_tol=1e-6)
@@ -141,17 +198,17 @@ def test_a_planted_law_is_found():
 
 
 def test_the_page_says_what_a_planted_law_implies(tmp_path: Path):
-    text = "\n".join(report.projector(planted(), [20.0], tmp_path / "x.png"))
+    text = projector(planted(), tmp_path)
     assert "D = 64 within 1 point of D = 1024 at 5/D: holds" in text
-    assert "the interval is inside" in text
+    assert "between -1.3 and -0.7, as claimed: holds" in text
     loss = 1.0 * math.log(16) ** 2  # points lost at D = 64 with D = 1024's beta
-    assert f"D = 64 loses: holds ({loss:.2f} ± 0.00)" in text
+    assert f"D = 64 loses more than 1 point: holds ({loss:.2f} ± 0.00)" in text
 
 
 def test_a_best_beta_at_the_edge_of_the_grid_is_marked(tmp_path: Path):
-    text = "\n".join(report.projector(planted(c=7.0), [20.0], tmp_path / "x.png"))
+    text = projector(planted(c=7.0), tmp_path)
     assert "* |" not in text.split("### 2.")[1]
-    text = "\n".join(report.projector(planted(c=1000.0), [20.0], tmp_path / "x.png"))
+    text = projector(planted(c=1000.0), tmp_path)
     assert "* |" in text.split("### 2.")[1] and "best betas (*) lie at an edge of the grid" in text
 
 
@@ -174,23 +231,19 @@ def test_what_a_longer_training_does_to_the_difference():
 
     short = [row(v, f, 500, s, 0.3 + 0.01 * s - 0.01 * v) for v in (2, 8) for f in (0.1, 1.0) for s in (0, 1)]
     long = [row(v, 0.1, 4000, s, 0.5 + 0.01 * s + 0.01 * v) for v in (2, 8) for s in (0, 1)]
-    text = "\n".join(report.longer(long, short))
-    assert "500 views, 10% of the images | 28.50 ± 6.35 | 22.50 ± 6.35 | -6.00 ± 0.00" in text
-    assert "| 6.00 ± 0.00 |" in text and "instead" not in text
-    assert report.longer([], short) == []
+    text = "\n".join(claims.decide(report.longer(long, short, claims.spread(short, "linear"))))
+    assert "500 views, 10% of the images | 28.50 ± 1.39 | 22.50 ± 1.39 | -6.00 ± 1.96" in text
+    assert "| 6.00 ± 1.96 |" in text and "instead" not in text
+    assert report.longer([], short, claims.spread(short, "linear")) == []
 
     more = [row(2, 0.4, 4000, s, 0.6 + 0.01 * s) for s in (0, 1)]
-    text = "\n".join(report.longer([*long, *more], short))
-    assert "4,000 views, 40% of the images | 60.50 ± 6.35 | - | - |" in text and "500 views, 40%" not in text
-    assert "4,000 views, V = 2, 10% of the images instead of all: -8.00 ± 0.00 points" in text
-    assert "V = 8 on 10.00% against V = 2 on 40.00%, within 1 point: does not hold (-2.00 ± 0.00)" in text
-
-
-def test_a_verdict_needs_the_whole_interval():
-    assert report.verdict(claims.Estimate(0.0, 0.5, 3), -1).startswith("holds")
-    assert report.verdict(claims.Estimate(0.0, 2.0, 3), -1).startswith("undecided")
-    assert report.verdict(claims.Estimate(-3.0, 1.0, 3), -1).startswith("does not hold")
-    assert report.verdict(None, -1) == "not measured"
+    text = "\n".join(claims.decide(report.longer([*long, *more], short, claims.spread(short, "linear"))))
+    assert "4,000 views, 40% of the images | 60.50 ± 1.39 | - | - |" in text and "500 views, 40%" not in text
+    assert "4,000 views, V = 2, 10% of the images instead of all: -8.00 ± 1.96 points" in text
+    assert (
+        "V = 8 on 10.00% against V = 2 on 40.00%, within 1 point: undecided (-2.00 ± 1.96, no difference larger than 3.96)"
+        in text
+    )
 
 
 def test_numbers_come_back_as_they_were(tmp_path: Path, study: Path):

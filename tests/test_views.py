@@ -92,6 +92,24 @@ def test_jitter_factors_are_uniform():
         assert kstest(factor, "uniform", (0.2, 1.6)).pvalue > SURE, name
 
 
+def test_mirror_images_and_quarter_turns():
+    """What is drawn is what is asked for, and the three flags are the turns and mirror images of torch's words."""
+    p = draw(policy("none", 1, 8, {"flip": 0.5, "vflip": 0.25, "turn": 0.75}))[0]
+    ways = p.flip + 2 * p.vflip + 4 * p.transposed
+    assert (np.abs(np.bincount(ways, minlength=8) / N - 1 / 8) < 0.03).all()
+    for share in (0.0, 0.3):
+        p = draw(policy("none", 1, 8, {"turn": share}))[0]
+        assert abs((p.flip | p.vflip).mean() - share) < 0.03 and abs(p.transposed.mean() - share * 2 / 3) < 0.03
+    image = np.arange(9).reshape(3, 3)
+    seen = set()
+    for view in p:
+        turned = image[:: -1 if view.vflip else 1, :: -1 if view.flip else 1]
+        seen.add((turned.T if view.transposed else turned).tobytes())
+    assert seen == {
+        np.ascontiguousarray(np.rot90(image, k)).tobytes() for k in range(4)
+    }  # a turn alone is no mirror image
+
+
 def test_numbers_are_independent():
     p = draw(policy("simclr", 2, 96))
     columns = [

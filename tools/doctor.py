@@ -11,6 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -74,12 +75,17 @@ def rows() -> Iterator[Row]:
         yield Row(name, bool(version), version or f"not installed: without it no {lost}", "" if version else command)
 
 
+@functools.cache
+def distributions() -> dict[str, list[str]]:
+    return dict(importlib.metadata.packages_distributions())  # slow
+
+
 def installed(module: str) -> str:
     """Its version; "there" where it has none, "" where it is not installed."""
     top = module.partition(".")[0]
     if importlib.util.find_spec(top) is None or importlib.util.find_spec(module) is None:
         return ""
-    names = importlib.metadata.packages_distributions().get(top, [top])
+    names = distributions().get(top, [top])
     if module == "nvidia.dali":  # a dozen packages of CUDA's libraries share its first name
         names = [name for name in names if "dali" in name]
     try:
@@ -169,13 +175,16 @@ def processor() -> Row:
     lines = info.read_text().splitlines() if info.is_file() else []
     about = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in reversed(lines) if ":" in line}
     name, flags = about.get("model name", "unknown"), about.get("flags", "").split()
-    amx, wide = "amx_bf16" in flags, "avx512f" in flags
-    text = f"{name}, {cores()} cores, {'AMX' if amx else 'no AMX'}, {'AVX-512' if wide else 'no AVX-512'}"
+    units = [
+        flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags
+    ]  # as training/precision.py, which loads torch
+    wide = "avx512f" in flags
+    text = f"{name}, {cores()} cores, {', '.join(units) or 'no bf16'}, {'AVX-512' if wide else 'no AVX-512'}"
     lost = [
-        *([] if amx else ["bf16 is no faster than fp32 here"]),
+        *([] if units else ["bf16 is no faster than fp32 here"]),
         *([] if wide else ["the views' kernels run on 256 bits"]),
     ]
-    return Row("processor", amx and wide, "; ".join([text, *lost]))
+    return Row("processor", bool(units) and wide, "; ".join([text, *lost]))
 
 
 def system() -> Iterator[Row]:

@@ -15,7 +15,8 @@ if __name__ == "__main__":  # the checkout on the path instead of this folder, w
 import tyro
 
 from manyview.pipeline import errors, store
-from manyview.pipeline.convert import adopt, summary, verify
+from manyview.pipeline.convert import summary, verify
+from manyview.pipeline.convert.index_foreign import index_foreign
 from manyview.pipeline.convert.sources import Reading
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.errors import UserError
@@ -81,13 +82,16 @@ class Write:
             self.download, labels=self.labels, columns=(self.name_column, self.label_column), disjoint=self.disjoint
         )
         out = self.out or Path("shards") / self.dataset
-        start = time.perf_counter()
-        manifest = write_shards(
-            options, self.source, out, jobs=self.jobs, max_rejected=fraction(self.max_rejected), reading=reading,
-            executor=self.executor,
-        )  # fmt: skip
-        print(f"{summary.text(out, manifest)}\n{time.perf_counter() - start:.1f} s")
-        return 0
+        return convert(options, self.source, out, self.jobs, self.max_rejected, reading, self.executor)
+
+
+def convert(
+    options: Options, source: Path | None, out: Path, jobs: int, max_rejected: str, reading: Reading, executor="local"
+) -> int:
+    start, rejected = time.perf_counter(), fraction(max_rejected)
+    manifest = write_shards(options, source, out, jobs=jobs, max_rejected=rejected, reading=reading, executor=executor)
+    print(f"{summary.text(out, manifest)}\n{time.perf_counter() - start:.1f} s")
+    return 0
 
 
 @dataclass
@@ -136,11 +140,20 @@ class Index:
     """Images that may be left out before this counts as failed."""
     disjoint: bool = False
     """Splits may have no class in common (few-shot sets)."""
+    image_part: str = ""
+    """Of a sample's files (KEY.left.jpg, KEY.right.jpg) or a .beton's fields, the one that is the image: left.jpg."""
+    label_part: str = ""
+    """The one that is the class: cls, txt, fine.cls, or a field; folder for the last folder of its name. If not given: .cls,
+    .label, .json or numbers in .txt; the field called label, or the only one of whole numbers."""
+    allow_cut: bool = False
+    """Take what there is of a tar that was cut off."""
 
     def run(self) -> int:
-        manifest = adopt.adopt(
-            self.source, self.out, jobs=self.jobs, max_rejected=fraction(self.max_rejected), disjoint=self.disjoint
+        reading = Reading(
+            disjoint=self.disjoint, image_part=self.image_part, label_part=self.label_part, allow_cut=self.allow_cut
         )
+        rejected = fraction(self.max_rejected)
+        manifest = index_foreign(self.source, self.out, reading=reading, jobs=self.jobs, max_rejected=rejected)
         print(summary.text(self.out or self.source, manifest))
         return 0
 
@@ -167,12 +180,20 @@ class Import:
     """Labels are not read."""
     disjoint: bool = False
     """Splits may have no class in common (few-shot sets)."""
+    image_part: str = ""
+    """Of a sample's files (KEY.left.jpg, KEY.right.jpg) or a .beton's fields, the one that is the image: left.jpg."""
+    label_part: str = ""
+    """The one that is the class: cls, txt, fine.cls, or a field; folder for the last folder of its name. If not given: .cls,
+    .label, .json or numbers in .txt; the field called label, or the only one of whole numbers."""
+    allow_cut: bool = False
+    """Take what there is of a tar that was cut off."""
 
     def run(self) -> int:
-        return Write(
-            "shards", self.source, self.out, self.format, self.encoding, self.size,
-            jobs=self.jobs, max_rejected=self.max_rejected, unlabelled=self.unlabelled, disjoint=self.disjoint,
-        ).run()  # fmt: skip
+        options = Options("shards", self.format, self.encoding, self.size, unlabelled=self.unlabelled)
+        reading = Reading(
+            disjoint=self.disjoint, image_part=self.image_part, label_part=self.label_part, allow_cut=self.allow_cut
+        )
+        return convert(options, self.source, self.out, self.jobs, self.max_rejected, reading)
 
 
 def fraction(text: str) -> float:

@@ -34,6 +34,7 @@ class Training:
     """What is trained, and how. A step is `loss, z = training.gradients(views)`, then `training.update(loss.total)`."""
 
     model: PretrainingModel  # backbone and projector, neither compiled nor wrapped: its names are saved
+    called: Any  # what a step calls: the model, compiled and wrapped where asked for
     objective: Objective
     optimizer: torch.optim.Optimizer
     update: Update
@@ -88,10 +89,9 @@ def create(cfg: Config, size: int, device: torch.device) -> Training:
         if cfg.view_chunk
         else partial(backward, per_view=cfg.bn == "view")
     )
-    gradients = partial(
-        step, _wrapped(model, cfg.compile, device), objective=loss_of, scale=update.scale, autocast=autocast
-    )
-    return Training(model, loss_of, optimizer, update, gradients, autocast, dtype, reason, lr, lr_rule, weights)
+    called = _wrapped(model, cfg.compile, device)
+    gradients = partial(step, called, objective=loss_of, scale=update.scale, autocast=autocast)
+    return Training(model, called, loss_of, optimizer, update, gradients, autocast, dtype, reason, lr, lr_rule, weights)
 
 
 def fill(model: PretrainingModel, cfg: Config) -> str:

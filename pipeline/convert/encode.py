@@ -261,10 +261,10 @@ def _rgb(image, data: bytes, white: float) -> tuple[np.ndarray, str]:
         values = np.asarray(image)
         narrow, note = _narrower(values, bits, image.format == "TIFF", white)
         return _by_strips(image.size, lambda top, end: narrow(values[top:end, :, None])), note
-    values = _deep_colors(data) if bits > 8 else None
-    if values is not None and values.shape[1::-1] == image.size:
-        narrow, note = _narrower(values[..., :3], bits, False, white)
-        pixels = _by_strips(image.size, lambda top, end: _deep_on_white(values[top:end], narrow))
+    colors = _deep_colors(data) if bits > 8 else None
+    if colors is not None and colors.shape[1::-1] == image.size:
+        narrow, note = _narrower(colors[..., :3], bits, False, white)
+        pixels = _by_strips(image.size, lambda top, end: _deep_on_white(colors[top:end], narrow))
     else:
         note = f"{bits} bits: the upper 8 were kept" if bits > 8 else ""
         pixels = _by_strips(image.size, lambda top, end: _on_white(image.crop((0, top, image.width, end))))

@@ -30,17 +30,18 @@ def now() -> int:
     return time.time_ns() - TICK
 
 
-def write(out: Path, source: Path | None, found: Source, at: int) -> None:
-    files.write(out / NAME, json.dumps({"source": _place(source), "at": at, "watch": found.watch}))
+def write(out: Path, source: Path | None, listed: Source, at: int) -> None:
+    files.write(out / NAME, json.dumps({"source": _place(source), "at": at, "watch": listed.watch}))
 
 
 def read(out: Path, source: Path | None) -> dict:
     """Without a stamp, or one of another folder, everything is younger than it."""
     try:
-        stamp = json.loads((out / NAME).read_text())
-    except (FileNotFoundError, ValueError):
-        stamp = {}
-    return stamp if stamp.get("source") == _place(source) and "at" in stamp else {"at": -1, "watch": []}
+        stamp = json.loads((out / NAME).read_bytes())
+        whole = stamp["source"] == _place(source) and isinstance(stamp["at"], int) and isinstance(stamp["watch"], list)
+    except (FileNotFoundError, ValueError, RecursionError, TypeError, KeyError):
+        whole = False
+    return stamp if whole else {"at": -1, "watch": []}
 
 
 def _place(source: Path | None) -> str:
@@ -63,19 +64,19 @@ def _older(path: str, at: int) -> bool:
         return False
 
 
-def rewritten(split: Split, keys: list[str], rows: index.Index, options: Options, at: int) -> list[str]:
-    """Names of images younger than the stamp that no longer give the payload in `rows`."""
+def rewritten(split: Split, keys: list[str], rows: index.Index, options: Options, look: str, at: int) -> list[str]:
+    """Names of images younger than the stamp that no longer give the payload in `rows`, looked at as they were then."""
     number = {rows.key(i): i for i in range(len(rows))}
     return [
         split.names[i]
         for i in np.flatnonzero(split.times > at).tolist()
-        if _crc(split, i, options) != (rows["crc"][number[keys[i]]] if keys[i] in number else None)
+        if _crc(split, i, options, look) != (rows["crc"][number[keys[i]]] if keys[i] in number else None)
     ]
 
 
-def _crc(split: Split, i: int, options: Options) -> int | None:
+def _crc(split: Split, i: int, options: Options, look: str) -> int | None:
     """Of an image's payload; None if it is rejected."""
     try:
-        return crc32(encode.convert(split.read(i), options, "thumbnail").payload)
+        return crc32(encode.convert(split.read(i), options, look).payload)
     except ValueError:
         return None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from isal.isal_zlib import crc32
 
-from manyview.pipeline import beton, codec, index, storage, tar
-from manyview.pipeline.convert.sources import shards
+from manyview.pipeline import beton, codec, files, index, storage, tar
+from manyview.pipeline.convert.sources import Reading, shards
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import MANIFEST, read_manifest
 
@@ -31,7 +29,7 @@ def verify(path: Path) -> list[str]:
         )
     problems = []
     for split, part in manifest["splits"].items():
-        problems += [f"{split}: {line}" for line in _split(path, part, manifest["format"])]
+        problems += [f"{split}: {line}" for line in _split(path, part, manifest)]
     return problems
 
 
@@ -50,7 +48,7 @@ def _here(path: Path, names: list[str]) -> Iterator[list[Path]]:
         yield local
 
 
-def _split(path: Path, part: dict, format: str) -> Iterator[str]:
+def _split(path: Path, part: dict, manifest: dict) -> Iterator[str]:
     with _here(path, [part["index"]["file"]]) as (file,):
         try:
             with open(file, "rb") as opened:
@@ -64,8 +62,10 @@ def _split(path: Path, part: dict, format: str) -> Iterator[str]:
             return
     if altered:
         yield f"{file.name}: altered since it was written (SHA-256)"
-    if len(rows) != part["count"] or len(rows) != sum(shard["count"] for shard in part["shards"]):
-        yield f"{file.name}: has {len(rows)} rows, the manifest {part['count']}"
+    try:
+        index.check(rows, part, len(manifest["classes"]))
+    except ValueError as error:
+        yield f"{file.name}: {error}"
     if not altered and rows.fingerprint() != part["fingerprint"]:
         yield f"{file.name}: is not the index of these samples (fingerprint)"
     yield from _doubled(rows, part, file.name)
@@ -73,9 +73,14 @@ def _split(path: Path, part: dict, format: str) -> Iterator[str]:
         mine = np.flatnonzero(rows["shard"] == number)
         if len(mine) != shard["count"]:
             yield f"{shard['file']}: {len(mine)} of its {shard['count']} samples are in the index"
-        idx = shard.get("idx", str(Path(shard["file"]).with_suffix(".idx")))  # older manifests do not say
-        with _here(path, [shard["file"], idx] if format == "webdataset" else [shard["file"]]) as (file, *beside):
-            yield from (f"{shard['file']}: {line}" for line in _shard(file, beside, shard, rows, mine))
+        # Older manifests do not say the name of DALI's index.
+        idx = (
+            [shard.get("idx", str(Path(shard["file"]).with_suffix(".idx")))]
+            if manifest["format"] == "webdataset"
+            else []
+        )
+        with _here(path, [shard["file"], *idx]) as (file, *beside):
+            yield from (f"{shard['file']}: {line}" for line in _shard(file, beside, shard, rows, mine, manifest))
 
 
 def _doubled(rows: index.Index, part: dict, name: str) -> Iterator[str]:
@@ -85,16 +90,16 @@ def _doubled(rows: index.Index, part: dict, name: str) -> Iterator[str]:
 
     first: dict[str, int] = {}
     for i in range(len(rows)):
-        try:
-            key = rows.key(i)
-        except (UnicodeDecodeError, ValueError):
+        key = rows.key(i)
+        if key.encode() != bytes(rows.key_bytes[int(rows.key_starts[i]) : int(rows.key_starts[i + 1])]):
             yield f"{name}: the key of row {i} is not text"
-            continue
         if first.setdefault(key, i) != i:
             yield f"{name}: key {key} occurs twice, in {shard(first[key])} and in {shard(i)}"
 
 
-def _shard(file: Path, beside: list[Path], shard: dict, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
+def _shard(
+    file: Path, beside: list[Path], shard: dict, rows: index.Index, mine: np.ndarray, manifest: dict
+) -> Iterator[str]:
     if not file.is_file():
         yield "is missing"
         return
@@ -104,25 +109,34 @@ def _shard(file: Path, beside: list[Path], shard: dict, rows: index.Index, mine:
     with open(file, "rb") as opened:
         if index.sha256(opened) != shard["sha256"]:
             yield "altered since it was written (SHA-256)"
-        if not size:
-            return
-        data = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    yield from _payloads(data, rows, mine)
+    if not size:
+        return
+    with files.Opened(file) as data:
+        yield from _payloads(data, rows, mine)
     yield from _overlaps(rows, mine)
+    asked = manifest["source"].get("parts")  # of foreign samples, see `sources.Reading`
+    image, label, cut = asked if isinstance(asked, list) and len(asked) == 3 else ("", "", False)
+    reading = Reading(image_part=image, label_part=label, allow_cut=cut)
     lacking = len(mine) != shard["count"]
     try:
-        yield from _tar(file, beside[0], rows, mine, lacking) if beside else _beton(file, rows, mine, lacking)
-    except (tarfile.TarError, ValueError, UserError) as error:
+        if beside:
+            yield from _tar(file, rows, mine, lacking, reading, manifest["classes"])
+            yield from _dali_index(file, beside[0])
+        else:
+            yield from _beton(file, rows, mine, lacking, reading)
+    except (ValueError, UserError) as error:
         yield f"does not read as {'a tar' if beside else 'a .beton'}: {error}"
 
 
-def _payloads(data: np.ndarray, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
+def _payloads(file: files.Opened, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
+    size = file.size
     for i in mine:
         start, length = int(rows["offset"][i]), int(rows["length"][i])
-        payload = data[start : start + length]
-        if len(payload) != length:
+        if start + length > size or not length:
             yield f"key {rows.key(i)}: lies beyond the end of the file"
-        elif crc32(payload) != rows["crc"][i]:
+            continue
+        payload = np.frombuffer(file.read(start, length), np.uint8)
+        if crc32(payload) != rows["crc"][i]:
             yield f"key {rows.key(i)}: its bytes have changed (checksum)"
         elif (reason := _undecodable(payload, rows, i)) is not None:
             yield f"key {rows.key(i)}: {reason}"
@@ -133,8 +147,8 @@ def _undecodable(payload: np.ndarray, rows: index.Index, i: int) -> str | None:
     height, width, kind = int(rows["height"][i]), int(rows["width"][i]), int(rows["kind"][i])
     if kind == codec.JPEG:
         header = codec.jpeg_header(payload)
-        found = (header.height, header.width) if header else None
-        return None if found == (height, width) else f"the index says {(height, width)}, its JPEG header {found}"
+        sides = (header.height, header.width) if header else None
+        return None if sides == (height, width) else f"the index says {(height, width)}, its JPEG header {sides}"
     expected = height * width * 3 // (1 if kind == codec.RAW else 2)
     return None if expected == len(payload) else f"{len(payload)} bytes are no image of {(height, width)}"
 
@@ -148,57 +162,74 @@ def _overlaps(rows: index.Index, mine: np.ndarray) -> Iterator[str]:
         yield f"key {second}: overlaps key {first}"
 
 
-def _tar(file: Path, beside: Path, rows: index.Index, mine: np.ndarray, lacking: bool) -> Iterator[str]:
-    """The archive as `tarfile` reads it, and DALI's index beside it. `lacking`: the index has too few of its samples (what
-    was rejected when a foreign shard was indexed is rightly not there)."""
-
-    records, problems = shards.records(file)
-    yield from (f"key {item['name']}: {item['reason']}" for item in problems)
-    found = {record.key: record for record in records}
-    wanted = {rows.key(i): i for i in mine}
-    bare = {key: key if key in found else key.removeprefix(f"{file.stem}/") for key in wanted}  # see adopt
-    yield from (f"key {key}: missing from the archive" for key in wanted if bare[key] not in found)
+def _tar(
+    file: Path, rows: index.Index, mine: np.ndarray, lacking: bool, reading: Reading, classes: list[str]
+) -> Iterator[str]:
+    """The archive as it is read anew. `lacking`: the index has too few of its samples (what was rejected when a foreign shard
+    was indexed is rightly not there)."""
+    shard = shards.read_shard(file, reading)
+    yield from (f"key {item['name']}: {item['reason']}" for item in shard.problems if lacking or not reading.parts)
+    records = {record.key: record for record in shard.records}
+    bare = _bare([rows.key(i) for i in mine], records)
     if lacking:
-        yield from (f"key {key}: missing from the index" for key in found if key not in bare.values())
-    wanted = {key: i for key, i in wanted.items() if bare[key] in found}
-    for key, i in wanted.items():
-        record = found[bare[key]]
+        yield from (f"key {key}: missing from the index" for key in records if key not in bare)
+    for i, key in zip(mine, bare):
+        if key not in records:
+            yield f"key {rows.key(i)}: missing from the archive"
+            continue
+        record, label = records[key], int(rows["label"][i])
         end = int(rows["offset"][i]) + int(rows["length"][i])
         if end != record.offset + record.size:
-            yield f"key {key}: ends at {record.offset + record.size} in the archive, at {end} in the index"
-        if isinstance(record.label, int) and record.label != rows["label"][i]:
-            yield f"key {key}: label {record.label} in the archive, {rows['label'][i]} in the index"
+            yield f"key {rows.key(i)}: ends at {record.offset + record.size} in the archive, at {end} in the index"
+        there = label if isinstance(record.label, int) or not 0 <= label < len(classes) else classes[label]
+        if there != record.label and not (record.caption and label == -1):
+            yield f"key {rows.key(i)}: label {record.label} in the archive, {there} in the index"
+
+
+def _bare(keys: list[str], records: dict[str, shards.Record]) -> list[str]:
+    """Keys as the archive has them: an index puts the shard's name, with its folders, before keys that begin anew in each."""
+
+    def cut(depth: int) -> list[str]:
+        return [key.split("/", depth)[-1] for key in keys]
+
+    return max(map(cut, range(16)), key=lambda some: sum(key in records for key in some))
+
+
+def _dali_index(file: Path, beside: Path) -> Iterator[str]:
     if not beside.exists():
         yield f"{beside.name}: is missing"
     elif beside.read_bytes() != tar.dali_index(file):
         yield f"{beside.name}: does not fit the archive"
 
 
-def _beton(file: Path, rows: index.Index, mine: np.ndarray, lacking: bool) -> Iterator[str]:
+def _beton(file: Path, rows: index.Index, mine: np.ndarray, lacking: bool, reading: Reading) -> Iterator[str]:
     """Header, metadata and allocation table of an FFCV file, which has no keys: what the index lacks is named by place."""
-    found = beton.read(file)
+    contents = beton.read(file, reading.image_part, reading.label_part)
     if lacking:
-        left = np.flatnonzero(~np.isin(found.offset, rows["offset"][mine]))
-        yield from (f"sample {j} at {found.offset[j]}, label {found.label[j]}: missing from the index" for j in left)
-    yield from (f"allocation table: {line}" for line in _allocation(found))
-    number = {int(offset): j for j, offset in enumerate(found.offset)}
+        left = np.flatnonzero(~np.isin(contents.offset, rows["offset"][mine]))
+        yield from (
+            f"sample {j} at {contents.offset[j]}, label {contents.label[j]}: missing from the index" for j in left
+        )
+    yield from (f"allocation table: {line}" for line in _allocation(contents))
+    number = {int(offset): j for j, offset in enumerate(contents.offset)}
     for i in mine:
         key, offset = rows.key(i), int(rows["offset"][i])
         j = number.get(offset)
         if j is None:
             yield f"key {key}: no sample of the file lies at {offset}"
             continue
-        pairs = [("length", found.length), ("label", found.label)]
-        if found.height[j]:
-            pairs += [("height", found.height), ("width", found.width), ("kind", found.kind)]
+        pairs = [("length", contents.length), ("label", contents.label)]
+        if contents.height[j]:
+            pairs += [("height", contents.height), ("width", contents.width), ("kind", contents.kind)]
         for name, values in pairs:
-            if int(values[j]) != int(rows[name][i]):
-                yield f"key {key}: {name} {int(values[j])} in the file, {int(rows[name][i])} in the index"
+            if values[j] != rows[name][i]:
+                yield f"key {key}: {name} {values[j]} in the file, {rows[name][i]} in the index"
 
 
-def _allocation(found: beton.Contents) -> Iterator[str]:
-    first, last = found.offset.astype(np.int64), (found.offset + found.length).astype(np.int64)
-    for j in np.flatnonzero((first // found.page_size != (last - 1) // found.page_size) | (last > found.table)):
+def _allocation(contents: beton.Contents) -> Iterator[str]:
+    first, last = contents.offset.astype(np.int64), (contents.offset + contents.length).astype(np.int64)
+    page = contents.page_size
+    for j in np.flatnonzero((first // page != (last - 1) // page) | (last > contents.table)):
         yield f"sample {j} at {first[j]} crosses the end of its page or of the data"
     ranked = np.argsort(first, kind="stable")
     for j in np.flatnonzero(last[ranked][:-1] > first[ranked][1:]):

@@ -7,16 +7,17 @@ that is written depends on the number of processes, on time or on where the fold
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -39,12 +40,13 @@ from manyview.pipeline.manifest import (
 
 FORMATS = {"webdataset": tar, "ffcv": beton}
 WORK = ".work"
-EXECUTORS = {
-    "local": "manyview.pipeline.convert.pool",
-    "ray": "manyview.pipeline.convert.cluster",
-}  # loaded when asked for: Ray is an extra
+# Loaded when asked for: Ray is an extra.
+EXECUTORS = {"local": "manyview.pipeline.convert.pool", "ray": "manyview.pipeline.convert.cluster"}
 MIN_SHARD, MAX_SHARD = 16 << 20, 256 << 20
 KEY_LENGTH = 90  # a ustar name has 100 bytes
+SAFE = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
+SHARD = re.compile(r"(train|val|unlabelled)-\d{5,}\.(tar|idx|beton)")
+LEFT = ".*.[0-9]*.tmp"  # what `files.whole` leaves where it is killed
 CHECKS = {"decode": "thumbnail", "headers": "headers"}  # of JPEGs that keep their bytes, see `encode.convert`
 
 
@@ -65,7 +67,7 @@ class Job:
     source: Source
     keys: list[list[str]]
     rows: list[Row]
-    listed: int  # when the source was, see `stamp`
+    listed: int  # when the source was, see `source_state`
     url: str | None = None  # of the bucket that finished shards move to
 
 
@@ -89,9 +91,6 @@ def safe_keys(names: list[str], stems: bool = True) -> list[str]:
     if len(set(keys)) != len(keys):  # a file named like another's hash: possible, so not ignored
         keys = [f"{key[:60]}-{_hash(name, 16)}" for key, name in zip(keys, names)]
     return keys
-
-
-SAFE = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 
 
 def _hash(name: str, digits: int) -> str:
@@ -248,7 +247,7 @@ def write_shards(
 ) -> dict:
     """Convert a dataset to shards in `out`; go on where an earlier run stopped. Returns the manifest.
 
-    `out` may be the address of a bucket (see `remote`): each shard is made here and moves there, the manifest comes last.
+    `out` may be the address of a bucket (see `storage`): each shard is made here and moves there, the manifest comes last.
     UserError: bad options or source, other shards in `out`, too many rejected images, disk full, a worker that died.
     """
     options = replace(options, labels=reading.digest())
@@ -259,42 +258,74 @@ def write_shards(
         raise UserError(f"executor {executor} writes to a folder that its nodes share, not to {bucket.url}")
     if options.dataset == "shards" and source is not None and bucket is None:
         _refuse_itself(source, out)
-    before = read_manifest(out)
+    before, here = read_manifest(out), workshop(out)
     if before is None:
         _refuse_foreign(out)
-    elif _already_done(options, source, out, before, reading):
+    elif _whole(options, out, before, idx=True) and source_state.untouched(source_state.read(here, source)):
         return before
-    out = workshop(out)
     listed = source_state.now()
-    found = datasets.load(options.dataset, source, reading)
+    now = datasets.load(options.dataset, source, reading)
     if before is not None:
-        _check_same(found, source, before)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / WORK).mkdir(exist_ok=True)
-    with open(out / WORK / "lock", "w") as lock:
+        _check_same(now, source, before)
+    with _alone(here):
+        before = read_manifest(out)  # again: another process may have finished since
+        done = before is not None and _check_same(now, source, before) and _whole(options, out, before)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is writing shards to {out}") from None
-        keys = [safe_keys(split.names) for split in found.splits]
-        job = Job(options, out, found, keys, plan_shards(options, found, keys), listed, bucket.url if bucket else None)
-        # What could not even be listed is known now: if it is too much, this need not be said after hours of work.
-        write_rejected(out, found.problems, _count(found), max_rejected)
-        results = _finished(job)
-        (out / MANIFEST).unlink(missing_ok=True)  # of shards of which some are lost; from here on it would be wrong
-        if bucket:
-            bucket.remove(MANIFEST)
-        _clean(out, bucket, {row.name for row in job.rows})
-        todo = {row.name: row for row in job.rows if row.name not in results}
-        running[:] = [job]
-        total = sum(len(row.samples) for row in todo.values())
-        results |= _executor(executor).run(convert_shard, todo, jobs=jobs, total=total, quiet=quiet)
-        manifest = _finish(job, results, max_rejected)
-        source_state.write(out, source, found, listed)
-        if bucket:
-            for name in ("rejected.jsonl", *(f"{split}.index" for split in manifest["splits"]), MANIFEST):
-                bucket.write(out / name, name)
-    shutil.rmtree(out / WORK)
+            if before is not None and done:
+                _check_source(options, now, source, out, before)
+                manifest = before
+            else:
+                keys = [safe_keys(split.names) for split in now.splits]
+                url = bucket.url if bucket else None
+                job = Job(options, here, now, keys, plan_shards(options, now, keys), listed, url)
+                manifest = _write_alone(job, max_rejected, jobs, quiet, executor)
+            source_state.write(here, source, now, listed)
+            done = True
+        finally:
+            if done:
+                shutil.rmtree(here / WORK)
+    return manifest
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Nobody else writes to `out`, as far as its file system has locks. UserError if somebody does."""
+    with contextlib.ExitStack() as stack:
+        held: int | None = -1
+        while held == -1:
+            (out / WORK).mkdir(parents=True, exist_ok=True)
+            try:
+                held = stack.enter_context(files.locked(out / WORK / "lock", wait=False))
+            except FileNotFoundError:  # another process has just finished and removed it
+                continue
+            except OSError as error:
+                if error.errno not in files.UNLOCKABLE:
+                    raise
+                print(f"note: {out} has no locks ({error.strerror}): let no other process write there", file=sys.stderr)
+                break
+        if held is None:
+            raise UserError(f"another process is writing shards to {out}")
+        yield
+
+
+def _write_alone(job: Job, max_rejected: float, jobs: int, quiet: bool, executor: str) -> dict:
+    """Make the shards that are not there yet, and the manifest."""
+    # What could not even be listed is known now: if it is too much, this need not be said after hours of work.
+    write_rejected(job.out, job.source.problems, _count(job.source), max_rejected)
+    results = _finished(job)
+    bucket = storage.Storage(job.url) if job.url else None
+    (job.out / MANIFEST).unlink(missing_ok=True)  # of shards of which some are lost; from here on it would be wrong
+    if bucket:
+        bucket.remove(MANIFEST)
+    _clean(job.out, bucket, {row.name for row in job.rows})
+    todo = {row.name: row for row in job.rows if row.name not in results}
+    running[:] = [job]
+    total = sum(len(row.samples) for row in todo.values())
+    results |= _executor(executor).run(convert_shard, todo, jobs=jobs, total=total, quiet=quiet)
+    manifest = _finish(job, results, max_rejected)
+    if bucket:
+        for name in ("rejected.jsonl", *(f"{split}.index" for split in manifest["splits"]), MANIFEST):
+            bucket.write(job.out / name, name)
     return manifest
 
 
@@ -324,38 +355,26 @@ def _refuse_foreign(out: Path) -> None:
         )
 
 
-def _already_done(options: Options, source: Path | None, out: Path, manifest: dict, reading: Reading) -> bool:
-    """Whether these very shards are there; a stamp (times of the source's folders) saves listing the source."""
-    size_of = _sizes(out)
-    options_before = {
-        **asdict(Options("")),
-        **manifest["options"],
-    }  # older shards lack the newest options: they had the defaults
-    if changed := [
-        f"{name} {options_before[name]!r}, now {value!r}"
-        for name, value in asdict(options).items()
-        if options_before[name] != value
-    ]:
+def _whole(options: Options, out: Path, manifest: dict, idx: bool = False) -> bool:
+    """Whether all shards are there, and DALI's indexes beside them if `idx`. UserError if they are others than would be made."""
+    then, now = {**asdict(Options("")), **manifest["options"]}, asdict(options)  # older ones lack the newest options
+    if changed := [f"{name} {then[name]!r}, now {value!r}" for name, value in now.items() if then[name] != value]:
         raise UserError(
             f"{storage.where(out)} holds shards made otherwise ({'; '.join(changed)}): choose another OUT or remove it"
         )
-    rows = [row for split in manifest["splits"].values() for row in split["shards"]]
-    if any(size_of(row["file"]) != row["bytes"] for row in rows):
-        return False
-    bucket, out = storage.open_storage(out), workshop(out)
-    for row in rows:
-        if "idx" in row and not bucket and not (out / row["idx"]).exists():
-            files.write(out / row["idx"], tar.dali_index(out / row["file"]))
-    before, listed = source_state.read(out, source), source_state.now()
-    if not source_state.untouched(before):
-        found = datasets.load(options.dataset, source, reading)
-        if bucket:
-            for part in manifest["splits"].values():
-                bucket.fetch(part["index"]["file"], out / part["index"]["file"])
-        _check_source(found, source, out, manifest, before["at"])
-        source_state.write(out, source, found, listed)
-    shutil.rmtree(out / WORK, ignore_errors=True)
-    return True
+    size_of = _sizes(out)
+    whole = all(size_of(row["file"]) == row["bytes"] for row in _shards(manifest))
+    return whole and not (idx and _lost_indexes(out, manifest))
+
+
+def _shards(manifest: dict) -> list[dict]:
+    return [row for split in manifest["splits"].values() for row in split["shards"]]
+
+
+def _lost_indexes(out: Path, manifest: dict) -> list[dict]:
+    """Shards of a folder beside which DALI's index is missing."""
+    rows = [] if storage.address(out) else _shards(manifest)
+    return [row for row in rows if "idx" in row and not (out / row["idx"]).exists()]
 
 
 def _sizes(out: Path) -> Callable[[str], int | None]:
@@ -365,31 +384,37 @@ def _sizes(out: Path) -> Callable[[str], int | None]:
     return lambda name: (out / name).stat().st_size if (out / name).exists() else None
 
 
-def _check_source(found: Source, source: Path | None, out: Path, manifest: dict, since: int) -> None:
+def _check_source(options: Options, now: Source, source: Path | None, out: Path, manifest: dict) -> None:
     """UserError if a source is no longer what the shards were made from, by its list and, of what is younger, by content."""
-    _check_same(found, source, manifest)
-    options = Options(**manifest["options"])
-    for split in found.splits:
-        rows = index.read(out / manifest["splits"][split.name]["index"]["file"])
-        if names := source_state.rewritten(split, safe_keys(split.names), rows, options, since):
+    _check_same(now, source, manifest)
+    bucket, here = storage.open_storage(out), workshop(out)
+    since = source_state.read(here, source)["at"]
+    for row in _lost_indexes(out, manifest):
+        files.write(out / row["idx"], tar.dali_index(out / row["file"]))
+    for split in now.splits:
+        about = manifest["splits"][split.name]["index"]
+        if bucket:
+            bucket.fetch(about["file"], here / about["file"])
+        rows, look = index.read(here / about["file"], about["sha256"]), CHECKS[options.check]
+        if names := source_state.rewritten(split, safe_keys(split.names), rows, options, look, since):
             raise UserError(
                 f"{len(names)} images of {source} were rewritten since the shards were made from it, the first is "
                 f"{names[0]!r}: choose another OUT or remove them"
             )
 
 
-def _check_same(found: Source, source: Path | None, manifest: dict) -> None:
-    if found.fingerprint() != manifest["source"].get("fingerprint"):
+def _check_same(now: Source, source: Path | None, manifest: dict) -> bool:
+    if now.fingerprint() != manifest["source"].get("fingerprint"):
         raise UserError(f"{source} has changed since the shards were made from it: choose another OUT or remove them")
+    return True
 
 
 def _finished(job: Job) -> dict[str, dict]:
     """Rows of an earlier run that this plan would make again, and whose shards are there."""
     results, size_of = {}, _sizes(Path(job.url or job.out))
     for row in job.rows:
-        record = job.out / WORK / f"{row.name}.json"
-        if record.exists():
-            result = json.loads(record.read_text())
+        with contextlib.suppress(FileNotFoundError, ValueError):  # none, or cut off by a machine that lost power
+            result = json.loads((job.out / WORK / f"{row.name}.json").read_bytes())
             times = job.source.splits[row.split].times
             altered = bool((times[row.samples] > result["listed"]).any())
             whole = size_of(row.name) == result["shard"]["bytes"]
@@ -413,10 +438,6 @@ def _stray(name: str, planned: set[str]) -> bool:
     return SHARD.fullmatch(name) is not None and not {name, name.removesuffix(".idx") + tar.SUFFIX} & planned
 
 
-SHARD = re.compile(r"(train|val|unlabelled)-\d{5,}\.(tar|idx|beton)")
-LEFT = ".*.[0-9]*.tmp"  # what `files.whole` leaves where it is killed
-
-
 def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
     rejected = list(job.source.problems)
     for row in job.rows:
@@ -425,15 +446,9 @@ def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
     splits = {split.name: _finish_split(job, number, results) for number, split in enumerate(job.source.splits)}
     costs = sum((Counter(results[row.name].get("notes", {})) for row in job.rows), Counter())
     notes = [*job.source.notes, *(f"{count} images: {what}" for what, count in sorted(costs.items()))]
+    source = job.source
     return write_manifest(
-        job.out,
-        job.options,
-        job.source.classes,
-        splits,
-        len(rejected),
-        job.source.fingerprint(),
-        job.source.ignored,
-        notes,
+        job.out, job.options, source.classes, splits, len(rejected), source.fingerprint(), source.ignored, notes
     )
 
 

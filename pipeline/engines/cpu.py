@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import simplejpeg
 import torch
 
 from manyview.pipeline.codec import decode
@@ -82,8 +83,29 @@ class CPUEngine:
 
 
 def decoded(store: Store, i: int, payload: np.ndarray) -> np.ndarray:
-    """Sample i's pixels, (H, W, 3) uint8, from its payload. Raises `Corrupt`."""
+    """Sample i's pixels, (H, W, 3) uint8 of the size that the index says, from its payload. Raises `Corrupt`."""
     try:
-        return decode(payload)
+        pixels = decode(payload)
     except ValueError as error:
         raise Corrupt(i, store.key(i), str(error)) from None
+    _check_size(store, i, pixels.shape)
+    return pixels
+
+
+def undecoded(store: Store, i: int) -> np.ndarray:
+    """Sample i's payload, for a decoder that is not told what size to expect: a JPEG's header is looked at. Raises `Corrupt`."""
+    payload = store.read(i)
+    if payload.ndim == 1:
+        try:
+            _check_size(store, i, simplejpeg.decode_jpeg_header(payload))
+        except ValueError as error:
+            raise Corrupt(i, store.key(i), str(error)) from None
+    return payload
+
+
+def _check_size(store: Store, i: int, shape: tuple) -> None:
+    """Boxes are drawn for the sizes in the index; of a smaller image they would reach into other memory."""
+    if shape[:2] != (store.heights[i], store.widths[i]):
+        raise Corrupt(
+            i, store.key(i), f"{shape[1]}x{shape[0]} pixels, the index says {store.widths[i]}x{store.heights[i]}"
+        )

@@ -16,11 +16,11 @@ import torch
 from nvidia.dali import fn, math, pipeline_def, types
 
 from manyview.pipeline.engines import Pending
-from manyview.pipeline.engines.cpu import decoded
+from manyview.pipeline.engines.cpu import decoded, undecoded
 from manyview.pipeline.engines.pixels import finish
 from manyview.pipeline.machine import cores
 from manyview.pipeline.store import Corrupt, Store
-from manyview.pipeline.views import ViewParameters
+from manyview.pipeline.views import VIEW, ViewParameters
 
 HARDWARE_SHARE = 0.65  # of a batch, for the GPU's JPEG hardware: 46 % faster than DALI's default (results/cuda.md)
 DEPTH = 3  # batches inside DALI at a time: one being fed, one being made, one ready
@@ -46,7 +46,7 @@ class DALIEngine:
     def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
         begun = time.perf_counter()
         try:
-            payloads = list(self._readers.map(self.store.read, ids.tolist()))
+            payloads = list(self._readers.map(partial(undecoded, self.store), ids.tolist()))
             self.seconds["read"] += time.perf_counter() - begun
             begun = time.perf_counter()
             if any(p.ndim != 1 for p in payloads):
@@ -148,19 +148,19 @@ def images_alone(device: str) -> Any:
 
 def inputs(p: ViewParameters, fused: bool) -> dict[str, np.ndarray]:
     """What the graph is told: arrays whose first axis is the batch."""
-    flip = p.views["flip"]
-    start, end = np.zeros((*flip.shape, 2), np.float32), np.ones((*flip.shape, 2), np.float32)
-    start[..., 1], end[..., 1] = flip, ~flip  # DALI mirrors what starts beyond its end
+    start = np.stack([p.views["vflip"], p.views["flip"]], -1).astype(np.float32)
+    end = 1 - start  # DALI mirrors what starts beyond its end
     result: dict[str, np.ndarray] = {}
     for v, view in enumerate(p.views):
         result |= {f"corner{v}": view["box"][:, :2], f"shape{v}": view["box"][:, 2:]}
         result |= {f"start{v}": start[v], f"end{v}": end[v]}
         if not fused:
             result |= {f"matrix{v}": view["color"][:, :, :3], f"offset{v}": view["color"][:, :, 3]}
-            result |= {f"sigma{v}": view["sigma"], f"solarize{v}": view["solarize"]}
+            result |= {f"{name}{v}": view[name] for name in ("transposed", "sigma", "solarize")}
     if fused:
         for g, (part, _) in enumerate(p.groups):
-            result |= {f"{name}{g}": p.views[name][part].swapaxes(0, 1) for name in ("color", "sigma", "solarize")}
+            views = np.ascontiguousarray(p.views[part].swapaxes(0, 1))
+            result[f"views{g}"] = views.view(np.uint8).reshape(*views.shape, VIEW.itemsize)
     return {name: np.ascontiguousarray(value) for name, value in result.items()}
 
 
@@ -211,6 +211,8 @@ def _finish(crop: Any, v: int, size: int) -> Any:
     points = fn.reshape(crop, shape=[size * size, 3], layout="")
     points = fn.coord_transform(points, M=_numbers(f"matrix{v}", 2), T=_numbers(f"offset{v}", 1), dtype=types.UINT8)
     view = fn.reshape(points, shape=[size, size, 3], layout="HWC")
+    if fn.external_source(name=f"transposed{v}", dtype=types.BOOL, ndim=0):
+        view = fn.transpose(view, perm=[1, 0, 2], output_layout="HWC")
     sigma = _numbers(f"sigma{v}", 0)
     if sigma > 0:
         view = fn.gaussian_blur(view, sigma=sigma)
@@ -225,21 +227,19 @@ def _fused(crops: list[Any], g: int) -> Any:
 
     return numba_function(
         fn.stack(*crops),
-        _numbers(f"color{g}", 3),
-        _numbers(f"sigma{g}", 1),
-        fn.external_source(name=f"solarize{g}", dtype=types.BOOL, ndim=1),
+        fn.external_source(name=f"views{g}", dtype=types.UINT8, ndim=2),  # the bytes of (V,) of `views.VIEW`
         run_fn=_run,
         setup_fn=_shape,
         out_types=[types.UINT8],
-        in_types=[types.UINT8, types.FLOAT, types.FLOAT, types.BOOL],
+        in_types=[types.UINT8, types.UINT8],
         outs_ndim=[4],
-        ins_ndim=[4, 3, 1, 1],
+        ins_ndim=[4, 2],
         device="cpu",
     )
 
 
-def _run(out: Any, crops: Any, color: Any, sigma: Any, solarize: Any) -> None:
-    finish(crops, color, sigma, solarize, out)
+def _run(out: Any, crops: Any, views: Any) -> None:
+    finish(crops, views.reshape(views.size).view(VIEW), out)
 
 
 def _shape(outs: Any, ins: Any) -> None:

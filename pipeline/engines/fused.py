@@ -38,6 +38,8 @@ ROW = np.dtype(
         ("solarize", "<i4"),
         ("color", "<f4", 12),
         ("sigma", "<f4"),
+        ("vflip", "<i4"),
+        ("transposed", "<i4"),
         ("scratch", "<i4"),
     ]
 )
@@ -47,7 +49,7 @@ WORDS = tl.constexpr(ROW.itemsize // 4)
 def table(views: np.ndarray) -> np.ndarray:
     """(V, B, WORDS) int32, rows of `ROW` from (V, B) of `views.VIEW`; `scratch` numbers the blurred views, -1 elsewhere."""
     rows = np.zeros(views.shape, ROW)
-    for name in ("box", "flip", "solarize", "sigma"):
+    for name in ("box", "flip", "solarize", "sigma", "vflip", "transposed"):
         rows[name] = views[name]
     rows["color"] = views["color"].reshape(*views.shape, 12)
     blurred = views["sigma"] > 0
@@ -216,12 +218,15 @@ def _crop(images, rows, out, scratch, batch, size, BLOCK: tl.constexpr):
     y, x = pixel // size, pixel % size
     words = rows + (view * batch + sample) * WORDS
     top, left, height, width = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
-    x_from = tl.where(tl.load(words + 4) != 0, size - 1 - x, x)
+    turned = tl.load(words + 20) != 0
+    y_from, x_from = tl.where(turned, x, y), tl.where(turned, y, x)
+    y_from = tl.where(tl.load(words + 19) != 0, size - 1 - y_from, y_from)
+    x_from = tl.where(tl.load(words + 4) != 0, size - 1 - x_from, x_from)
     where = images + 4 * sample
     row_step, step, channel = tl.load(where + 1), tl.load(where + 2), tl.load(where + 3)
     image = tl.load(where).to(tl.pointer_type(tl.uint8)) + top * row_step + left * step
 
-    y_first, y_center, y_inverse = _filter(y, height, size)
+    y_first, y_center, y_inverse = _filter(y_from, height, size)
     x_first, x_center, x_inverse = _filter(x_from, width, size)
     taps_y = tl.ceil(2.0 / y_inverse).to(tl.int32)
     taps_x = tl.ceil(2.0 / x_inverse).to(tl.int32)
@@ -242,7 +247,7 @@ def _crop(images, rows, out, scratch, batch, size, BLOCK: tl.constexpr):
     total = tl.where(inside, total, 1.0)
     red, green, blue = red / total, green / total, blue / total
 
-    slot = tl.load(words + 19)
+    slot = tl.load(words + 21)
     sharp = slot < 0
     place = tl.where(sharp, view * batch + sample, slot).to(tl.int64) * size * size
     target = tl.where(sharp, out, scratch) + (place + pixel) * 3
@@ -267,7 +272,7 @@ def _blur(rows, scratch, half, out, batch, size, DOWN: tl.constexpr, BLOCK: tl.c
     """A Gaussian along x from `scratch` to `half`, or with `DOWN` along y from `half` to `out`, which ends the view."""
     sample, view = tl.program_id(1), tl.program_id(2)
     words = rows + (view * batch + sample) * WORDS
-    slot = tl.load(words + 19)
+    slot = tl.load(words + 21)
     if slot >= 0:
         pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = pixel < size * size

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from manyview.pipeline.compiled import njit
 
 ZERO, HALF, FULL = np.float32(0), np.float32(0.5), np.float32(255)
 # What of fast math changes no finite value. Reassociating and fusing would: a compiler may do either here and not there,
@@ -19,7 +20,7 @@ EXACT = {"nnan", "ninf", "nsz"}
 ONE, TWO, THREE = np.uint64(1), np.uint64(2), np.uint64(3)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def render(pixels, heights, widths, first, views, out):
     """Write the views of images that lie behind each other in `pixels` (uint8, flat), samples `first`, `first` + 1 … of a batch.
 
@@ -31,43 +32,51 @@ def render(pixels, heights, widths, first, views, out):
         rows = pixels[start:stop].reshape(heights[i], 3 * widths[i])
         for v in range(out.shape[0]):
             view, target = views[v, b], out[v, b].reshape(size, size * 3)
-            sharp = np.empty_like(target) if view.sigma > 0 else target
+            sharp = np.empty_like(target) if view.sigma > 0 or view.transposed else target
             resize(rows, view, sharp)
-            _finish(sharp, view.sigma, view.solarize, target)
+            _finish(sharp, view, target)
         start = stop
 
 
-@njit(cache=True, nogil=True)
-def finish(crops, color, sigma, solarize, out):
-    """What follows the resize: `crops` and `out` (V, S, S, 3) uint8, `color` (V, 3, 4), `sigma` and `solarize` (V,)."""
+@njit
+def finish(crops, views, out):
+    """What follows the resize: `crops` and `out` (V, S, S, 3) uint8, `views` (V,) of `views.VIEW`."""
     size = out.shape[1]
     red, green, blue = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
     for v in range(out.shape[0]):
-        crop, view = crops[v].reshape(size, size * 3), out[v].reshape(size, size * 3)
-        sharp = np.empty_like(view) if sigma[v] > 0 else view
+        view, crop, target = views[v], crops[v].reshape(size, size * 3), out[v].reshape(size, size * 3)
+        sharp = np.empty_like(target) if view.sigma > 0 or view.transposed else target
         for y in range(size):
             for x in range(size):
                 red[x], green[x], blue[x] = crop[y, 3 * x], crop[y, 3 * x + 1], crop[y, 3 * x + 2]
-            _color_row(red, green, blue, color[v], sharp[y])
-        _finish(sharp, sigma[v], solarize[v], view)
+            _color_row(red, green, blue, view.color, sharp[y])
+        _finish(sharp, view, target)
 
 
-@njit(cache=True, nogil=True)
-def _finish(sharp, sigma, solarize, view):
-    if sigma > 0:
-        blur(sharp, sigma, view)
-    if solarize:
-        values = view.reshape(view.size)
+@njit
+def _finish(sharp, view, target):
+    """`target` from `sharp`, which is another array where the view is blurred or transposed."""
+    if view.transposed:
+        size = len(sharp)
+        source, sharp = sharp, np.empty_like(sharp) if view.sigma > 0 else target
+        for y in range(size):
+            for x in range(size):
+                for c in range(3):
+                    sharp[y, 3 * x + c] = source[x, 3 * y + c]
+    if view.sigma > 0:
+        blur(sharp, view.sigma, target)
+    if view.solarize:
+        values = target.reshape(target.size)
         for j in range(len(values)):
             values[j] = min(values[j], np.uint8(255) - values[j])
 
 
-@njit(cache=True, nogil=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def resize(rows, view, out):
     """`out` (S, 3 S): the box of an image, (H, 3 W), resized, mirrored or not, through the color map of `view`."""
     size, box, color = len(out), view.box, view.color
     left, width = 3 * box[1], 3 * box[3]
-    y_first, y_weight = triangle(box[2], size, False)
+    y_first, y_weight = triangle(box[2], size, view.vflip)
     x_first, x_weight = triangle(box[3], size, view.flip)
     line = np.empty(width, np.float32)
     red, green, blue = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
@@ -85,7 +94,7 @@ def resize(rows, view, out):
         _color_row(red, green, blue, color, out[y])
 
 
-@njit(cache=True, nogil=True, fastmath=EXACT, inline="always")
+@njit(fastmath=EXACT, inline="always")
 def _combine_rows(rows, first, start, stop, weights, line):
     one = rows[first, start:stop]
     if len(weights) == 1:
@@ -102,7 +111,7 @@ def _combine_rows(rows, first, start, stop, weights, line):
                 line[j] += p * np.float32(more[j])
 
 
-@njit(cache=True, nogil=True, fastmath=EXACT, inline="always")
+@njit(fastmath=EXACT, inline="always")
 def _color_row(red, green, blue, m, out):
     for x in range(len(red)):
         r, g, b = red[x], green[x], blue[x]
@@ -111,7 +120,7 @@ def _color_row(red, green, blue, m, out):
         out[3 * x + 2] = np.uint8(min(max(m[2, 0] * r + m[2, 1] * g + m[2, 2] * b + m[2, 3] + HALF, ZERO), FULL))
 
 
-@njit(cache=True, nogil=True)
+@njit
 def triangle(n, size, mirror):
     """The antialiased bilinear filter from n to `size` pixels: first source pixel (size,), weights (size, taps)."""
     scale = n / size
@@ -131,7 +140,7 @@ def triangle(n, size, mirror):
     return first, weight
 
 
-@njit(cache=True, nogil=True, fastmath=EXACT)
+@njit(fastmath=EXACT)
 def blur(image, sigma, out):
     """Gaussian blur of `image` (S, 3 S) uint8 into `out`, to 3 sigma, edges reflected without repeating the border."""
     size, n, reach = len(image), image.shape[1], math.ceil(3 * sigma)
@@ -166,7 +175,7 @@ def blur(image, sigma, out):
             target[j] = np.uint8(line[j])
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(inline="always")
 def _reflect(i, n):
     if 0 <= i < n or n == 1:
         return i if n > 1 else 0

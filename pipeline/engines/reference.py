@@ -17,6 +17,10 @@ def render(image: np.ndarray, view: np.void, size: int) -> torch.Tensor:
     pixels = F.resized_crop(pixels, *view["box"].tolist(), [size, size], antialias=True)
     if view["flip"]:
         pixels = F.horizontal_flip(pixels)
+    if view["vflip"]:
+        pixels = F.vertical_flip(pixels)
+    if view["transposed"]:
+        pixels = pixels.mT
     color = torch.from_numpy(view["color"].copy()).double()
     colored = torch.einsum("dc,chw->dhw", color[:, :3], pixels.double()) + color[:, 3, None, None]
     pixels = colored.round().clamp(0, 255).to(torch.uint8)

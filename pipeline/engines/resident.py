@@ -70,7 +70,7 @@ class ResidentEngine:
 
     def _group(self, ids: np.ndarray, views: np.ndarray, size: int, work: list[Future]) -> torch.Tensor:
         """The pixels; on the CPU what still writes them is added to `work`, on CUDA the kernels are queued."""
-        flags = (bool(views["sigma"].any()), bool(views["solarize"].any()))
+        flags = [bool(views[name].any()) for name in ("transposed", "sigma", "solarize")]  # steps that some view takes
         which = self._send(np.tile(ids, len(views)))
         view = {name: self._send(np.concatenate(views[name])) for name in VIEW.names or ()}
         if self._pool is None:
@@ -114,17 +114,21 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def render(images: torch.Tensor, view: dict[str, torch.Tensor], size: int, blurred: bool, solarized: bool):
+def render(
+    images: torch.Tensor, view: dict[str, torch.Tensor], size: int, transposed: bool, blurred: bool, solarized: bool
+):
     """(N, size, size, 3) uint8, one view of each of `images` (N, 3, H, W); `view`: the fields of `views.VIEW`, (N, ...)."""
     box, color = view["box"], view["color"]
     height, width = images.shape[-2:]
-    rows = triangle(box[:, 0], box[:, 2], torch.zeros_like(view["flip"]), height, size)
+    rows = triangle(box[:, 0], box[:, 2], view["vflip"], height, size)
     columns = triangle(box[:, 1], box[:, 3], view["flip"], width, size)
     # The color map keeps sums of weights 1 and comes before the clamp, so it may come before the resize: it is then
     # one small matrix product on the source's pixels. The half makes cutting off the fraction a rounding.
     x = torch.baddbmm(color[..., 3:] + 0.5, color[..., :3], images.flatten(2).to(color.dtype))
     x = x.view(-1, 3 * height, width) @ columns.mT
     x = (rows[:, None] @ x.view(-1, 3, height, size)).clamp_(0, 255.5)
+    if transposed:
+        x = torch.where(view["transposed"][:, None, None, None], x.mT, x)
     if blurred:
         kernel = gaussian(view["sigma"], size)[:, None]
         x = (kernel @ x.floor_() @ kernel.mT).add_(0.5)

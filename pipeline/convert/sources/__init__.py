@@ -6,48 +6,54 @@ Nothing is decoded here: a split's `read(i)` gives the bytes of an image file (1
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
+from manyview.pipeline import files
+from manyview.pipeline.errors import UserError
+
 IMAGE_TYPES = "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pnm tga ico jp2 avif"
 SUFFIXES = frozenset(f".{name}" for name in IMAGE_TYPES.split())
-# What the machine or the network is at fault for, never the file: it may pass.
-FAULTS = frozenset(
-    [
-        errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOBUFS,
-        errno.EREMOTEIO, errno.ECONNRESET, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENETDOWN,
-    ]
-)  # fmt: skip
-PAUSES = (0.1, 0.4, 1.5, 5.0)  # seconds, before it is tried again
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Reading:
     """How a source is read. `labels`: a table of labels, and the names of its `columns` (of files, of labels; "" =
-    guessed); `unlabelled`: folders are not classes; `disjoint`: splits may share no class."""
+    guessed); `unlabelled`: folders are not classes; `disjoint`: splits may share no class.
+
+    Of shards: `image_part`, `label_part`: names of the parts of a sample that are image and label ("" = by the rules of
+    `shards`), label also `folder`; `allow_cut`: what there is of a tar that was cut off is taken."""
 
     download: bool = False
     unlabelled: bool = False
     labels: Path | None = None
     columns: tuple[str, str] = ("", "")
     disjoint: bool = False
+    image_part: str = ""
+    label_part: str = ""
+    allow_cut: bool = False
+
+    @property
+    def parts(self) -> list:
+        """What is asked of shards; nothing if by the rules."""
+        asked = [self.image_part, self.label_part, self.allow_cut]
+        return asked if any(asked) else []
 
     def digest(self) -> str:
         """Of everything that decides labels; empty where that is the source alone. UserError: the table cannot be read."""
-        return (
-            hashlib.sha256(self.labels.read_bytes() + repr(self.columns).encode()).hexdigest()[:16]
-            if self.labels
-            else ""
-        )
+        decides = b""
+        if self.labels:
+            try:
+                decides = self.labels.read_bytes() + repr(self.columns).encode()
+            except OSError as error:
+                raise UserError(f"{self.labels} cannot be read as a table: {error.strerror}") from None
+        decides += repr(self.parts).encode() if self.parts else b""
+        return hashlib.sha256(decides).hexdigest()[:16] if decides else ""
 
 
 AS_IT_IS = Reading()
@@ -86,42 +92,26 @@ class Source:
         return digest.hexdigest()
 
 
-def patiently(call: Callable[[], Result]) -> Result:
-    """What `call` returns, tried again with pauses where the machine is at fault. OSError: the fault stays."""
-    for pause in PAUSES:
-        try:
-            return call()
-        except OSError as error:
-            if error.errno not in FAULTS:
-                raise
-            time.sleep(pause)
-    return call()
-
-
 def read_bytes(path: str, offset: int = 0, size: int | None = None) -> np.ndarray:
     """(n,) uint8: `size` bytes of a file, or all from `offset` on. ValueError: the file is gone, closed to us or too short.
-    OSError with its path: the machine is at fault and stays so, which is no reason to set an image aside."""
+    UserError: the machine is at fault and stays so, which is no reason to set an image aside."""
     try:
-        return patiently(lambda: _read(path, offset, size))
+        with files.Opened(path) as file:
+            data = np.frombuffer(file.read(offset, file.size - offset if size is None else size), np.uint8)
     except OSError as error:
-        if error.errno in FAULTS:
-            raise OSError(error.errno, error.strerror, path) from None
         raise ValueError(f"cannot be read: {error.strerror}") from None
-
-
-def _read(path: str, offset: int, size: int | None) -> np.ndarray:
-    with open(path, "rb", buffering=0) as file:
-        data = np.empty(os.fstat(file.fileno()).st_size - offset if size is None else size, np.uint8)
-        file.seek(offset)
-        done = 0
-        while done < len(data) and (count := file.readinto(data.data[done:])):
-            done += count
-    if done < len(data) and size is not None:
+    if size is not None and len(data) < size:
         raise ValueError("the archive ends inside it")
-    return data[:done]
+    return data
 
 
-def changed(paths: list[str]) -> np.ndarray:
-    """(n,) int64: ctime, ns, of the archive each sample lies in."""
-    times = {path: os.stat(path).st_ctime_ns for path in set(paths)}
+def changed(paths: list[str], root: Path | None = None) -> np.ndarray:
+    """(n,) int64: ctime, ns, of the archive each sample lies in, or of a folder between it and `root`, if that is later: a
+    folder that was renamed brings another archive under an old name."""
+
+    def latest(path: Path) -> int:
+        way = [path, *(folder for folder in path.parents if root and folder != root and folder.is_relative_to(root))]
+        return max(state(each).st_ctime_ns for each in way for state in (os.stat, os.lstat))
+
+    times = {path: latest(Path(path)) for path in set(paths)}
     return np.array([times[path] for path in paths], np.int64)

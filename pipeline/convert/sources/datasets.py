@@ -52,7 +52,7 @@ DATASETS: dict[str, Callable[[Path, Reading], Source]] = {
     "folder": folders.folder,
     "imagenet": imagenet.imagenet,
     "imagenet100": lambda source, reading: imagenet.imagenet(source, reading, imagenet.imagenet100_classes()),
-    "shards": lambda source, _: shards.existing(source),
+    "shards": shards.existing,
     "cifar10": lambda source, reading: arrays.cifar("cifar10", source, reading),
     "cifar100": lambda source, reading: arrays.cifar("cifar100", source, reading),
     "stl10": arrays.stl10,

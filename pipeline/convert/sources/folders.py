@@ -15,16 +15,15 @@ import numpy as np
 
 from manyview.pipeline.convert.sources import (
     AS_IT_IS,
-    FAULTS,
     SUFFIXES,
     Reading,
     Source,
     Split,
-    patiently,
     read_bytes,
     tables,
 )
 from manyview.pipeline.errors import UserError
+from manyview.pipeline.files import FAULTS, patiently
 
 SPLITS = {
     "train": "train", "training": "train",
@@ -94,9 +93,9 @@ def listing(root: Path) -> Listing:
     class from the numbers of labels.
     """
     result, seen, files = Listing(), set(), []  # type: ignore[var-annotated]
-    todo = [(os.path.realpath(root), "")]
+    todo = [(os.path.realpath(root), "", 0)]
     while todo:
-        path, relative = todo.pop()
+        path, relative, since = todo.pop()
         try:
             real = os.stat(path)
             if (real.st_dev, real.st_ino) in seen:
@@ -105,26 +104,27 @@ def listing(root: Path) -> Listing:
             seen.add((real.st_dev, real.st_ino))
             result.folders.append(path)
             children = patiently(lambda: sorted(os.scandir(path), key=lambda entry: entry.name))  # noqa: B023
-            folders = [_add(entry, relative, files, result) for entry in children]
+            folders = [_add(entry, relative, since, files, result) for entry in children]
         except OSError as error:
             raise _unreadable(error) from None
         todo += [folder for folder in reversed(folders) if folder]
         if not relative:
-            result.classes = [name for _, name in filter(None, folders)]
+            result.classes = [name for _, name, _ in filter(None, folders)]
     files.sort(key=lambda file: os.fsencode(file[0]))
     result.names, result.sizes, result.times = ([file[i] for file in files] for i in range(3))
     return result
 
 
-def _add(entry: os.DirEntry, relative: str, files: list, result: Listing) -> tuple[str, str] | None:
-    """Put down one entry of a folder; returns (path, name below the root) of a folder to be read."""
+def _add(entry: os.DirEntry, relative: str, since: int, files: list, result: Listing) -> tuple[str, str, int] | None:
+    """Put down one entry of a folder; returns (path, name below the root, since) of a folder to be read. `since`: when a
+    folder on the way was last changed (ctime, ns): one that was renamed brings other files under old names."""
     name = f"{relative}/{entry.name}" if relative else entry.name
     if is_hidden(entry.name):
         result.hidden["._*" if entry.name.startswith("._") else entry.name] += 1
     elif _is_folder(entry):
-        return entry.path, name
+        return entry.path, name, max(since, _changed(entry))
     elif is_image(entry.name):
-        _add_file(entry, name, files, result)
+        _add_file(entry, name, since, files, result)
     elif _leads_nowhere(entry.path):
         raise OSError(0, NOWHERE, entry.path)
     else:
@@ -150,12 +150,16 @@ def _leads_nowhere(path: str) -> bool:
     )
 
 
-def _add_file(entry: os.DirEntry, name: str, files: list, result: Listing) -> None:
+def _changed(entry: os.DirEntry) -> int:
+    """ctime, ns, of what is there, or of the link that leads to it if that is later."""
+    return max(entry.stat().st_ctime_ns, entry.stat(follow_symlinks=False).st_ctime_ns)
+
+
+def _add_file(entry: os.DirEntry, name: str, since: int, files: list, result: Listing) -> None:
     try:
         if not entry.is_file():
             raise OSError(0, "not a file")
-        state = entry.stat()
-        files.append((name, state.st_size, state.st_ctime_ns))
+        files.append((name, entry.stat().st_size, max(since, _changed(entry))))
     except OSError as error:
         if error.errno in FAULTS:
             raise

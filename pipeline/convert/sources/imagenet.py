@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from manyview.pipeline import tar
 from manyview.pipeline.convert.sources import AS_IT_IS, SUFFIXES, Reading, Source, Split, changed, folders, read_bytes
 from manyview.pipeline.errors import UserError
 
@@ -77,52 +78,39 @@ def imagenet_tars(source: Path, only: set[str] | None = None) -> Source:
     return result
 
 
-def _images(path: Path, offset: int, split: str, result: Source) -> Iterator[tarfile.TarInfo]:
-    """Image members of a tar that begins somewhere in a file; what is no plain file inside it goes to `problems`."""
+def _images(path: Path, split: str, result: Source, place: tuple[int, int] | None = None) -> Iterator[tar.Member]:
+    """Image members of a tar, or of one in these bytes of a file; what is no plain file inside it goes to `problems`."""
     try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for info in archive:
-                    if reason := refused(info):
-                        result.problems.append({"split": split, "name": info.name, "reason": reason})
-                    elif not info.isreg() or os.path.splitext(info.name)[1].lower() not in {*SUFFIXES, ".tar"}:
-                        result.ignored += not info.isdir()
-                    else:
-                        yield info
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is no whole tar archive (at byte {offset}): {error}") from None
-
-
-def refused(info: tarfile.TarInfo) -> str:
-    """Why a member is not to be used; empty if it may."""
-    parts = info.name.split("/")
-    if info.name.startswith("/") or ".." in parts:
-        return "its name climbs out of the archive"
-    if info.issym() or info.islnk():
-        return "is a link"
-    return "is no regular file" if not (info.isreg() or info.isdir()) else ""
+        for member in tar.members(path, *(place or ())):
+            if reason := member.refused():
+                result.problems.append({"split": split, "name": member.name, "reason": reason})
+            elif member.type == tar.FOLDER or os.path.splitext(member.name)[1].lower() not in {*SUFFIXES, ".tar"}:
+                result.ignored += member.type != tar.FOLDER
+            else:
+                yield member
+    except ValueError as error:
+        raise UserError(f"{path} is no whole tar archive{f' (at byte {place[0]})' if place else ''}: {error}") from None
 
 
 def _train_members(path: Path, only: set[str] | None, result: Source) -> dict[str, list[Member]]:
-    found = {}
-    for outer in _images(path, 0, "train", result):
+    members = {}
+    for outer in _images(path, "train", result):
         wnid = os.path.splitext(os.path.basename(outer.name))[0]
         if only is None or wnid in only:
-            found[wnid] = [
-                Member(f"{wnid}/{info.name}", -1, str(path), info.offset_data, info.size)
-                for info in _images(path, outer.offset_data, "train", result)
+            members[wnid] = [
+                Member(f"{wnid}/{image.name}", -1, str(path), image.offset, image.size)
+                for image in _images(path, "train", result, (outer.offset, outer.offset + outer.size))
             ]
-    return found
+    return members
 
 
 def _val_members(path: Path, wnids: list[str], number: dict[str, int], result: Source) -> list[Member]:
-    images = sorted(_images(path, 0, "val", result), key=lambda info: info.name)
+    images = sorted(_images(path, "val", result), key=lambda image: image.name)
     if len(images) != len(wnids):
         raise UserError(f"{path} has {len(images)} images, the development kit labels {len(wnids)}")
     return [
-        Member(f"{wnid}/{info.name}", number[wnid], str(path), info.offset_data, info.size)
-        for wnid, info in zip(wnids, images)
+        Member(f"{wnid}/{image.name}", number[wnid], str(path), image.offset, image.size)
+        for wnid, image in zip(wnids, images)
         if wnid in number
     ]
 

@@ -10,35 +10,27 @@ policy of pipeline/storage.py. Computed from that: bandwidths, and where more no
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import multiprocessing
 import shutil
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import tyro
 
+from manyview.bench import large_index, output
+from manyview.bench.harness import CPU, spent
+from manyview.bench.output import number, quantity, table
 from manyview.bench.replay import Cluster, Epoch, formula, replay
-from manyview.bench.terminal import number, quantity
 from manyview.pipeline import index
 from manyview.pipeline.errors import UserError
-from manyview.pipeline.manifest import Options, write_manifest
-from manyview.pipeline.plan import MIXED, ORDERS, permutation, plan, shuffle_quality
+from manyview.pipeline.plan import MIXED, ORDERS, permutation, shuffle_quality
 from manyview.pipeline.storage import PIECE
-from manyview.pipeline.store import Store
-from manyview.training.monitor import environment
 
 NAMES = {1_280_000: "ImageNet-1k", 14_200_000: "ImageNet-22k", 400_000_000: "LAION-400M"}
-KEY = 28  # bytes of a key, as ImageNet's
-CHUNK = 4_000_000  # rows of an index that are generated at a time
 ROOM = 1.3  # times the index's bytes that must be free on the disk
 FEW = 100  # steps an epoch: with fewer, an epoch is hardly a schedule any more
 QUALITY = 20_000_000  # samples of which the shuffle is measured; of a larger set the first so many
@@ -75,48 +67,30 @@ class Args:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=__doc__, prog="profile.py plan")
-    check(args)
+    tiny = dict.fromkeys(("images_per_s", "image_kb", "shard_mb", "cache_gb", "node_gb_s", "storage_gb_s"), 1e-9)
+    args = output.parse(Args, argv, __doc__, "plan", gpus=1, batch_per_gpu=1, nodes=1, images=1, **tiny)
+    step = args.gpus * args.batch_per_gpu * max(args.nodes)
+    if min(args.images) < step:
+        raise UserError(
+            f"{max(args.nodes)} nodes take {step:,} images a step, more than the {min(args.images):g} of --images"
+        )
+    if args.scratch is not None and not args.scratch.is_dir():
+        raise UserError(f"--scratch {args.scratch} is no folder")
     args.out.mkdir(parents=True, exist_ok=True)
     sets: list[dict[str, Any]] = []
     for n in map(int, args.images):
         print(f"{name_of(n)}: an index of {n:,} samples, opened and planned")
         sets.append({"images": n, "start": startup(n, args), "quality": qualities(n), "rows": []})
-        for order in ORDERS:
-            for nodes in args.nodes:
-                row = scaled(n, nodes, order, args)
-                sets[-1]["rows"].append(row)
-                print(f"  {order:6s} {nodes:5d} nodes: {row['later_gb']:.4g} GB a node and later epoch")
+        for order, nodes in ((order, nodes) for order in ORDERS for nodes in args.nodes):
+            row = scaled(n, nodes, order, args)
+            sets[-1]["rows"].append(row)
+            print(f"  {order:6s} {nodes:5d} nodes: {row['later_gb']:.4g} GB a node and later epoch")
         permutation.cache_clear()
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
-    result = {"settings": settings, "environment": environment(torch.device("cpu")), "sets": sets}
-    (args.out / "scale.json").write_text(json.dumps(result, indent=1) + "\n")
-    rows = [{"images": one["images"]} | row for one in sets for row in one["rows"]]
-    with open(args.out / "scale.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (args.out / "scale.md").write_text(page(result))
+    result = {"settings": output.settings(args), "environment": output.environment(CPU, "plan", argv), "sets": sets}
+    rows, text = [{"images": one["images"]} | row for one in sets for row in one["rows"]], page(result)
+    output.write(args.out / "scale.json", result, text, rows)
     draw(result, args.out / "scale.png")
-    print(page(result))
-
-
-def check(args: Args) -> None:
-    """UserError, a line for each value that makes no sense."""
-    single = {k: v for k, v in asdict(args).items() if isinstance(v, int | float)}
-    errors = [f"--{k.replace('_', '-')} must be positive, not {v:g}" for k, v in single.items() if not 0 < v < math.inf]
-    if args.scratch is not None and not args.scratch.is_dir():
-        errors.append(f"--scratch {args.scratch} is no folder")
-    for name, least in (("images", args.gpus * args.batch_per_gpu), ("nodes", 1)):
-        values = getattr(args, name)
-        if not values or not all(least <= v < math.inf for v in values):
-            errors.append(f"--{name} takes numbers from {least} on, got {' '.join(f'{v:g}' for v in values)}")
-    if not errors and min(args.images) < max(args.nodes) * args.gpus * args.batch_per_gpu:
-        errors.append(
-            f"{max(args.nodes)} nodes take more images a step than the {min(args.images):g} there are: fewer --nodes"
-        )
-    if errors:
-        raise UserError("\n".join(errors))
+    print(text)
 
 
 # --- measured: starting up ----------------------------------------------------------------------------------------------
@@ -124,7 +98,7 @@ def check(args: Args) -> None:
 
 def startup(n: int, args: Args) -> dict[str, Any]:
     """Generate shards of `n` samples (an index in full, tars that are holes), then start on them in a fresh process."""
-    size = n * (sum(np.dtype(kind).itemsize for kind in index.COLUMNS.values()) + 8 + KEY)
+    size = n * (sum(np.dtype(kind).itemsize for kind in index.COLUMNS.values()) + 8 + large_index.KEY)
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         free = shutil.disk_usage(folder).free
         if size * ROOM > free:
@@ -132,109 +106,24 @@ def startup(n: int, args: Args) -> dict[str, Any]:
                 f"an index of {n:,} samples takes {quantity(size, 'B')}, and {folder} has {quantity(free, 'B')}:"
                 " name a larger disk with --scratch, or fewer --images"
             )
-        begun = time.perf_counter()
-        generate(Path(folder), n, round(1e3 * args.image_kb), max(1, round(1e3 * args.shard_mb / args.image_kb)))
-        made = time.perf_counter() - begun
+        image_bytes, per_shard = round(1e3 * args.image_kb), max(1, round(1e3 * args.shard_mb / args.image_kb))
+        made = spent(lambda: large_index.generate(Path(folder), n, image_bytes, per_shard)).wall
         found: dict[str, Any] = {"generated_s": made, "index_bytes": (Path(folder) / "train.index").stat().st_size}
-        batch = args.gpus * args.batch_per_gpu * max(args.nodes)
+        world = args.gpus * max(args.nodes)
         for order in ORDERS:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                found[order] = fresh.submit(start, folder, order, batch, max(args.nodes) * args.gpus).result()
+                found[order] = fresh.submit(
+                    large_index.started, folder, order, args.batch_per_gpu * world, world
+                ).result()
     return found
-
-
-def generate(out: Path, n: int, image_bytes: int, per_shard: int) -> None:
-    """Shards whose index is written row by row and whose tars are files of the right length with nothing in them."""
-    names = [f"train-{i:06d}.tar" for i in range(-(-n // per_shard))]
-    rows = []
-    for i, name in enumerate(names):
-        count = min(per_shard, n - i * per_shard)
-        with open(out / name, "wb") as file:
-            file.truncate(count * image_bytes)
-        rows.append({"file": name, "count": count, "bytes": count * image_bytes, "sha256": ""})
-    write_index(out / "train.index", n, image_bytes, per_shard)
-    part = {"count": n, "rejected": 0, "mean": [0.0] * 3, "std": [1.0] * 3, "fingerprint": "", "shards": rows}
-    part["index"] = {"file": "train.index", "sha256": ""}
-    write_manifest(out, Options("imagenet"), [], {"train": part}, 0, "")
-
-
-def write_index(path: Path, n: int, image_bytes: int, per_shard: int) -> None:
-    """An index as `index.write` makes it, a chunk of rows at a time: hundreds of millions do not fit in memory."""
-    with open(path, "wb") as file:
-        file.write(np.array([(index.MAGIC, index.VERSION, n, n * KEY)], index.HEADER).tobytes())
-        file.truncate(64)
-        at = 64
-        for name, kind in (*index.COLUMNS.items(), ("key_starts", np.uint64), ("keys", np.uint8)):
-            file.seek(at)
-            for first in range(0, n + (name == "key_starts"), CHUNK):
-                row = np.arange(first, min(first + CHUNK, n + (name == "key_starts")))
-                column(name, row, image_bytes, per_shard).astype(kind).tofile(file)
-            file.flush()
-            at = -(-file.tell() // 64) * 64
-        file.truncate(at)
-
-
-def column(name: str, row: np.ndarray, image_bytes: int, per_shard: int) -> np.ndarray:
-    """The values of these rows: photos of a thousand classes and of several sizes."""
-    if name == "keys":
-        keys = np.full((len(row), KEY), ord("n"), np.uint8)
-        for digit in range(10):
-            keys[:, -1 - digit] = row // 10**digit % 10 + ord("0")
-        return keys
-    values: dict[str, Any] = {
-        "label": row % 1000, "offset": row % per_shard * image_bytes, "length": image_bytes, "shard": row // per_shard,
-        "height": 300 + row % 201, "width": 500 - row % 101, "crc": 0, "kind": 0, "key_starts": row * KEY,
-    }  # fmt: skip
-    return np.broadcast_to(values[name], len(row))
-
-
-def start(folder: str, order: str, batch: int, world: int) -> dict[str, float]:
-    """In a process of its own: what train.py does before its first step with the last of `world` ranks, and what it takes.
-
-    `own_bytes`: memory that every rank has for itself; `peak_bytes`: at most, pages of the index included, which are shared.
-    """
-
-    plan(10, seed=0, batch=2, order=order).batch(0)  # compiled
-    before = memory()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    times = [time.perf_counter()]
-    store = Store(folder)
-    times.append(time.perf_counter())
-    store.default_size()
-    times.append(time.perf_counter())
-    order_of = plan(store.labels, seed=0, batch=batch, world=world, rank=world - 1, order=order)
-    order_of.batch(0)
-    times.append(time.perf_counter())
-    after = memory()
-    steps = order_of.steps(1) + 1
-    begun = time.perf_counter()
-    order_of.batch(steps)
-    epoch = time.perf_counter() - begun
-    again = time.perf_counter()
-    for step in range(10):
-        order_of.batch(steps + step)
-    return {
-        "open_s": times[1] - times[0], "size_s": times[2] - times[1], "plan_s": times[3] - times[2], "epoch_s": epoch,
-        "batch_ms": 100 * (time.perf_counter() - again), "own_bytes": after["RssAnon"] - before["RssAnon"],
-        "peak_bytes": after["VmHWM"] - before["VmRSS"],
-    }  # fmt: skip
-
-
-def memory() -> dict[str, float]:
-    """Bytes of this process, as Linux counts them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines)
-    return {key: 1024.0 * int(found[key].split()[0]) for key in ("VmHWM", "VmRSS", "RssAnon")}
 
 
 def qualities(n: int) -> dict[str, float]:
     """`shuffle_quality` of the first epoch by order; of a large set extrapolated: `random` is that of `QUALITY` samples, and
     `blocks`, whose windows are as large in any set, falls with the set's size."""
     some = min(n, QUALITY)
-    return {
-        order: shuffle_quality(permutation(some, 0, 0, order)) * (some / n if order == "blocks" else 1)
-        for order in ORDERS
-    }
+    quality = {order: shuffle_quality(permutation(some, 0, 0, order)) for order in ORDERS}
+    return quality | {"blocks": quality["blocks"] * some / n}
 
 
 # --- replayed and computed ----------------------------------------------------------------------------------------------
@@ -243,14 +132,14 @@ def qualities(n: int) -> dict[str, float]:
 def scaled(n: int, nodes: int, order: str, args: Args) -> dict[str, Any]:
     """One row: what a node fetches by replay and by formula, and what follows for bandwidths."""
     cluster = Cluster(n, nodes, nodes * args.gpus * args.batch_per_gpu, 1e3 * args.image_kb, 1e9 * args.cache_gb, order)
-    epochs = replay(cluster, 3)
-    first, later = epochs[0], epochs[-1]
-    gigabytes = lambda epoch: epoch.fetched / epoch.share * cluster.piece_bytes / 1e9  # noqa: E731
-    guessed = [pieces * cluster.piece_bytes / 1e9 for pieces in formula(cluster)]
+    first, _, later = replay(cluster, 3)
+    gb = cluster.piece_bytes / 1e9
+    guessed = [pieces * gb for pieces in formula(cluster)]
     return {
         "nodes": nodes, "order": order, "batch": cluster.batch, "share": first.share, "own_gb": n * args.image_kb / 1e6 / nodes,
-        "first_gb": gigabytes(first), "later_gb": gigabytes(later), "formula_first_gb": guessed[0],
-        "formula_later_gb": guessed[1], "first_hits": first.hits, "later_hits": later.hits, "late": later.late / later.images,
+        "first_gb": first.fetched / first.share * gb, "later_gb": later.fetched / later.share * gb,
+        "formula_first_gb": guessed[0], "formula_later_gb": guessed[1],
+        "first_hits": first.hits, "later_hits": later.hits, "late": later.late / later.images,
         **bandwidth(cluster, first, later, args),
     }  # fmt: skip
 
@@ -288,6 +177,11 @@ def bounds(one: dict[str, Any], order: str, s: dict[str, Any]) -> dict[str, str]
 
 # --- the page -----------------------------------------------------------------------------------------------------------
 
+STARTED = ["set", "index", "order", "open", "view size", "plan and first batch", "a batch", "next epoch", "own memory", "peak"]
+REPLAYED = ("set", "order", "nodes", "own", "first", "formula", "later", "formula", "hits", "late", "replayed")
+COMPUTED = ("set", "order", "nodes", "into a node, GB/s: first", "later", "from the storage: first", "later",
+            "speed: first", "later", "images/s, later", "steps an epoch", "global batch")  # fmt: skip
+
 
 def name_of(n: int) -> str:
     return NAMES.get(n, f"{number(n)} images")
@@ -298,21 +192,15 @@ def basis(n: int) -> str:
     return "all samples, measured" if n <= QUALITY else f"extrapolated from {number(QUALITY)} samples"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"
-
-
 def page(result: dict[str, Any]) -> str:
     """results/scale.md: measured, replayed and computed apart."""
-    s, about = result["settings"], result["environment"]
+    s, about, sets = result["settings"], result["environment"], result["sets"]
     images, nodes = " ".join(f"{x:g}" for x in s["images"]), " ".join(str(x) for x in s["nodes"])
-    every = [(one, row) for one in result["sets"] for row in one["rows"]]
-    pairs = [(one, order) for one in result["sets"] for order in ORDERS]
+    every = [(one, row) for one in sets for row in one["rows"]]
+    pairs = [(one, order) for one in sets for order in ORDERS]
     limits = [[name_of(one["images"]), order, *bounds(one, order, s).values()] for one, order in pairs]
-    mixing = [
-        [name_of(x["images"]), *(f"{x['quality'][o]:.2%}" for o in ORDERS), basis(x["images"])] for x in result["sets"]
-    ]
-    parts = [
+    mixing = [[name_of(x["images"]), *(f"{x['quality'][o]:.2%}" for o in ORDERS), basis(x["images"])] for x in sets]
+    return output.document(
         "# Many machines, without the machines",
         f"`python tools/profile.py plan --images {images} --nodes {nodes}`, commit {about['commit']}, {about['device']},"
         f" {about['cores']} cores, seed 0. {s['gpus']} GPUs a node, {s['batch_per_gpu']} images a step and GPU,"
@@ -322,7 +210,7 @@ def page(result: dict[str, Any]) -> str:
         " A fresh process opens them, works out the view size, plans, and takes the first batch of the last of"
         f" {max(s['nodes']) * s['gpus']:,} ranks. Memory beyond imports: a rank's own, and the peak with the pages of the index"
         " that it touched, which ranks share. `next epoch`: the pause when a batch is the first of another epoch.",
-        table(STARTED, [started(one, order) for one, order in pairs]),
+        table(STARTED, [started(one, order) for one, order in pairs], left=3),
         f"## Measured up to {QUALITY:,} samples, beyond extrapolated: how well an order mixes",
         "How far apart neighbours in storage come, as a share of what a uniform shuffle gives. `blocks` mixes"
         f" {MIXED:,} samples at a time, whatever the size of the set; storage is shuffled once, when it is written.",
@@ -333,60 +221,44 @@ def page(result: dict[str, Any]) -> str:
         " without a cache. The third epoch stands for all later ones. `hits`: announced images that were there, later."
         " `late`: images whose piece was fetched and gone again before it was read. Where `replayed` is below 100 %, that"
         " much of each epoch was, and the rest is in proportion. `formula`: from averages alone, what one would have guessed.",
-        table(REPLAYED, [replayed(one, row) for one, row in every]),
+        table(REPLAYED, [replayed(one, row) for one, row in every], left=2),
         "## Computed: bandwidth, and where it stops",
         f"At {s['images_per_s']:g} images/s a GPU, from the bytes above. Taken as given: {s['node_gb_s']:g} GB/s into a node,"
         f" {s['storage_gb_s']:g} GB/s from the storage. `speed`: the share of full speed that these allow.",
-        table(COMPUTED, [computed(one, row) for one, row in every]),
+        table(COMPUTED, [computed(one, row) for one, row in every], left=2),
         "The number of nodes (of those above, or exactly) from which on something is the limit. Fewer shards than GPUs stop"
         " loaders that give each worker shards of its own; here samples are dealt, not shards, and it is no limit.",
-        table(["set", "order", *bounds(result["sets"][0], ORDERS[0], s)], limits),
+        table(["set", "order", *bounds(sets[0], ORDERS[0], s)], limits, left=2),
         "![share of full speed by nodes](scale.png)",
-    ]  # fmt: skip
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
-
-
-STARTED = [
-    "set",
-    "index",
-    "order",
-    "open",
-    "view size",
-    "plan and first batch",
-    "a batch",
-    "next epoch",
-    "own memory",
-    "peak",
-]
-REPLAYED = ["set", "order", "nodes", "own", "first", "formula", "later", "formula", "hits", "late", "replayed"]
-COMPUTED = ["set", "order", "nodes", "into a node, GB/s: first", "later", "from the storage: first", "later",
-            "speed: first", "later", "images/s, later", "steps an epoch", "global batch"]  # fmt: skip
+    )
 
 
 def started(one: dict[str, Any], order: str) -> list[str]:
     x = one["start"][order]
-    seconds = (
-        f"{x['open_s']:.2f} s",
-        f"{x['size_s']:.2f} s",
-        f"{x['plan_s']:.2f} s",
-        f"{x['batch_ms']:.1f} ms",
-        f"{x['epoch_s']:.2f} s",
-    )
+    open_, size, plan, epoch = (f"{x[key]:.2f} s" for key in ("open_s", "size_s", "plan_s", "epoch_s"))
     sizes = (quantity(max(0, x["own_bytes"]), "B"), quantity(x["peak_bytes"], "B"))
-    return [name_of(one["images"]), quantity(one["start"]["index_bytes"], "B"), order, *seconds, *sizes]
+    return [
+        name_of(one["images"]),
+        quantity(one["start"]["index_bytes"], "B"),
+        order,
+        open_,
+        size,
+        plan,
+        f"{x['batch_ms']:.1f} ms",
+        epoch,
+        *sizes,
+    ]
 
 
 def replayed(one: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    keys = ("own_gb", "first_gb", "formula_first_gb", "later_gb", "formula_later_gb")
+    sizes = [number(row[f"{key}_gb"]) for key in ("own", "first", "formula_first", "later", "formula_later")]
     shares = [f"{row[key]:.1%}" for key in ("later_hits", "late")]
-    sizes = [number(row[key]) for key in keys]
     return [name_of(one["images"]), row["order"], f"{row['nodes']}", *sizes, *shares, f"{row['share']:.0%}"]
 
 
 def computed(one: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    keys = ("first_node_gb_s", "later_node_gb_s", "first_storage_gb_s", "later_storage_gb_s")
+    rates = [number(row[f"{key}_gb_s"]) for key in ("first_node", "later_node", "first_storage", "later_storage")]
     speeds = [f"{row[key]:.0%}" for key in ("first_speed", "later_speed")]
-    rates = [number(row[key]) for key in keys]
     counts = [f"{row['images_per_s']:,.0f}", number(row["steps"]), f"{row['batch']:,}"]
     return [name_of(one["images"]), row["order"], f"{row['nodes']}", *rates, *speeds, *counts]
 
@@ -401,14 +273,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     nodes, sets = sorted(result["settings"]["nodes"]), result["sets"]
     figure, axes = plt.subplots(1, len(sets), figsize=(4.2 * len(sets), 3.8), sharey=True, squeeze=False)
     for axis, one in zip(axes[0], sets):
-        for order, color, width in zip(
-            ORDERS, ("tab:blue", "tab:orange"), (5, 2)
-        ):  # both are seen where one lies on the other
+        for order, color, width in zip(ORDERS, ("tab:blue", "tab:orange"), (5, 2)):  # both are seen where they coincide
             rows = sorted((row for row in one["rows"] if row["order"] == order), key=lambda row: row["nodes"])
-            for epoch, style in (("first", "--"), ("later", "-")):
-                label = f"{order}, {epoch} epoch{'s' if epoch == 'later' else ''}"
+            for epoch, style, label in (("first", "--", "first epoch"), ("later", "-", "later epochs")):
                 y = [100 * row[f"{epoch}_speed"] for row in rows]
-                axis.plot(nodes, y, style, color=color, linewidth=width, marker="o", markersize=width + 2, label=label)
+                look: Any = {"color": color, "linewidth": width, "marker": "o", "markersize": width + 2}
+                axis.plot(nodes, y, style, label=f"{order}, {label}", **look)
         axis.set(xscale="log", xlabel="nodes", title=name_of(one["images"]), ylim=(0, 105), xticks=nodes)
         axis.set_xticklabels(nodes)
         axis.minorticks_off()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from manyview.bench.host import Neighbours, interval, now, spread, synchronize
+from manyview.bench.harness import Neighbours, interval, now, spread, synchronize
 from manyview.bench.workload import Workload
 
 READY_SECONDS = 5e-4  # a batch that comes this soon was there when it was asked for
@@ -35,7 +35,9 @@ class Block:
     idle: float | None = None  # share of the time for which the device had nothing to do between steps
 
 
-class Composed:
+class EndToEnd:
+    """`block()` runs the loop for a while and keeps what it saw; `result()` is of all blocks."""
+
     def __init__(self, work: Workload):
         self.work = work
         self.blocks: list[Block] = []
@@ -52,21 +54,20 @@ class Composed:
                 break
         synchronize(work.device)
         before, neighbours, begun = dict(loader.timings), Neighbours(), now()
-        taken: list[float] = []
-        waited: list[float] = []
+        steps: list[float] = []
+        waits: list[float] = []
         marks: list[Any] = []
-        while len(taken) < least or (time.perf_counter() - begun.wall) * (1 + 1 / len(taken)) < seconds:
+        while len(steps) < least or (time.perf_counter() - begun.wall) * (1 + 1 / len(steps)) < seconds:
             start = time.perf_counter()
-            waited.append(self._one(batches, marks))
-            taken.append(time.perf_counter() - start)
+            waits.append(self._one(batches, marks))
+            steps.append(time.perf_counter() - start)
         synchronize(work.device)
         passed, others = now() - begun, neighbours.share()
         engine = {k: v - before[k] for k, v in loader.timings.items() if k in getattr(work.engine, "seconds", {})}
         batches.close()  # type: ignore[attr-defined]
-        images = len(taken) * work.batch
-        self.blocks.append(
-            Block(images, passed.wall, passed.core, others, taken, waited, engine, idle(marks, passed.wall))
-        )
+        idle_share = idle(marks, passed.wall)
+        images = len(steps) * work.batch
+        self.blocks.append(Block(images, passed.wall, passed.core, others, steps, waits, engine, idle_share))
 
     def _one(self, batches: Iterator, marks: list | None = None) -> float:
         """One step; seconds that the batch kept it waiting."""
@@ -75,35 +76,32 @@ class Composed:
         waited = time.perf_counter() - begun
         self.step = batch.step + 1
         with device_marks(self.work.device, marks):
-            self.work.consume(batch.views)
+            self.work.step(batch.views)
         return waited
 
     def result(self) -> dict[str, Any]:
         rates = [b.images / b.wall for b in self.blocks]
         core = [1e3 * b.core / b.images for b in self.blocks]
-        wall = sum(b.wall for b in self.blocks)
+        wall, images = sum(b.wall for b in self.blocks), sum(b.images for b in self.blocks)
         waits = [w for b in self.blocks for w in b.waits]
         steps = [s for b in self.blocks for s in b.steps]
         busy = {k: sum(b.engine.get(k, 0.0) for b in self.blocks) for k in self.blocks[0].engine}
-        images = sum(b.images for b in self.blocks)
         return {
             "images_per_s": median(rates), "images_per_s_samples": rates, "images_per_s_interval": interval(rates),
             "core_ms": median(core), "core_ms_samples": core, "core_ms_interval": interval(core), "core_ms_spread": spread(core),
-            "batch": self.work.batch, "steps": len(steps), "images": images,
-            "data_wait": sum(waits) / wall,
+            "batch": self.work.batch, "steps": len(steps), "images": images, "data_wait": sum(waits) / wall,
             "ready": float(np.mean([w < READY_SECONDS for w in waits])),
             "engine_busy": min(1.0, sum(busy.values()) / (wall * self.work.threads)) if busy else None,
             "engine_ms": {k: 1e3 * v / images for k, v in busy.items()},
             "device_idle": None if self.blocks[0].idle is None else median([b.idle or 0.0 for b in self.blocks]),
-            "latency_ms": percentiles(waits), "step_ms": percentiles(steps),
-            "others": max(b.others for b in self.blocks),
+            "latency_ms": percentiles(waits), "step_ms": percentiles(steps), "others": max(b.others for b in self.blocks),
         }  # fmt: skip
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
     """p50, p95, p99 in milliseconds, and of how many."""
-    p50, p95, p99 = np.percentile(1e3 * np.asarray(seconds), (50, 95, 99))
-    return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "n": len(seconds)}
+    found = np.percentile(1e3 * np.asarray(seconds), (50, 95, 99)).tolist()
+    return {**dict(zip(("p50", "p95", "p99"), found)), "n": len(seconds)}
 
 
 @contextmanager
@@ -131,7 +129,7 @@ def idle(marks: list, wall: float) -> float | None:
 
 
 def trace(work: Workload, path: Path, steps: int = 6) -> None:
-    """A torch.profiler trace of the composed run, for ui.perfetto.dev or chrome://tracing."""
+    """A torch.profiler trace of the loop, for ui.perfetto.dev or chrome://tracing."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if work.device.type == "cuda" else [])
@@ -145,7 +143,7 @@ def trace(work: Workload, path: Path, steps: int = 6) -> None:
             with record_function("wait for the batch"):
                 batch = next(batches)
             with record_function("training step"):
-                work.consume(batch.views)
+                work.step(batch.views)
     batches.close()  # type: ignore[attr-defined]
     path.parent.mkdir(parents=True, exist_ok=True)
     recorded.export_chrome_trace(str(path))

@@ -17,21 +17,29 @@ import numpy as np
 import torch
 
 from manyview.bench import workload
-from manyview.bench.host import Spent, interval, now, spent, synchronize
-from manyview.bench.workload import Training, Workload, draw
+from manyview.bench.harness import Call, Spent, interval, spent
+from manyview.bench.workload import Workload
 from manyview.pipeline import codec, views
-from manyview.pipeline.loader import normalize
 from manyview.pipeline.views import ViewParameters
+from manyview.training.setup import Training
 from manyview.training.step import embed, local_views
 
 SMALL_SECONDS = 0.002  # of a stage that is so short that it is repeated
 OPERATIONS = ("solarize", "blur", "color", "flip")  # taken away in this order
+STAGES = {
+    "index": ("main", "image"), "plan": ("main", "image"), "parameters": ("main", "view"),
+    "read": ("engine", "image"), "decode": ("engine", "image"), "dispatch": ("engine", "image"),
+    "resize": ("engine", "view"), **dict.fromkeys(reversed(OPERATIONS), ("engine", "view")),
+    "copy": ("copy", "view"), "normalize": ("compute", "view"), "forward": ("compute", "view"),
+    "backward": ("compute", "view"), "objective": ("compute", "image"), "optimizer": ("compute", "step"),
+}  # fmt: skip
+TRAINED = ("forward", "backward", "objective", "optimizer")
 
 
 @dataclass
 class Cost:
     """One stage alone. `where` it runs: `engine` (the engine's threads, which are cores or the device), `main` (the
-    thread that trains, on the cores), `device`, `copy` (host to device), `network`. `core` and `wall`: milliseconds a
+    thread that trains, on the cores), `device`, `copy` (host to device). `core` and `wall`: milliseconds a
     unit, one a round; a unit is a `per`: image, view or step."""
 
     name: str
@@ -57,49 +65,37 @@ class Cost:
         self.wall.append(1e3 * taken.wall / units)
 
     def to_json(self) -> dict[str, Any]:
-        digits = lambda values: [float(f"{v:.5g}") for v in values]  # noqa: E731
-        return asdict(self) | {
-            "core": digits(self.core),
-            "wall": digits(self.wall),
-            "core_ms": self.core_ms,
-            "core_interval": digits(interval(self.core)),
-        }
+        rounded = {key: [float(f"{v:.5g}") for v in getattr(self, key)] for key in ("core", "wall")}
+        between = [float(f"{v:.5g}") for v in interval(self.core)]
+        return asdict(self) | rounded | {"core_ms": self.core_ms, "core_interval": between}
 
 
 def from_json(row: dict[str, Any]) -> Cost:
     return Cost(row["name"], row["where"], row["per"], row["core"], row["wall"])
 
 
-class Ceilings:
+class StageCosts:
     """`round()` measures everything once more; `costs` has what was found so far, in the order of the pipeline."""
 
     def __init__(self, work: Workload, run_seconds: float):
         """`run_seconds`: about how long one run of the engine takes; it decides on how many images."""
         self.work = work
         self.rng = np.random.default_rng(work.setup.seed)
-        self.pool = ThreadPoolExecutor(work.threads, "ceiling")
+        self.pool = ThreadPoolExecutor(work.threads, "stage")
         self.parallel: list[float] = []  # core seconds a second of the engine alone: how many cores it really fills
-        on_device = work.device.type == "cuda"
-        compute = "device" if on_device else "main"
-        rows = [
-            ("index", "main", "image"), ("plan", "main", "image"), ("parameters", "main", "view"),
-            ("read", "engine", "image"), ("decode", "engine", "image"), ("dispatch", "engine", "image"),
-            ("resize", "engine", "view"), *((name, "engine", "view") for name in reversed(OPERATIONS)),
-        ]  # fmt: skip
-        if on_device and work.engine.name == "cpu":
-            rows.append(("copy", "copy", "view"))
-        if work.training is not None:
-            rows += [("normalize", compute, "view"), ("forward", compute, "view"), ("backward", compute, "view"),
-                     ("objective", compute, "image"), ("optimizer", compute, "step")]  # fmt: skip
-        else:
-            rows.append(("normalize", compute, "view"))
-        self.cost = {name: Cost(name, where, per) for name, where, per in rows}
         self.repeats: dict[str, int] = {}
+        on_device = work.device.type == "cuda"
+        left_out = {
+            *(() if on_device and work.engine.name == "cpu" else ("copy",)),
+            *(() if work.training else TRAINED),
+        }
+        compute = "device" if on_device else "main"
+        self.cost = {name: Cost(name, compute if where == "compute" else where, per)
+                     for name, (where, per) in STAGES.items() if name not in left_out}  # fmt: skip
         self.images = self._images(run_seconds)
-        made = work.engine(*draw(work, work.plan.ids[: work.batch]))
-        self.made = [torch.randint_like(group, 256) for group in made]
+        self.batch = [torch.randint_like(group, 256) for group in work.engine(*work.draw(work.plan.ids[: work.batch]))]
         dim = work.setup.projector_dim
-        self.z = [torch.randn(len(group), group.shape[1], dim, device=work.device) for group in self.made]
+        self.z = [torch.randn(len(group), group.shape[1], dim, device=work.device) for group in self.batch]
 
     @property
     def costs(self) -> list[Cost]:
@@ -114,65 +110,64 @@ class Ceilings:
         self._engine(ids)
         self._step()
 
+    def _spent(self, call: Call) -> Spent:
+        return spent(call, self.work.device)
+
     def _images(self, run_seconds: float) -> int:
-        if self.work.engine.name != "cpu":  # batches are its unit of work, so as many as in the composed run
+        if self.work.engine.name != "cpu":  # batches are its unit of work, so as many as end to end
             return self.work.batch
         few = self.work.plan.ids[:8]
-        taken = spent(lambda: self.work.engine(*draw(self.work, few)), self.work.device).wall / len(few)
+        taken = self._spent(lambda: self.work.engine(*self.work.draw(few))).wall / len(few)
         return int(np.clip(run_seconds / taken, 16, 2048))
 
-    def _repeat(self, name: str, call: Callable[[], Any], units: float) -> None:
-        """Measure something short: often enough in a row to be seen."""
+    def _often(self, name: str, call: Callable[[int], Any]) -> Spent:
+        """What `call(1)` takes, from as many repetitions, `call(times)`, as are long enough to be seen."""
         if name not in self.repeats:
-            call()
-            once = max(1e-7, spent(call, self.work.device).wall)
-            self.repeats[name] = max(1, int(SMALL_SECONDS / once))
+            call(1)
+            self.repeats[name] = 1 + int(SMALL_SECONDS / max(1e-7, self._spent(lambda: call(1)).wall))
         times = self.repeats[name]
+        return self._spent(lambda: call(times)) / times
 
-        def loop() -> None:
+    def _alone(self, name: str, call: Call, units: float) -> None:
+        def loop(times: int) -> None:
             for _ in range(times):
                 call()
 
-        self.cost[name].add(spent(loop, self.work.device), units * times)
-
-    def _planning(self, ids: np.ndarray) -> None:
-        store, plan, step = self.work.store, self.work.plan, int(self.rng.integers(1000))
-        self._repeat("index", lambda: (store.heights[ids], store.widths[ids], store.labels[ids]), len(ids))
-        # As the loader does: the batch to make, and the same number of ids for storage to fetch.
-        self._repeat("plan", lambda: (plan.batch(step), next(plan.reading(step, step + 1))), plan.global_batch)
-        sizes, epochs = (np.asarray(store.heights[ids]), np.asarray(store.widths[ids])), np.zeros(len(ids), np.int64)
-        seed, policy = self.work.setup.seed, self.work.policy
-        drawing = lambda: workload.parameters(policy, seed, epochs, ids, *sizes)  # noqa: E731
-        self._repeat("parameters", drawing, len(ids) * policy.views)
+        self.cost[name].add(self._often(name, loop), units)
 
     def _in_threads(self, name: str, call: Callable[[Any], Any], items: list[Any]) -> Spent:
-        """`call` on every item, in as many threads as the engine has; over and over where that is short."""
+        """`call` on every item, in as many threads as the engine has."""
+        parts = [items[i :: self.work.threads] for i in range(self.work.threads)]
 
-        def some(part: list[Any]) -> None:
+        def some(part: list[Any], times: int) -> None:
             for _ in range(times):
                 for item in part:
                     call(item)
 
-        parts, times = [items[i :: self.work.threads] for i in range(self.work.threads)], 1
-        if name not in self.repeats:
-            once = spent(lambda: list(self.pool.map(some, parts)), self.work.device).wall
-            self.repeats[name] = 1 + int(2 * SMALL_SECONDS / once)
-        times = self.repeats[name]
-        taken = spent(lambda: list(self.pool.map(some, parts)), self.work.device)
-        return Spent(taken.wall / times, taken.core / times)
+        return self._often(name, lambda times: list(self.pool.map(some, parts, [times] * len(parts))))
+
+    def _planning(self, ids: np.ndarray) -> None:
+        store, plan, step = self.work.store, self.work.plan, int(self.rng.integers(1000))
+        self._alone("index", lambda: (store.heights[ids], store.widths[ids], store.labels[ids]), len(ids))
+        # As the loader does: the batch to make, and the same number of ids for storage to fetch.
+        self._alone("plan", lambda: (plan.batch(step), next(plan.reading(step, step + 1))), plan.global_batch)
+        sizes, epochs = (np.asarray(store.heights[ids]), np.asarray(store.widths[ids])), np.zeros(len(ids), np.int64)
+        seed, policy = self.work.setup.seed, self.work.policy
+        draw = lambda: workload.parameters(policy, seed, epochs, ids, *sizes)  # noqa: E731
+        self._alone("parameters", draw, len(ids) * policy.views)
 
     def _engine(self, ids: np.ndarray) -> None:
         """read and decode on their own; then the whole engine, and again with one step of a view less each time."""
         work, n, cost = self.work, len(ids), self.cost
         n_views = work.policy.views
-        _, drawn = draw(work, ids, epoch=int(self.rng.integers(100)))
+        _, drawn = work.draw(ids, epoch=int(self.rng.integers(100)))
         numbers = [int(i) for i in ids]
         read = self._in_threads("read", work.store.read, numbers)
         cost["read"].add(read, n)
-        decode = Spent(0, 0)
+        decode = None  # where the engine reads and decodes in one go, in its own way
         if work.engine.name == "cpu":
             decode = self._in_threads("decode", codec.decode, [work.store.read(i) for i in numbers])
-        whole = spent(lambda: work.engine(ids, drawn), work.device)
+        whole = self._spent(lambda: work.engine(ids, drawn))
         self.parallel.append(whole.core / whole.wall)
         for name in OPERATIONS:
             less = without(drawn, name)
@@ -180,56 +175,48 @@ class Ceilings:
                 cost[name].add(Spent(0, 0), 1)
                 continue
             drawn = less
-            rest = spent(lambda p=drawn: work.engine(ids, p), work.device)  # type: ignore[misc]
+            rest = self._spent(lambda p=drawn: work.engine(ids, p))  # type: ignore[misc]
             cost[name].add(whole - rest, n * n_views)
             whole = rest
         tiny = one_tiny_view(work, ids)
-        rest = spent(lambda: work.engine(ids, tiny), work.device)
+        rest = self._spent(lambda: work.engine(ids, tiny))
         cost["resize"].add(whole - rest, n * n_views)
-        if work.engine.name == "cpu":
-            cost["decode"].add(decode, n)
-            cost["dispatch"].add(rest - read - decode, n)
-        else:  # it reads and decodes in one go, in its own way
-            cost["decode"].add(rest - read, n)
-            cost["dispatch"].add(Spent(0, 0), n)
+        cost["decode"].add(decode or rest - read, n)
+        cost["dispatch"].add(rest - read - decode if decode else Spent(0, 0), n)
 
     def _step(self) -> None:
         work, cost = self.work, self.cost
-        rows = sum(len(group) * group.shape[1] for group in self.made)
+        rows = sum(len(group) * group.shape[1] for group in self.batch)
         if "copy" in cost:
-            pinned = [torch.empty_like(group, device="cpu").pin_memory() for group in self.made]
-            cost["copy"].add(spent(lambda: [p.to(work.device, non_blocking=True) for p in pinned], work.device), rows)
+            pinned = [torch.empty_like(group, device="cpu").pin_memory() for group in self.batch]
+            cost["copy"].add(self._spent(lambda: [p.to(work.device, non_blocking=True) for p in pinned]), rows)
         if work.training is None:
-            mean, std = work.store.mean, work.store.std
-            self._repeat("normalize", lambda: [normalize(g, mean, std, torch.float32) for g in self.made], rows)
+            self._alone("normalize", lambda: work.normalized(self.batch), rows)
             return
+        units = {"view": rows, "image": work.batch, "step": 1}
         for name, taken in self._training(work.training):
-            units = {"view": rows, "image": work.batch, "step": 1}[cost[name].per]
-            cost[name].add(taken, units)
+            cost[name].add(taken, units[cost[name].per])
 
     def _training(self, training: Training) -> list[tuple[str, Spent]]:
         """One step, part by part."""
-        device, taken = self.work.device, []
+        taken = []
 
         def part(name: str, call: Callable[[], Any]) -> Any:
-            synchronize(device)
-            begun = now()
-            result = call()
-            synchronize(device)
-            taken.append((name, now() - begun))
-            return result
+            result: list[Any] = []
+            taken.append((name, self._spent(lambda: result.append(call()))))
+            return result[0]
 
         def forward() -> list[torch.Tensor]:
             with training.autocast():
-                return [embed(training.encoder, group, False) for group in groups]
+                return [embed(training.called, group, False) for group in groups]
 
         def objective() -> torch.Tensor:
             z = [one.detach().requires_grad_() for one in self.z]
-            loss = training.loss_of(torch.cat(z), local=local_views(self.made)).total
+            loss = training.objective(torch.cat(z), local=local_views(self.batch)).total
             training.update.scale(loss).backward()
             return loss
 
-        groups = part("normalize", lambda: training.normalized(self.made))
+        groups = part("normalize", lambda: self.work.normalized(self.batch))
         z = part("forward", forward)
         gradient = [torch.randn_like(one) for one in z]
         part("backward", lambda: torch.autograd.backward(z, gradient))

@@ -1,0 +1,196 @@
+"""What a report of `stages` says, worked out once for the terminal, the page and the picture: tables, bars and sentences."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from manyview.bench import verdict
+from manyview.bench.expected import RESOURCES, loads
+from manyview.bench.output import number, quantity
+from manyview.bench.stage_cost import TRAINED
+from manyview.training.config import BOOKKEEPING, Config
+
+Report = dict[str, Any]
+Table = tuple[Sequence[str], list[list[str]]]  # head, rows
+ALWAYS = ("data", "views", "backbone", "batch_size", "threads", "prefetch")  # said even where they are the defaults
+
+
+def heading(report: Report) -> str:
+    data, settings = report["data"], report["settings"]
+    sizes = "+".join(str(size) for size in data["sizes"])
+    return (
+        f"{data['name']} ({data['images']:,} images, {data['encoding']}, {data['bytes_per_image'] / 1e3:.0f} kB), "
+        f"{settings['views']} views of {sizes} px, policy {settings['policy']}, backbone {settings['backbone']}, "
+        f"batch {settings['batch_size']}"
+        + (f" (measured with {data['batch']})" if data["batch"] != settings["batch_size"] else "")
+        + f", engine {data['engine']} with {data['threads']} threads on {data['device']}"
+    )
+
+
+def rate(images_per_s: float, n_views: int) -> str:
+    return f"{number(images_per_s)} images/s, {number(images_per_s * n_views)} views/s"
+
+
+def stages(report: Report) -> Table:
+    """Every stage alone, and the rate without it."""
+    head = ("stage", "runs on", "core-ms", "per", "95 %", "images/s", "views/s", "core-ms/image", "without it")
+    gone, rows = {row["stage"]: row for row in report["what_if"]}, []
+    for row in report["stages"]:
+        low, high = (number(max(0.0, x)) for x in row["core_interval"])
+        rates = [number(row[key]) if row["images_per_s"] else "-" for key in ("images_per_s", "views_per_s")]
+        after = gone[row["name"]]
+        without = number(after["images_per_s"]) if after["gain"] > 1.001 else "same"
+        rows.append([row["name"], row["where"], number(row["core_ms"]), row["per"], f"{low} .. {high}", *rates,
+                     number(row["core_ms_image"]), without])  # fmt: skip
+    return head, rows
+
+
+def queues(report: Report) -> Table:
+    rows = []
+    for name, key in (("waiting for a batch", "latency_ms"), ("a whole step", "step_ms")):
+        times = report["composed"][key]
+        rows.append([name, *(number(times[p]) for p in ("p50", "p95", "p99")), str(times["n"])])
+    return ("milliseconds", "p50", "p95", "p99", "of"), rows
+
+
+def limits(report: Report) -> Table:
+    """What the hardware could do, and how much of it is used; no rows where that was not measured."""
+    rows = []
+    for row in (report.get("limits") or {"shares": []})["shares"]:
+        between = " .. ".join(quantity(x, row["unit"]) for x in row.get("interval") or ())
+        allowed = number(row["images_per_s"])
+        rows.append([row["name"], quantity(row["limit"], row["unit"]), between, allowed, f"{row['share']:.1%}"])
+    return ("limit", "measured", "95 %", "allows images/s", "used"), rows
+
+
+def changes(comparison: dict[str, Any]) -> Table:
+    """Of `verdict.compare`."""
+    rows = []
+    for row in comparison["rows"]:
+        mark = "" if not row["changed"] else "slower" if row["ratio"] > 1 else "faster"
+        ratio = f"{row['ratio']:.2f}x" if row["before_ms"] > 0 else "new"
+        rows.append(
+            [row["stage"], number(row["before_ms"]), number(row["after_ms"]), ratio, mark, number(row["images_per_s"])]
+        )
+    return ("stage", "core-ms before", "after", "ratio", "changed", "images/s if undone"), rows
+
+
+def by_resource(report: Report) -> str:
+    return ", ".join(f"{RESOURCES[k].removeprefix('the ')} {number(1e3 / v)}" for k, v in report["loads"].items() if v)
+
+
+def start_up(report: Report) -> str:
+    start = report["startup"]
+    return f"imports {start['imports_s']:.1f} s, build {start['build_s']:.1f} s, first batch {start['first_batch_s']:.2f} s"
+
+
+def law(report: Report) -> str:
+    """What a view costs on top of an image; empty where other numbers of views were not tried."""
+    fit = report.get("sweep", {}).get("fit")
+    if not fit:
+        return ""
+    a, b = ("{} .. {}".format(*map(number, fit[f"{name}_interval"])) for name in "ab")
+    return (
+        f"data path, core-ms an image = {number(fit['a'])} + {number(fit['b'])} V  (a {a}, b {b}; worst point"
+        f" {fit['worst_error']:.0%} off)"
+    )
+
+
+def tiles(report: Report) -> list[tuple[str, str, str]]:
+    """(what, value, detail) of the numbers that sum a run up."""
+    c, n_views = report["composed"], report["shape"]["views"]
+    found = [
+        ("observed", number(c["images_per_s"]), f"images/s, {number(c['images_per_s'] * n_views)} views/s"),
+        ("of expected", f"{c['efficiency']:.0%}", f"{number(c['expected_images_per_s'])} images/s from the stages"),
+        ("cost", number(c["core_ms"]), f"core-ms an image, {number(c['core_ms'] / n_views)} a view"),
+        ("waiting for data", f"{c['data_wait']:.0%}", f"{c['ready']:.0%} of batches were ready"),
+    ]
+    if c["device_idle"] is not None:
+        found.append(("GPU idle", f"{c['device_idle']:.0%}", "of the time, between steps"))
+    elif c["engine_busy"] is not None:
+        found.append(("engine busy", f"{c['engine_busy']:.0%}", f"{report['data']['threads']} threads"))
+    return [*found, ("peak memory", f"{report['peak_bytes'] / 2**30:.2f}", "GiB")]
+
+
+def end_to_end(report: Report) -> list[str]:
+    """The whole run in sentences."""
+    c, n_views, asked = report["composed"], report["shape"]["views"], report["settings"]["batch_size"]
+    low, high = (number(x) for x in c["images_per_s_interval"])
+    wait, step = (
+        ", ".join(f"{p} {number(c[key][p])}" for p in ("p50", "p95", "p99")) for key in ("latency_ms", "step_ms")
+    )
+    return [
+        f"observed {number(c['images_per_s'])} images/s ({low} .. {high}), {number(c['images_per_s'] * n_views)} views/s;"
+        f" expected {number(c['expected_images_per_s'])}; efficiency {c['efficiency']:.0%}"
+        + (f"; {number(c['full_batch_images_per_s'])} images/s at batch {asked}" if c["batch"] != asked else ""),
+        f"limits by resource, images/s: {by_resource(report)}",
+        f"core-ms an image {number(c['core_ms'])} (stages alone: {number(c['expected_core_ms'])}); peak memory"
+        f" {report['peak_bytes'] / 2**30:.2f} GiB",
+        f"data wait {c['data_wait']:.0%} of the time; {c['ready']:.0%} of batches were ready when asked for"
+        + (f"; engine threads busy {c['engine_busy']:.0%}" if c["engine_busy"] is not None else "")
+        + (f"; GPU idle between steps {c['device_idle']:.1%}" if c["device_idle"] is not None else ""),
+        f"batch wait {wait} ms; step {step} ms (of {c['step_ms']['n']})",
+        f"start-up: {start_up(report)}",
+    ]
+
+
+def bars(report: Report) -> list[dict[str, Any]]:
+    """A waterfall of the resource that sets the pace: milliseconds an image, from where on, and of which `kind` (data,
+    train, rest); stages under half a percent are one bar, `the rest`. Then what they make together, and what was observed."""
+    costs, shape = verdict.costs_of(report), verdict.shape_of(report)
+    stages = loads(costs, shape)[report["bottleneck"]["resource"]]
+    total = sum(stages.values())
+    kept = {name: ms for name, ms in stages.items() if ms >= 0.005 * total}
+    rest = total - sum(kept.values())
+    rows, at = [], 0.0
+    for name, ms in (kept | ({"the rest": rest} if rest > 0.0005 * total else {})).items():
+        kind = "train" if name in ("normalize", *TRAINED) else "data" if name in kept else "rest"
+        rows.append({"name": name, "from": at, "ms": ms, "kind": kind, "more": f"{ms / total:.0%}"})
+        at += ms
+    for name, key in (("expected", "expected_images_per_s"), ("observed", "images_per_s")):
+        per_s = report["composed"][key]
+        rows.append({"name": name, "from": 0.0, "ms": 1e3 / per_s, "kind": name, "more": f"{number(per_s)} images/s"})
+    return rows
+
+
+def command(report: Report) -> str:
+    """The flags that were found best beside those that were profiled, as a command to run."""
+    best = report["settings"] | {name: int(report["sweep"]["knees"][name]) for name in ("threads", "prefetch")}
+    words = ["python", "train.py"]
+    for field in fields(Config):
+        value = best.get(field.name, field.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if (field.name not in ALWAYS and value == field.default) or value == "none" or field.name in BOOKKEEPING:
+            continue
+        words.append(f"--{field.name.replace('_', '-')}")
+        words += [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
+    return shlex.join(words)
+
+
+# --- as text
+
+
+def columns(table: Table) -> list[str]:
+    """A table in columns, the first to the left, the others to the right; nothing where there are no rows."""
+    head, rows = table
+    if not rows:
+        return []
+    widths = [max(len(line[i]) for line in (head, *rows)) + 2 for i in range(len(head))]
+    return ["".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+            for line in (head, *rows)]  # fmt: skip
+
+
+def text(report: Report) -> str:
+    """Stages, then the whole run, limits, cost model, the recommended command and the verdict."""
+    env = report["environment"]
+    lines = [heading(report), "", *columns(stages(report)), "", *end_to_end(report), ""]
+    for more in (columns(limits(report)), [law(report)] if law(report) else []):
+        lines += [*more, ""] if more else []
+    if report.get("sweep"):
+        lines.append("recommended: " + command(report))
+    lines.append(f"environment: {env['device']}, commit {env['commit']}, other processes {report['noise']['others']:.1%} of the"
+                 f" cores, measured in {report['took_s']:.0f} s")  # fmt: skip
+    return "\n".join([*lines, "", report["verdict"]])

@@ -1,0 +1,234 @@
+"""All runs side by side, as a table and as one page: `python tools/runs.py runs/* --out runs.html`
+
+The page is one file that fetches nothing: open it from the disk, send it to somebody.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the checkout on the path instead of this folder, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import base64
+import io
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import tyro
+from jinja2 import Environment, FileSystemLoader
+
+from manyview.pipeline import errors
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.files import write
+
+CURVES = ("knn", "linear", "loss", "rank", "views_per_s")
+POINTS = 300  # of a curve, at most
+TESTS = {"kNN": ("knn-cosine-exp k=20", "l2"), "linear": ("linear-sweep", "bn")}  # eval.json's rows that have a column
+UNTOLD = {"out", "resume", "overwrite", "dry_run", "preset", "log", "log_every", "save_every", "keep_every", "eval_every",
+          "prefetch", "threads", "data"}  # settings that say nothing about what was learned  # fmt: skip
+SHEET = 640  # pixels: width of a contact sheet on the page
+COLLAPSED = 2.0  # effective rank of the embeddings below which nothing is left of them
+WAITING = 0.1  # share of the time spent waiting for data from which on it is said
+
+
+@dataclass
+class Run:
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    steps: list[dict[str, Any]]  # rows of metrics.jsonl of training
+    probes: list[dict[str, Any]]  # and of the online probes
+    scores: list[dict[str, Any]] = field(default_factory=list)  # eval.json's table
+    name: str = ""
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.steps[-1] if self.steps else {}
+
+    def total(self, key: str, unit: float = 1.0) -> float | None:
+        return self.last[key] / unit if self.last.get(key) is not None else None
+
+    @property
+    def speed(self) -> float | None:
+        """Views a second, the median over the run: the first rows hold compilation and warm-up."""
+        rates = sorted(row["views_per_s"] for row in self.steps if row.get("views_per_s"))
+        return rates[len(rates) // 2] if rates else None
+
+    def score(self, column: str) -> dict[str, Any] | None:
+        """The test score of a column of the table, on the data that the run was trained on, or else the first there is."""
+        rows = [row for row in self.scores if (row["protocol"], row["norm"]) == TESTS[column]]
+        own = [row for row in rows if row["dataset"] == self.config.get("dataset")]
+        return next(iter([*own, *rows]), None)
+
+    @property
+    def verdict(self) -> list[tuple[str, str]]:
+        """(good, fair or bad; what is to be said) of this run, worst first."""
+        wanted, step = self.config.get("steps") or 0, self.last.get("step", 0)
+        said = [("good", "finished")] if step and step >= wanted else [("fair", f"at step {step:,} of {wanted:,}")]
+        rank = self.last.get("rank")
+        if self.last and (rank is None or rank < COLLAPSED):
+            said.append(
+                ("bad", "diverged: embeddings are not finite" if rank is None else f"collapsed: rank {rank:.1f}")
+            )
+        if skipped := self.last.get("skipped"):
+            said.append(("fair", f"{skipped:,} steps skipped as not finite"))
+        if self.last.get("bad"):
+            said.append(("fair", f"{self.last['bad']:,} unreadable images"))
+        waits = [row["data_wait"] for row in self.steps if row.get("data_wait") is not None]
+        if waits and (share := sum(waits) / len(waits)) >= WAITING:
+            said.append(("fair", f"waited for data {share:.0%} of the time"))
+        return sorted(said, key=lambda one: ("bad", "fair", "good").index(one[0]))
+
+
+def read(folder: Path) -> Run:
+    """A run directory of train.py, finished or not. UserError where it is none or damaged."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no run of train.py (no config.json)")
+    rows = metrics(folder / "metrics.jsonl")
+    scores = facts(folder / "eval.json").get("table", [])
+    steps, probes = ([row for row in rows if key in row] for key in ("loss", "knn"))
+    return Run(folder, facts(folder / "config.json"), facts(folder / "env.json"), steps, probes, scores)
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, what is not finite as None; a line that a kill cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+    return rows
+
+
+def facts(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return values
+
+
+def find(paths: list[Path]) -> list[Run]:
+    """The runs at these paths or one or two folders below them, by name; names are as long as they must be to differ."""
+    folders = []
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder")
+        below = [path] if (path / "config.json").is_file() else sorted({*path.glob("*/"), *path.glob("*/*/")})
+        folders += [
+            folder for folder in below if (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
+        ]
+    if not folders:
+        raise UserError(f"no runs in {', '.join(map(str, paths))}: a run has a config.json and a metrics.jsonl")
+    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+    runs = [read(folder) for folder in folders]
+    short = [folder.name for folder in folders]
+    for run in runs:
+        run.name = (
+            run.folder.name if short.count(run.folder.name) == 1 else f"{run.folder.parent.name}/{run.folder.name}"
+        )
+    return runs
+
+
+def differences(runs: list[Run]) -> list[str]:
+    """Settings in which these runs differ, in the order of the configuration."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in UNTOLD)
+    return [key for key in keys if len({json.dumps(run.config.get(key), sort_keys=True) for run in runs}) > 1]
+
+
+def setting(value: Any) -> str:
+    """As it is shown."""
+    if value is None or value == []:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def table(runs: list[Run]) -> str:
+    """For the terminal."""
+    keys = differences(runs)
+    head = ["run", *(key.replace("_", "-") for key in keys), "M views", "core-h", "views/s", *TESTS, "verdict"]
+    rows = [head]
+    for run in runs:
+        totals = [run.total("views", 1e6), run.total("core_seconds", 3600), run.speed]
+        numbers = [form.format(n) if n is not None else "-" for form, n in zip(("{:.3g}", "{:.2g}", "{:,.0f}"), totals)]
+        scores = [f"{100 * row['top1']:.1f}" if (row := run.score(column)) else "-" for column in TESTS]
+        said = "; ".join(text for _, text in run.verdict)
+        rows.append([run.name, *(setting(run.config.get(key)) for key in keys), *numbers, *scores, said])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    left = {0, len(head) - 1}
+    lines = [
+        "  ".join(f"{c:<{w}}" if i in left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def curves(run: Run) -> dict[str, Any]:
+    """Points of each curve: [views, hours, core-hours, value], thinned."""
+    found: dict[str, list] = {}
+    for key in CURVES:
+        rows = [row for row in (run.probes if key in ("knn", "linear") else run.steps) if row.get(key) is not None]
+        every = math.ceil(len(rows) / POINTS) or 1
+        rows = [*rows[::every], *rows[-1:]] if (len(rows) - 1) % every else rows[::every]
+        found[key] = [[row["views"], row["seconds"] / 3600, row["core_seconds"] / 3600, row[key]] for row in rows]
+    return found
+
+
+def sheet(run: Run) -> str:
+    """The run's contact sheet as a data address; "" if there is none."""
+    path = run.folder / "plots" / "views.png"
+    if not path.is_file():
+        return ""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((SHEET, 2 * SHEET))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def page(runs: list[Run]) -> str:
+    """The page as HTML."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters["setting"] = setting
+    data = [{"config": run.config, "curves": curves(run)} for run in runs]
+    return templates.get_template("runs.html").render(
+        runs=runs, keys=differences(runs), tests=list(TESTS), data=data, sheets=[sheet(run) for run in runs]
+    )
+
+
+@dataclass
+class Config:
+    runs: tyro.conf.Positional[list[Path]]
+    """Run directories, or folders that hold some."""
+    out: Path | None = None
+    """Also write the page there, as one HTML file."""
+
+
+def main() -> int:
+    config = tyro.cli(Config, description=__doc__)
+    runs = find(config.runs or [Path("runs")])
+    print(table(runs))
+    if config.out:
+        write(config.out, page(runs))
+        print(f"\n{config.out}: {len(runs)} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)
