@@ -113,21 +113,19 @@ def tests(options: Options, _: float) -> list[list[str]]:
 
 
 def views(options: Options, _: float) -> list[list[str]]:
-    words = ["tools/profile.py", "peers", "--json", options.out / "views.json"]
+    words = ["tools/profile.py", "peers", "--json", options.out / "views.json", "--device", device(options)]
     if options.rehearse:
-        return [
-            python(*words, "--data", data(options), "--views", "1,2", "--size", "16", "--batch", "16", "--rounds", "1")
-        ]
-    small = ["--small", data(options)] if (data(options) / "manifest.json").is_file() else []
-    return [
-        python(*words, "--device", "cuda", "--data", options.photos, *small, "--views", "2,4,8,16", "--batch", "256")
-    ]
+        toy = ["--views", "1,2", "--size", "16", "--batch-size", "16", "--images", "64", "--rounds", "1"]
+        return [python(*words, "--small", data(options), *toy, "--only", "manyview")]
+    photos = ["--data", options.photos] if options.photos else []
+    small = ["--small", data(options)] if not no_cifar(options) else []
+    return [python(*words, *photos, *small, "--views", "2,4,8,16", "--batch-size", "256")]
 
 
 def step(options: Options, _: float) -> list[list[str]]:
     words = ["tools/profile.py", "step", "--data", data(options), "--json", options.out / "step.json"]
     if options.rehearse:
-        words += ["--backbone", "resnet10-narrow", "--batch-size", "16", "--views", "2", "--rounds", "2"]
+        words += ["--backbone", "resnet10-narrow", "--batch-size", "16", "--views", "2", "--rounds", "1"]
     return [python(*words, "--device", device(options))]
 
 
@@ -162,8 +160,8 @@ def no_cifar(options: Options) -> str:
     return "" if there else "no CIFAR-10: --cifar10 FOLDER"
 
 
-def no_photos(options: Options) -> str:
-    return "" if options.rehearse or options.photos else "no photos: --photos SHARDS"
+def no_images(options: Options) -> str:
+    return "" if options.photos or not no_cifar(options) else "no photos: --photos SHARDS"
 
 
 STEPS = [
@@ -176,7 +174,7 @@ STEPS = [
         accuracy,
         no_cifar,
     ),
-    Step("views", 120, "views/s: the fused kernels, DALI's graph, kornia, the decode alone", views, no_photos),
+    Step("views", 120, "views/s: the fused kernels, DALI's graph, kornia, the decode alone", views, no_images),
     Step("step", 90, "the training step with data beside the bare one", step, no_cifar),
     Step("objective", 60, "what the objectives cost", objective),
     Step("probes", 60, "probes on features of 50,000 images", probes),
