@@ -450,6 +450,7 @@ def _engines(floats: bool) -> list[Contender]:
     return [
         Contender("manyview cpu", partial(ours, "cpu"), "cpu", floats=floats, devices=both),
         Contender("manyview dali", partial(ours, "dali"), "dali", floats=floats, devices=both, packages=DALI),
+        Contender("manyview fused", partial(ours, "fused"), "fused", floats=floats, devices=("cuda",)),
         Contender("manyview resident", partial(ours, "resident"), "resident", floats=floats, images=TINY, devices=both),
     ]
 

@@ -31,7 +31,8 @@ def command(*words: object, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run one of the project's commands as a user would."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
     line = [sys.executable, *map(str, words)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=env, timeout=280, **kwargs)
+    kwargs = {"timeout": 280, **kwargs}
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=env, **kwargs)
 
 
 def train(*words: object) -> int:
