@@ -113,7 +113,8 @@ class Page:
         done, total = (sum(len(grid) for grid in grids.values()) for grids in (rows, self.study.grids))
         return [
             f"`python tools/sweep.py {self.path.as_posix()}`: {done} of {total} runs, {core:.1f}"
-            f" core-hours of training; commit {commits}; {machines}. All runs: {shared}. The untrained network:"
+            f" core-hours of training; commit {commits}; {machines}. All runs: {shared}. Probe: evaluation's"
+            f" linear-sweep (bn), {', '.join(f'{k} {v}' for k, v in self.study.probe.items()) or 'as it is'}. The untrained network:"
             f" {spread.estimate(untrained) if untrained else 'not scored'} % linear.",
             "",
             *([pooling(spread), ""] if spread.dof else []),
