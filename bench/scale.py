@@ -177,7 +177,18 @@ def bounds(one: dict[str, Any], order: str, s: dict[str, Any]) -> dict[str, str]
 
 # --- the page -----------------------------------------------------------------------------------------------------------
 
-STARTED = ["set", "index", "order", "open", "view size", "plan and first batch", "a batch", "next epoch", "own memory", "peak"]
+STARTED = [
+    "set",
+    "index",
+    "order",
+    "open",
+    "view size",
+    "plan and first batch",
+    "a batch",
+    "next epoch",
+    "own memory",
+    "peak",
+]
 REPLAYED = ("set", "order", "nodes", "own", "first", "formula", "later", "formula", "hits", "late", "replayed")
 COMPUTED = ("set", "order", "nodes", "into a node, GB/s: first", "later", "from the storage: first", "later",
             "speed: first", "later", "images/s, later", "steps an epoch", "global batch")  # fmt: skip

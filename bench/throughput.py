@@ -138,7 +138,17 @@ def rates(profiles: Profiles) -> str:
             f"{name}, V = {n_views}", number(c["images_per_s"]), number(c["images_per_s"] * n_views), f"{c['efficiency']:.0%}",
             number(c["core_ms"]), stage, following, f"{c['data_wait']:.0%}", quiet,
         ])  # fmt: skip
-    head = ["workload", "images/s", "views/s", "of expected", "core-ms an image", "bottleneck", "next", "data wait", "certified"]
+    head = [
+        "workload",
+        "images/s",
+        "views/s",
+        "of expected",
+        "core-ms an image",
+        "bottleneck",
+        "next",
+        "data wait",
+        "certified",
+    ]
     return table(head, rows)
 
 
