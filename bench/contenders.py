@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -433,6 +433,7 @@ class Contender:
 
     name: str
     build: Build
+    does: str = ""  # what is special about it, for the page
     engine: str = ""  # of ours, which a peer has not
     plain: bool = False
     floats: bool = True
@@ -445,31 +446,36 @@ class Contender:
         return images in self.images and device in self.devices and there
 
 
-def _engines(floats: bool) -> list[Contender]:
-    both = ("cpu", "cuda")
-    return [
-        Contender("manyview cpu", partial(ours, "cpu"), "cpu", floats=floats, devices=both),
-        Contender("manyview dali", partial(ours, "dali"), "dali", floats=floats, devices=both, packages=DALI),
-        Contender("manyview fused", partial(ours, "fused"), "fused", floats=floats, devices=("cuda",)),
-        Contender("manyview resident", partial(ours, "resident"), "resident", floats=floats, images=TINY, devices=both),
-    ]
+def _ours(engine: str, does: str, **others: Any) -> list[Contender]:
+    """All of the policy, as floats and as uint8."""
+    others = {"devices": ("cpu", "cuda"), **others}
+    both = [Contender(f"manyview {engine}", partial(ours, engine), does, engine, **others)]
+    return [*both, replace(both[0], floats=False)]
 
 
-CONTENDERS = [
-    *_engines(floats=True),
+_CPU = Contender("manyview cpu", partial(ours, "cpu"), "one decode an image; the same views from the same seed", "cpu",
+                 plain=True, images=PHOTOS)  # fmt: skip
+_VARIOPINTA = Contender("variopinta in threads", variopinta, "one decode an image; compiled Rust; a key replays a view",
+                        plain=True, images=PHOTOS, packages=("variopinta",))  # fmt: skip
+CONTENDERS = [  # ours first in each kind
+    *_ours("cpu", _CPU.does),
+    *_ours("dali", "the same views by DALI's graph", packages=DALI),
+    *_ours("fused", "the same views by two Triton kernels", devices=("cuda",)),
+    *_ours("resident", "the same views from pixels that stay in memory", images=TINY),
+    _CPU,
+    replace(_CPU, floats=False),
     Contender("decode ceiling (nvJPEG)", decode_ceiling, images=PHOTOS, devices=("cuda",), packages=DALI),
-    Contender("torchvision v2 PIL + DataLoader", torchvision_pil),
-    Contender("torchvision v2 tensor + DataLoader", torchvision_tensor),
-    Contender("lightly + DataLoader", lightly, packages=("lightly",)),
-    Contender("stock DALI CPU graph", stock_dali, images=PHOTOS, packages=DALI),
-    Contender("variopinta in threads", variopinta, images=PHOTOS, packages=("variopinta",)),
-    Contender("manyview cpu", partial(ours, "cpu"), "cpu", plain=True, images=PHOTOS),
-    Contender("stock ffcv Loader", ffcv, plain=True, images=PHOTOS, packages=("ffcv",)),
-    Contender("variopinta in threads", variopinta, plain=True, images=PHOTOS, packages=("variopinta",)),
-    Contender("TurboLoader, a pass a view", turboloader, plain=True, images=PHOTOS, packages=("turboloader",)),
-    Contender("kornia (decode not counted)", kornia, devices=("cpu", "cuda"), packages=("kornia",)),
-    *_engines(floats=False),
-    Contender("floor: threads, torch resize, OpenCV", floor, floats=False, images=PHOTOS),
-    Contender("manyview cpu", partial(ours, "cpu"), "cpu", plain=True, floats=False, images=PHOTOS),
-    Contender("variopinta in threads", variopinta, plain=True, floats=False, images=PHOTOS, packages=("variopinta",)),
-]
+    Contender("torchvision v2 PIL + DataLoader", torchvision_pil, "one decode an image, in worker processes"),
+    Contender("torchvision v2 tensor + DataLoader", torchvision_tensor, "the same on tensors, decoded by libjpeg-turbo"),
+    Contender("lightly + DataLoader", lightly, "its SimCLR transform", packages=("lightly",)),
+    Contender("stock DALI CPU graph", stock_dali, "one decode an image", images=PHOTOS, packages=DALI),
+    replace(_VARIOPINTA, plain=False),
+    _VARIOPINTA,
+    replace(_VARIOPINTA, floats=False),
+    Contender("stock ffcv Loader", ffcv, "a decode a view; no color, no blur", plain=True, images=PHOTOS, packages=("ffcv",)),
+    Contender("TurboLoader, a pass a view", turboloader, "a decode a view; crop, flip and normalize, torchvision's ranges",
+              plain=True, images=PHOTOS, packages=("turboloader",)),
+    Contender("kornia (decode not counted)", kornia, "batches of decoded images", devices=("cpu", "cuda"), packages=("kornia",)),
+    Contender("floor: threads, torch resize, OpenCV", floor, "one decode an image; no shards, no checksums, no fixed order",
+              floats=False, images=PHOTOS),
+]  # fmt: skip

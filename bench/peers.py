@@ -105,9 +105,10 @@ def main(argv: list[str]) -> None:
     result: dict[str, Any] = {
         "command": f"python {env['command']}", "environment": env,
         "versions": {name: found for name in PACKAGES if (found := output.version(name))}, "rounds": args.rounds,
-        "batch": args.batch_size, "threads": args.threads, "rows": [], "ratios": [], "costs": [], "parity": {},
+        "batch": args.batch_size, "threads": args.threads, "rows": [], "ratios": [], "costs": [], "parity": {}, "does": {},
     }  # fmt: skip
     for case in cases(args):
+        result["does"] |= {one.name: one.does for one in case.contenders if one.does}
         result["parity"] |= parity(case)
         for views in counts:
             compare(case, views, result)
@@ -296,6 +297,11 @@ def markdown(result: dict[str, Any]) -> str:
         output.table(("pipeline", "policy", "px", "a", "b", "R2"), lines, left=2),
         "## Pixels against the slow reference",
         output.table(("engine", "least PSNR", "mean PSNR", "decodes an image"), pixels),
+        *(
+            ["## What each does", output.table(("pipeline", ""), does.items(), left=2)]
+            if (does := result.get("does"))
+            else []
+        ),
     )
 
 

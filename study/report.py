@@ -108,12 +108,14 @@ class Page:
             stored = list(csv.DictReader(file))
         commits, machines = (", ".join(sorted({row[key] for row in stored})) for key in ("commit", "machine"))
         core = sum(float(row["core_seconds"] or 0) for row in stored) / 3600
-        shared = ", ".join(f"{k} {v}" for k, v in self.study.train.items() if not k.endswith("every"))
+        train = {k: v for k, v in self.study.train.items() if not k.endswith("every")}
+        shared, probe = (", ".join(f"{k} {v}" for k, v in settings.items()) for settings in (train, self.study.probe))
         untrained = by_seed(rows.get("untrained", []), "linear")
         done, total = (sum(len(grid) for grid in grids.values()) for grids in (rows, self.study.grids))
         return [
             f"`python tools/sweep.py {self.path.as_posix()}`: {done} of {total} runs, {core:.1f}"
-            f" core-hours of training; commit {commits}; {machines}. All runs: {shared}. The untrained network:"
+            f" core-hours of training; commit {commits}; {machines}. All runs: {shared}. Probe: evaluation's"
+            f" linear-sweep (bn), {probe or 'as it is'}. The untrained network:"
             f" {spread.estimate(untrained) if untrained else 'not scored'} % linear.",
             "",
             *([pooling(spread), ""] if spread.dof else []),

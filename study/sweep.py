@@ -40,7 +40,7 @@ from manyview.training import config, monitor
 
 Settings = dict[str, Any]
 RESULTS = ("held_out", "linear", "knn", "rank", "loss", "steps", "views_seen", "core_seconds", "seconds", "peak_bytes",
-           "commit", "machine", "shared")  # fmt: skip
+           "commit", "machine", "shared", "probe")  # fmt: skip
 CURVE = ("step", "views_seen", "core_seconds", "knn", "linear")
 
 

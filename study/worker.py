@@ -52,9 +52,9 @@ def trained(folder: Path) -> dict[str, Any]:
 
 
 def scores(
-    cfg: config.Config, folder: Path, is_trained: bool, threads: int, epochs: int = 30, images: int = 0
+    cfg: config.Config, folder: Path, is_trained: bool, threads: int, epochs: int = linear.EPOCHS, images: int = 0
 ) -> dict[str, Any]:
-    """Top-1 of kNN (cosine, k = 20) and of a linear probe with BatchNorm, by one clean view of each image.
+    """Top-1 of evaluation's kNN (`knn-cosine-exp k=20`) and linear probe (`linear-sweep bn`), by one clean view of each image.
 
     held_out: the probe on a tenth of the training images, by which anything may be tuned; linear and knn: on the test
     split. `images`: of the training images, and half as many of the test split's (0 = all of both).
@@ -77,6 +77,7 @@ def scores(
     environment = monitor.environment(device)
     return {
         "held_out": max(found.held_out), "linear": score(found.scores, truth).top1, "knn": score(votes, truth).top1,
+        "probe": f"linear-sweep bn, {epochs} epochs, rate {found.rate:g}, {len(x)} images",
         "machine": f"{environment['device']}, {threads} threads",
     }  # fmt: skip
 

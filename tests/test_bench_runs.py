@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import command
 
-from manyview.bench import runs
+from manyview.bench import runs, stages
 from manyview.pipeline.errors import UserError
 
 
@@ -65,16 +65,16 @@ def test_what_cannot_be_asked_is_said(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_run_can_be_asked(digits, tmp_path):
+def test_a_finished_run_can_be_asked(digits, tmp_path, capsys):
     out = tmp_path / "run"
     done = command(
         "train.py", "--data", digits, "--out", out, "--backbone", "resnet10-narrow", "--views", "2", "--batch-size", "64",
         "--steps", "24", "--log-every", "4", "--eval-every", "-1", "--projector-dim", "32",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    asked = command("tools/profile.py", "stages", "--run", out)
-    assert asked.returncode == 0, asked.stderr
-    assert "where the time went" in asked.stdout and "held it back" in asked.stdout
+    stages.main(["--run", str(out)])
+    asked = capsys.readouterr().out
+    assert "where the time went" in asked and "held it back" in asked
     found = runs.summary(out)
     assert found["steps"] == 20 and found["core_ms"] > 0 and 0 <= found["data_wait"] <= 1
     assert set(found["engine_ms"]) and found["training_ms"] > 0

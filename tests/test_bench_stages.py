@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import slowdowns
 import torch
-from conftest import command
 from PIL import Image
 
 from manyview.bench import harness, stage_cost, stages, verdict, view
@@ -209,15 +208,25 @@ def test_the_recommended_command_is_what_was_profiled(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_writes_json_picture_and_page(photos, tmp_path):
-    done = command(
-        "tools/profile.py", "stages", "--data", photos, "--views", "4", "--size", "32", "--batch-size", "16", "--backbone",
-        "resnet10-narrow", "--seconds", "6", "--out", tmp_path, "--trace", tmp_path / "trace.json.gz",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_the_command_writes_json_picture_and_page(photos, tmp_path, capsys):
+    words = [
+        "--data",
+        str(photos),
+        "--views",
+        "4",
+        "--size",
+        "32",
+        "--batch-size",
+        "16",
+        "--backbone",
+        "resnet10-narrow",
+    ]
+    words += ["--seconds", "6", "--out", str(tmp_path), "--json", str(tmp_path / "again.json")]
+    stages.main([*words, "--trace", str(tmp_path / "trace.json.gz")])
+    said = capsys.readouterr().out
     report = json.loads((tmp_path / "profile.json").read_text())
     assert report["schema"] == stages.SCHEMA and report["took_s"] < 120
-    assert report["verdict"] in done.stdout and "recommended: python train.py --data" in done.stdout
+    assert report["verdict"] in said and "recommended: python train.py --data" in said
     shares = {row["name"]: row["share"] for row in report["limits"]["shares"]}
     assert {
         "disk, cold, sequential",
@@ -234,6 +243,7 @@ def test_the_command_writes_json_picture_and_page(photos, tmp_path):
     for row in report["stages"]:
         assert row["name"] in page
     assert (tmp_path / "trace.json.gz").stat().st_size > 1000
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "profile.json").read_text()
 
 
 def test_without_a_backbone_the_data_path_is_profiled(photos):

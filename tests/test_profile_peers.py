@@ -27,7 +27,7 @@ def test_the_fit_finds_what_was_put_in():
 
 def test_ratios_are_of_the_same_round():
     build: Any = None
-    mine, uint8 = (Contender("manyview cpu", build, "cpu", floats=floats) for floats in (True, False))
+    mine, uint8 = (Contender("manyview cpu", build, engine="cpu", floats=floats) for floats in (True, False))
     taken = {
         mine: [Spent(1, 2), Spent(10, 2), Spent(1, 2)],
         uint8: [Spent(1, 1)] * 3,  # another thing than the peer makes
