@@ -37,6 +37,7 @@ class Plan:
     rank: int = 0
     order: str = "random"
     chosen: np.ndarray | None = None
+    kept: int = 0  # samples beyond the fraction: the only ones of their classes, of which none is left out
 
     @property
     def ids(self) -> np.ndarray:
@@ -55,11 +56,12 @@ class Plan:
 
     def describe(self) -> str:
         """The order and how well it mixes, measured on (a part of) the first epoch."""
+        more = f", {self.kept:,} more than the fraction: each class keeps at least one" if self.kept else ""
         if self.order == "random":
-            return "random (uniform)"
+            return f"random (uniform){more}"
         some = min(self.n, 256 * MIXED)  # neighbours come as far apart in a larger set
         quality = shuffle_quality(permutation(some, self.seed, 0, self.order)) * some / self.n
-        return f"blocks (neighbours in storage come {quality:.0%} as far apart as in a uniform shuffle)"
+        return f"blocks (neighbours in storage come {quality:.0%} as far apart as in a uniform shuffle){more}"
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's (ids, epochs) of global step `step`: two (global_batch / world,) int64 arrays, ids ascending.
@@ -139,8 +141,11 @@ def plan(
         raise UserError("\n".join(errors))
     if fraction == 1:
         return Plan(n, seed, batch, world, rank, order)
-    chosen = subset(np.full(n, -1) if np.ndim(labels) == 0 else np.asarray(labels), fraction, seed)
-    return Plan(len(chosen), seed, batch, world, rank, order, chosen)
+    labels = np.full(n, -1) if np.ndim(labels) == 0 else np.asarray(labels)
+    chosen = subset(labels, fraction, seed)
+    counts = np.bincount(labels - labels.min())
+    kept = int(((counts > 0) & (counts * fraction < 0.5)).sum())
+    return Plan(len(chosen), seed, batch, world, rank, order, chosen, kept)
 
 
 def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

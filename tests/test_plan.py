@@ -195,3 +195,11 @@ def test_blocks_are_fetched_in_one_piece():
     steps = list(p.reading(0, p.ahead))
     jumps = sum(int((np.diff(ids) > 1).sum()) for ids in steps)
     assert jumps < module.WINDOW  # block to block; in the order of the batches it would be one a sample
+
+
+def test_a_fraction_that_leaves_less_than_one_of_a_class_says_so():
+    labels = np.repeat(np.arange(24), [1] * 20 + [50] * 4)
+    few = plan(labels, seed=0, batch=4, fraction=0.1)
+    assert few.n == 20 + 4 * 5 and few.kept == 20
+    assert few.describe() == "random (uniform), 20 more than the fraction: each class keeps at least one"
+    assert plan(labels, seed=0, batch=4, fraction=0.5).describe() == "random (uniform)"  # a half is rounded up

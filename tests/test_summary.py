@@ -74,6 +74,6 @@ def test_the_lines_at_the_end(tmp_path):
 def test_a_channel_that_hardly_varies_does_not_drown_the_others_and_is_named(tmp_path, blue):
     flat = manifest([60.0, 55.0, blue])
     assert store.statistics(flat) == ((100.0, 90.0, 0.0), (60.0, 55.0, 6.0))
-    assert "note: channel blue hardly varies" in summary.text(tmp_path, flat)
+    assert f"note: channel blue (deviation {blue:.2g} of 255) hardly varies" in summary.text(tmp_path, flat)
     assert store.statistics(manifest([0.0] * 3))[1] == (1.0, 1.0, 1.0)
     assert store.statistics(manifest([60.0, 30.0, 20.0]))[1] == (60.0, 30.0, 20.0)
