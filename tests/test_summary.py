@@ -5,6 +5,7 @@ import pytest
 
 from manyview.pipeline import store
 from manyview.pipeline.convert import summary
+from manyview.pipeline.convert.sources import Source, Split
 from manyview.pipeline.errors import UserError
 
 ABC = ["ant", "bee", "cat"]
@@ -52,6 +53,17 @@ def test_splits_without_a_common_class_are_refused_unless_meant(splits):
     ):
         check(ABC, **labels)
     assert len(check(ABC, disjoint=True, **labels)) == 1  # still told of
+
+
+def test_a_class_of_which_every_image_was_set_aside_is_named(capsys):
+    splits = [
+        Split("train", ["a", "b", "c"], np.array([0, 1, 1]), np.ones(3), lambda i: np.zeros(1), np.ones(3)),
+        Split("val", ["a"], np.array([2]), np.ones(1), lambda i: np.zeros(1), np.ones(1)),
+    ]
+    rejected = [{"split": "train", "name": "a"}, {"split": "train", "name": "b"}]
+    line = "every image of ant was set aside: see rejected.jsonl"
+    assert summary.lost(Source(ABC, splits), rejected) == [line] and line in capsys.readouterr().err
+    assert summary.lost(Source(ABC, splits), rejected[1:]) == summary.lost(Source(ABC, splits), []) == []
 
 
 def manifest(std: list[float], **more) -> dict:

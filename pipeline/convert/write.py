@@ -25,7 +25,7 @@ import numpy as np
 from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
 from manyview.pipeline import beton, bucket, codec, files, index, storage, tar
-from manyview.pipeline.convert import encode, moments, pool, source_state
+from manyview.pipeline.convert import encode, moments, pool, source_state, summary
 from manyview.pipeline.convert.sources import AS_IT_IS, Reading, Source, datasets
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.manifest import (
@@ -226,6 +226,8 @@ def check_options(options: Options, jobs: int = 0) -> None:
         errors.append(f"quality is 1 to 100, not {options.quality}")
     if not 0 <= options.seed < 1 << 64:
         errors.append(f"seed is 0 or a positive number of 64 bits, not {options.seed}")
+    if not 0 <= options.white < float("inf"):
+        errors.append(f"white is 0 (what the type holds) or the value that becomes white, not {options.white:g}")
     if jobs < 0:
         errors.append(f"jobs is a number of processes, 0 for one a core, not {jobs}")
     if options.shard_mb < 0 or options.shard_mb > 1 << 20:
@@ -445,8 +447,9 @@ def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
     write_rejected(job.out, rejected, _count(job.source), max_rejected)
     splits = {split.name: _finish_split(job, number, results) for number, split in enumerate(job.source.splits)}
     costs = sum((Counter(results[row.name].get("notes", {})) for row in job.rows), Counter())
-    notes = [*job.source.notes, *(f"{count} images: {what}" for what, count in sorted(costs.items()))]
     source = job.source
+    notes = [*source.notes, *(f"{count} images: {what}" for what, count in sorted(costs.items()))]
+    notes += summary.lost(source, rejected)
     return write_manifest(
         job.out, job.options, source.classes, splits, len(rejected), source.fingerprint(), source.ignored, notes
     )
