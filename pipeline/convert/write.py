@@ -19,6 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,8 +131,6 @@ def plan_shards(options: Options, source: Source, keys: list[list[str]]) -> list
 
 # --- one shard ------------------------------------------------------------------------------------------------------
 
-running: list[Job] = []  # in a worker process: what the parent had when it forked
-
 
 @dataclass
 class Contents:
@@ -145,9 +144,8 @@ class Contents:
     notes: Counter = field(default_factory=Counter)  # what conversion cost, see `encode.Converted`
 
 
-def convert_shard(row: Row) -> dict:
+def convert_shard(job: Job, row: Row) -> dict:
     """Make one shard and record it beside. Returns its part of the manifest, rejected images and pixel sums."""
-    job = running[-1]
     final, work = job.out / row.name, job.out / WORK
     with files.whole(final, buffering=1 << 20) as file:
         writer = FORMATS[job.options.format].Writer(file, len(row.samples), job.options.encoding == "yuv420")
@@ -321,14 +319,26 @@ def _write_alone(job: Job, max_rejected: float, jobs: int, quiet: bool, executor
         bucket.remove(MANIFEST)
     _clean(job.out, bucket, {row.name for row in job.rows})
     todo = {row.name: row for row in job.rows if row.name not in results}
-    running[:] = [job]
     total = sum(len(row.samples) for row in todo.values())
-    results |= _executor(executor).run(convert_shard, todo, jobs=jobs, total=total, quiet=quiet)
+    new = _executor(executor).run(partial(convert_shard, job), todo, jobs=jobs, total=total, quiet=quiet)
+    _seen(job, new)
+    results |= new
     manifest = _finish(job, results, max_rejected)
     if bucket:
         for name in ("rejected.jsonl", *(f"{split}.index" for split in manifest["splits"]), MANIFEST):
             bucket.write(job.out / name, name)
     return manifest
+
+
+def _seen(job: Job, results: dict[str, dict]) -> None:
+    """UserError: a shard that was written by another node is not here. What workers left that were killed is removed."""
+    for path in job.out.glob(LEFT):
+        path.unlink()
+    for name, result in results.items() if not job.url else ():
+        if not (job.out / name).exists() or (job.out / name).stat().st_size != result["shard"]["bytes"]:
+            raise UserError(
+                f"{job.out / name} was written by another node and is not seen here: the nodes must share {job.out}"
+            )
 
 
 def _executor(name: str):
