@@ -82,6 +82,9 @@ def decode_jpeg(data: np.ndarray, colorspace: str = "RGB", **size: int) -> np.nd
         return simplejpeg.decode_jpeg(data, colorspace, strict=True, **size)
     except ValueError as error:
         if "subsampling" in str(error):
+            header = jpeg_header(data)
+            if header is None or header.usual:
+                raise ValueError("the headers of the JPEG are damaged or cut off") from None
             raise UnknownSampling(str(error)) from None
         # A few bytes between the last scan and the end marker are common in good photos and touch no pixel.
         stray = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(error))
@@ -102,19 +105,17 @@ def view(data: np.ndarray, kind: int, height: int, width: int) -> np.ndarray:
 
 
 def jpeg_header(data: np.ndarray) -> Jpeg | None:
-    """What stands before the first scan. None where that does not work out; the decoder will say why."""
+    """What stands before the first scan. None where no frame does, or two; the decoder will say why."""
     frame, exif = None, b""
     for marker, start, end in segments(data):
         if marker == 0xE1:
             body = data[start + 4 : end].tobytes()
             exif += exif_block(body) if body[:6] == b"Exif\0\0" else b""
         elif marker in FRAMES:
-            if frame or end - start < 10:
+            if frame or min(end, len(data)) - start < 10:
                 return None
             frame = (marker, data[start + 4 : end].tobytes())
-        elif marker == 0xDA and frame:
-            return _jpeg(*frame, orientation(exif))
-    return None
+    return _jpeg(*frame, orientation(exif)) if frame else None
 
 
 def _jpeg(marker: int, frame: bytes, orientation: int) -> Jpeg:

@@ -39,29 +39,39 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0 or its own code; 2 with one line an error for `UserError` and for what the system
     refuses by the name of a file; 130 for Ctrl-C; 141, quietly, where whoever reads what it prints has closed the pipe."""
     try:
-        code = main() or 0
-        sys.stdout.flush()
+        try:
+            code = _outcome(main)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not (closed := [stream for stream in (sys.stdout, sys.stderr) if _closed(stream)]):
+            raise
+        for stream in closed:  # what is still to be written goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _outcome(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or 0
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        code = 2
+        return 2
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _closed(sys.stdout, sys.stderr):
-            os._exit(128 + signal.SIGPIPE)
         if error.errno not in REFUSED:
             raise
         where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
         print(f"error: {where}{error.strerror}", file=sys.stderr)
-        code = 2
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+        return 130
 
 
-def _closed(*streams: TextIO) -> bool:
-    """Whether one of these is a pipe that nobody reads any more."""
+def _closed(stream: TextIO) -> bool:
+    """Whether it is a pipe that nobody reads any more."""
     poll = select.poll()
-    for stream in streams:
-        poll.register(stream, 0)
+    poll.register(stream, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -8,7 +8,6 @@ all ranks, so who takes which part of a batch changes no result; a rank takes th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +38,7 @@ class Plan:
     rank: int = 0
     order: str = "random"
     chosen: np.ndarray | None = None
+    kept: int = 0  # samples beyond the fraction: the only ones of their classes, of which none is left out
 
     @property
     def ids(self) -> np.ndarray:
@@ -57,11 +57,12 @@ class Plan:
 
     def describe(self) -> str:
         """The order and how well it mixes, measured on (a part of) the first epoch."""
+        more = f", {self.kept:,} more than the fraction: each class keeps at least one" if self.kept else ""
         if self.order == "random":
-            return "random (uniform)"
+            return f"random (uniform){more}"
         some = min(self.n, 256 * MIXED)  # neighbours come as far apart in a larger set
         quality = shuffle_quality(permutation(some, self.seed, 0, self.order)) * some / self.n
-        return f"blocks (neighbours in storage come {quality:.0%} as far apart as in a uniform shuffle)"
+        return f"blocks (neighbours in storage come {quality:.0%} as far apart as in a uniform shuffle){more}"
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's (ids, epochs) of global step `step`: two (global_batch / world,) int64 arrays, ids ascending.
@@ -147,11 +148,9 @@ def plan(
         return Plan(n, seed, batch, world, rank, order)
     labels = np.full(n, -1) if np.ndim(labels) == 0 else np.asarray(labels)
     chosen = subset(labels, fraction, seed)
-    classes, asked = len(np.unique(labels)), round(n * fraction)
-    if classes > asked and rank == 0:
-        print(f"fraction {fraction:g} of {n:,} images is {asked:,}, and there are {classes:,} classes: at least one image of "
-              f"each is kept, {len(chosen):,} in all ({len(chosen) / n:.3g} of them)", file=sys.stderr)  # fmt: skip
-    return Plan(len(chosen), seed, batch, world, rank, order, chosen)
+    counts = np.bincount(labels - labels.min())
+    kept = int(((counts > 0) & (counts * fraction < 0.5)).sum())
+    return Plan(len(chosen), seed, batch, world, rank, order, chosen, kept)
 
 
 def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -184,13 +184,10 @@ def statistics(manifest: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def flat_channels(manifest: dict) -> list[str]:
-    """A line for each channel whose deviation `statistics` raises."""
-    deviations = zip(("red", "green", "blue"), _measured(manifest)["std"], statistics(manifest)[1])
-    return [
-        f"channel {name} hardly varies (deviation {own:.2g} of 255): it is normalized as if by {used:.2g}"
-        for name, own, used in deviations
-        if used > own
-    ]
+    """A line that names the channels whose deviation `statistics` raises; none where there are none."""
+    own, used = _measured(manifest)["std"], statistics(manifest)[1]
+    flat = [f"{name} (deviation {a:.2g} of 255)" for name, a, b in zip(("red", "green", "blue"), own, used) if b > a]
+    return [f"channel {', '.join(flat)} hardly varies: it is normalized as if by {min(used):.2g}"] if flat else []
 
 
 def _measured(manifest: dict) -> dict:

@@ -22,7 +22,7 @@ from pictures import encoded
 
 from manyview.pipeline.convert import cluster
 from manyview.pipeline.convert.verify import verify
-from manyview.pipeline.convert.write import running, write_shards
+from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import Options
 
@@ -126,7 +126,7 @@ def misbehave(how: str):
             raise ZeroDivisionError("the cause")
         if how == "full":
             raise OSError(28, "No space left on device", "a.tar")
-        return {"shard": {"bytes": 3}}  # written to a disk of its own
+        return {}
 
     return work
 
@@ -137,13 +137,20 @@ def misbehave(how: str):
         ("dies", UserError, "a.tar, tried 4 times: The worker died"),
         ("raises", ZeroDivisionError, "the cause"),
         ("full", UserError, "a.tar: No space left on device"),
-        ("is elsewhere", UserError, "the nodes must share"),
     ],
 )
-def test_what_cannot_be_done_ends_with_its_cause(ray, tmp_path, how, error, text):
-    running[:] = [SimpleNamespace(out=tmp_path)]
+def test_what_cannot_be_done_ends_with_its_cause(ray, how, error, text):
     with pytest.raises(error, match=text):
         cluster.run(misbehave(how), {"a.tar": SimpleNamespace(samples=[0])}, quiet=True)
+
+
+def test_a_shard_on_a_nodes_own_disk_is_missed(photos, tmp_path, monkeypatch):
+    def elsewhere(work, items, **_):
+        return {name: {"shard": {"bytes": 3}} for name in items}
+
+    monkeypatch.setattr(cluster, "run", elsewhere)
+    with pytest.raises(UserError, match=r"train-00000\.tar was written by another node .* the nodes must share"):
+        write(photos, tmp_path / "x", 1, "ray")
 
 
 def test_the_command_says_which_cluster_and_shows_progress(ray, tmp_path):

@@ -72,8 +72,8 @@ def test_a_marker_without_length_hides_no_other_frame():
     assert codec.decode(array(b"\xff\xd8\xff\x01" + hidden[2:])).shape == (90, 120, 3)
 
 
-@pytest.mark.parametrize("cut", [2, 3, 20, 200, 400])
-def test_headers_that_end_early_are_none(cut):
+@pytest.mark.parametrize("cut", [2, 3, 20, 100, 165])
+def test_headers_that_end_before_a_frame_are_none(cut):
     assert codec.jpeg_header(array(jpeg(3)[:cut])) is None
 
 

@@ -148,16 +148,6 @@ def test_more_samples_than_32_bits_count():
             plan(n, seed=0, batch=2, **options)
 
 
-def test_a_fraction_of_fewer_images_than_classes_is_told(capsys):
-    labels = np.arange(1000) % 50
-    assert plan(labels, seed=0, batch=2, fraction=0.05).n == 50 and not capsys.readouterr().err
-    assert plan(labels, seed=0, batch=2, fraction=0.03).n == 50
-    text = capsys.readouterr().err
-    assert "fraction 0.03 of 1,000 images is 30" in text and "50 classes" in text and "50 in all" in text
-    plan(labels, seed=0, batch=2, fraction=0.03, world=2, rank=1)
-    assert not capsys.readouterr().err  # one process says it
-
-
 def test_the_order_says_how_well_it_mixes():
     assert plan(100, seed=0, batch=2).describe() == "random (uniform)"
     assert "as far apart" in plan(100_000, seed=0, batch=2, order="blocks").describe()
@@ -215,3 +205,11 @@ def test_blocks_are_fetched_in_one_piece():
     steps = list(p.reading(0, p.ahead))
     jumps = sum(int((np.diff(ids) > 1).sum()) for ids in steps)
     assert jumps < module.WINDOW  # block to block; in the order of the batches it would be one a sample
+
+
+def test_a_fraction_that_leaves_less_than_one_of_a_class_says_so():
+    labels = np.repeat(np.arange(24), [1] * 20 + [50] * 4)
+    few = plan(labels, seed=0, batch=4, fraction=0.1)
+    assert few.n == 20 + 4 * 5 and few.kept == 20
+    assert few.describe() == "random (uniform), 20 more than the fraction: each class keeps at least one"
+    assert plan(labels, seed=0, batch=4, fraction=0.5).describe() == "random (uniform)"  # a half is rounded up

@@ -321,7 +321,8 @@ ODD = {  # a place in a manifest, and what it must not be
     "splits.train.count": [-1, 1e9, "12"], "splits.train.mean": [[1, 2], [1, 2, float("nan")], [1, 2, "3"], [1, 2, 10**40]],
     "splits.train.std": [3, [1, 2, float("inf")]], "splits.train.index": [[], {"file": "train.index"}],
     "splits.train.index.file": ["../x.index", "/etc/passwd", "", ".", "a\0b", 5, "x" * 9999],
-    "splits.train.shards": [[], {}, [5], [[]]], "splits.train.shards.0.bytes": [-1, "9"], "splits.train.shards.0.count": [0, 2**70],
+    "splits.train.shards": [[], {}, [5], [[]]], "splits.train.shards.0.bytes": [-1, "9"],
+    "splits.train.shards.0.count": [0, 2**70],
     "splits.train.shards.0.file": ["../train-00000.tar", "/dev/zero", "x/../../y", "", 7, "a\0b"],
     "splits.train.shards.0.idx": ["../evil.idx", "/tmp/evil.idx", "..", "a/../../evil", 3],
 }  # fmt: skip

@@ -5,6 +5,7 @@ import pytest
 
 from manyview.pipeline import store
 from manyview.pipeline.convert import summary
+from manyview.pipeline.convert.sources import Source, Split
 from manyview.pipeline.errors import UserError
 
 ABC = ["ant", "bee", "cat"]
@@ -54,6 +55,17 @@ def test_splits_without_a_common_class_are_refused_unless_meant(splits):
     assert len(check(ABC, disjoint=True, **labels)) == 1  # still told of
 
 
+def test_a_class_of_which_every_image_was_set_aside_is_named(capsys):
+    splits = [
+        Split("train", ["a", "b", "c"], np.array([0, 1, 1]), np.ones(3), lambda i: np.zeros(1), np.ones(3)),
+        Split("val", ["a"], np.array([2]), np.ones(1), lambda i: np.zeros(1), np.ones(1)),
+    ]
+    rejected = [{"split": "train", "name": "a"}, {"split": "train", "name": "b"}]
+    line = "every image of ant was set aside: see rejected.jsonl"
+    assert summary.lost(Source(ABC, splits), rejected) == [line] and line in capsys.readouterr().err
+    assert summary.lost(Source(ABC, splits), rejected[1:]) == summary.lost(Source(ABC, splits), []) == []
+
+
 def manifest(std: list[float], **more) -> dict:
     part = {"count": 4, "labelled": 3, "mean": [100.0, 90.0, 0.0], "std": std}
     return {"splits": {"train": part}, "classes": ABC, "format": "webdataset", "rejected": 0, **more}
@@ -74,6 +86,6 @@ def test_the_lines_at_the_end(tmp_path):
 def test_a_channel_that_hardly_varies_does_not_drown_the_others_and_is_named(tmp_path, blue):
     flat = manifest([60.0, 55.0, blue])
     assert store.statistics(flat) == ((100.0, 90.0, 0.0), (60.0, 55.0, 6.0))
-    assert "note: channel blue hardly varies" in summary.text(tmp_path, flat)
+    assert f"note: channel blue (deviation {blue:.2g} of 255) hardly varies" in summary.text(tmp_path, flat)
     assert store.statistics(manifest([0.0] * 3))[1] == (1.0, 1.0, 1.0)
     assert store.statistics(manifest([60.0, 30.0, 20.0]))[1] == (60.0, 30.0, 20.0)

@@ -16,7 +16,6 @@ from itertools import islice
 from typing import Any
 
 from manyview.pipeline.convert import pool
-from manyview.pipeline.convert.write import LEFT, running
 from manyview.pipeline.errors import UserError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is loaded: it reports to nobody
@@ -24,36 +23,35 @@ RETRIES = 3  # of a shard whose worker died
 
 
 def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None, quiet: bool = False) -> dict:
-    """`convert_shard(row)` for every row on a Ray cluster: the one in RAY_ADDRESS, or that of this machine.
+    """`work(row)` for every row on a Ray cluster: the one in RAY_ADDRESS, or that of this machine.
 
     Returns the results by the rows' names.
 
-    jobs: tasks at a time; 0 = as many as the cluster has CPUs. UserError: no Ray or no cluster, the output is not shared,
-    the disk is full, or a shard's worker died again and again.
+    jobs: tasks at a time; 0 = as many as the cluster has CPUs. UserError: no Ray or no cluster, the disk is full, or a
+    shard's worker died again and again.
     """
     if not items:
         return {}
     ray, ours = _connect(quiet)
-    job, under_way, results = running[-1], {}, {}  # type: ignore[var-annotated]
+    under_way, results = {}, {}  # type: ignore[var-annotated]
     try:
-        reference, task = ray.put(job), ray.remote(num_cpus=1, max_retries=RETRIES)(_convert)
-        rows = iter(items.items())
+        reference, task = ray.put(work), ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
+        rows, images = iter(items.items()), 0
         with pool.Progress(total, quiet) as progress:
             while len(results) < len(items):
                 limit = jobs or 2 * int(ray.cluster_resources().get("CPU", 1))  # some in the queue: clusters grow by it
                 for name, row in islice(rows, max(0, limit - len(under_way))):
-                    under_way[task.remote(work, [reference], row)] = name
+                    under_way[task.remote([reference], row)] = name
                 for done in ray.wait(list(under_way))[0]:
                     name = under_way.pop(done)
-                    results[name] = _result(ray, done, name, job.out)
-                    progress.update(sum(len(items[finished].samples) for finished in results))
+                    results[name] = _result(ray, done, name)
+                    images += len(items[name].samples)
+                    progress.update(images)
     finally:
         for unfinished in under_way:
             ray.cancel(unfinished, force=True)
         if ours:
             ray.shutdown()
-    for left in job.out.glob(LEFT):  # by workers that were killed
-        left.unlink()
     return results
 
 
@@ -77,17 +75,15 @@ def _connect(quiet: bool) -> tuple[Any, bool]:
     return ray, True
 
 
-def _convert(work: Callable, job: list, row: Any) -> dict:
-    """In a worker: what a forked process of the local pool inherits, then the same function."""
-
-    running[:] = [_fetch(job[0])]
-    pool.shared[:] = [multiprocessing.Array("q", 4)]
-    return work(row)
+def _work(reference: list, row: Any) -> dict:
+    """In a worker: what a forked process of the local pool inherits, then the same work."""
+    pool.workers = pool.Workers(_fetch(reference[0]), multiprocessing.Array("q", 4))
+    return pool.workers.work(row)
 
 
 @lru_cache(maxsize=1)
 def _fetch(reference: Any) -> Any:
-    """The job, unpacked once a worker: it holds the listing of the whole source."""
+    """The work, unpacked once a worker: it holds the listing of the whole source."""
     import cv2
     import ray
 
@@ -95,23 +91,19 @@ def _fetch(reference: Any) -> Any:
     return ray.get(reference)
 
 
-def _result(ray: Any, done: Any, name: str, out: Any) -> dict:
+def _result(ray: Any, done: Any, name: str) -> dict:
     try:
-        result = ray.get(done)
+        return ray.get(done)
     except ray.exceptions.RayTaskError as error:  # raised by the work itself: no use in doing it again
-        if isinstance(error.cause, OSError):
-            cause = error.cause
-            raise UserError(
-                f"{name}: {cause.strerror or cause}: {cause.filename or out}; finished shards are kept"
-            ) from None
-        raise error.cause from None
+        cause = error.cause
+        if not isinstance(cause, OSError):
+            raise cause from None
+        text = f"{name}: {cause.strerror or cause}: {cause.filename or 'output'}; finished shards are kept"
     except (
         ray.exceptions.RayError
     ) as error:  # killed, out of memory, a decoder that crashed, a node without this program
-        raise UserError(
-            f"{name}, tried {RETRIES + 1} times: {str(error).splitlines()[0]}"
-            " Finished shards are kept, the same command goes on from them"
-        ) from None
-    if not (out / name).exists() or (out / name).stat().st_size != result["shard"]["bytes"]:
-        raise UserError(f"{out / name} was written by another node and is not seen here: the nodes must share {out}")
-    return result
+        reason = str(error).splitlines()[0]
+        text = (
+            f"{name}, tried {RETRIES + 1} times: {reason} Finished shards are kept, the same command goes on from them"
+        )
+    raise UserError(text)

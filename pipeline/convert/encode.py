@@ -58,7 +58,7 @@ def convert(data: np.ndarray, options: Options, look: str = "pixels") -> Convert
         picture = _decode_pillow(data.tobytes(), options)
     else:
         jpeg = codec.jpeg_header(data)
-        _check_headers(data, jpeg, options.max_pixels)
+        check_headers(data, jpeg, options.max_pixels)
         if look != "pixels" and jpeg is not None and _passes(jpeg, data, options):
             try:
                 small = codec.thumbnail(data) if look == "thumbnail" else None
@@ -125,7 +125,7 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 # --- JPEG ------------------------------------------------------------------------------------------------------------
 
 
-def _check_headers(data: np.ndarray, jpeg: codec.Jpeg | None, max_pixels: int) -> None:
+def check_headers(data: np.ndarray, jpeg: codec.Jpeg | None, max_pixels: int) -> None:
     """ValueError if a JPEG is too large, or for our reader of headers another size than for the decoder."""
     if jpeg is not None:
         check_size(jpeg.height, jpeg.width, max_pixels)

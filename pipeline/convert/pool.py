@@ -18,61 +18,75 @@ from manyview.pipeline.errors import UserError
 from manyview.pipeline.machine import cores, keep_memory
 
 LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
-shared: list = []  # one array of images, bytes, rejected, stop; the same memory in all processes
 
 
-def count(images: int, size: int, rejected: int) -> None:
-    with shared[-1].get_lock():
-        totals = shared[-1].get_obj()
-        totals[0] += images
-        totals[1] += size
-        totals[2] += rejected
+class Workers:
+    """What a worker process has from its parent: its work, and an array in memory that all of them share: images, bytes,
+    rejected images, stop."""
+
+    def __init__(self, work: Callable, totals) -> None:
+        self.work, self.totals = work, totals
+
+
+workers: Workers  # set before the processes fork, so nothing is copied
 
 
 class Stopped(Exception):
     """Another worker failed."""
 
 
+def count(images: int, size: int, rejected: int) -> None:
+    with workers.totals.get_lock():
+        totals = workers.totals.get_obj()
+        totals[0] += images
+        totals[1] += size
+        totals[2] += rejected
+
+
 def check_stop() -> None:
-    if shared[-1].get_obj()[3]:
+    if workers.totals.get_obj()[3]:
         raise Stopped
 
 
 def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None, quiet: bool = False) -> dict:
     """`work(item)` for every item on a pool of processes; returns its results by the items' names.
 
-    Workers call `count` after each image and `check_stop` before. UserError when the disk is full or a worker dies.
+    Workers call `count` after each image and `check_stop` before. UserError: the disk is full, memory is not enough, a worker
+    died.
     """
+    global workers  # noqa: PLW0603  what is set before a fork, its processes have
     results: dict = {}
     if not items:
         return results
-    context = multiprocessing.get_context("fork")  # workers inherit the listing and any arrays, nothing is copied
-    shared[:] = [context.Array("q", 4)]
+    context = multiprocessing.get_context("fork")
+    workers = Workers(work, context.Array("q", 4))
+    totals = workers.totals
     executor = ProcessPoolExecutor(
         min(jobs or cores(), len(items)), mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
     )
     try:
         with _uninterrupted():
-            futures = {executor.submit(work, item): name for name, item in items.items()}
+            futures = {executor.submit(_work, item): name for name, item in items.items()}
         with Progress(total, quiet) as progress:
-
-            def tick() -> None:
-                images, size, rejected, _ = shared[-1][:]
-                progress.update(images + rejected, size, rejected)
-
-            for future in _as_completed(set(futures), tick):
+            for future in _as_completed(set(futures), lambda: progress.update(*totals[:3])):
                 results[futures[future]] = future.result()
     except BrokenProcessPool:
         raise UserError(
             "a worker process died (killed, out of memory, or a decoder crashed); "
             "finished shards are kept, the same command goes on from them"
         ) from None
+    except MemoryError as error:
+        raise UserError(f"out of memory ({error}): fewer --jobs or --max-pixels; finished shards are kept") from error
     except OSError as error:
         raise UserError(f"{error.strerror or error}: {error.filename or 'output'}; finished shards are kept") from error
     finally:
-        shared[-1][3] = 1
+        totals[3] = 1
         executor.shutdown(wait=True, cancel_futures=True)
     return results
+
+
+def _work(item):
+    return workers.work(item)
 
 
 @contextmanager
@@ -119,8 +133,8 @@ class Progress:
         )
 
     def update(self, images: int, size: int = 0, rejected: int = 0) -> None:
-        """`images`: done so far, the rejected among them; `size`: bytes."""
-        self.bar.update(images - self.bar.n)
+        """How many there are by now; `size`: of them, in bytes."""
+        self.bar.update(images + rejected - self.bar.n)
         seconds = time.perf_counter() - self.start
         if size:
             self.bar.set_postfix_str(f"{size / 1e6 / seconds:.0f} MB/s, {rejected} rejected", refresh=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from manyview.pipeline import storage, store
+from manyview.pipeline.convert.sources import Source
 from manyview.pipeline.errors import UserError
 
 SHOWN = 3  # names that stand for many
@@ -28,10 +29,28 @@ def check(classes: list[str], labels: dict[str, np.ndarray], disjoint: bool = Fa
             raise UserError(_apart(split, first, *(names(classes, present[each]) for each in (split, first))))
         if strange := numbers - present[first]:
             warnings.append(f"{len(strange)} classes of {split} have no image in {first}: {names(classes, strange)}")
-    warnings += _odd(classes, labels, present)
+    return _warned(warnings + _odd(classes, labels, present))
+
+
+def _warned(warnings: list[str]) -> list[str]:
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
     return warnings
+
+
+def lost(source: Source, rejected: list[dict]) -> list[str]:
+    """Print and return a warning, if there are classes of which every image was set aside."""
+    gone = {(item["split"], item["name"]) for item in rejected}
+    before: set[int] = set()
+    after: set[int] = set()
+    for split in source.splits if gone else ():
+        kept = np.array([(split.name, name) not in gone for name in split.names])
+        before |= set(np.unique(split.labels).tolist())
+        after |= set(np.unique(split.labels[kept]).tolist())
+    missing = before - after - {-1}
+    return _warned(
+        [f"every image of {names(source.classes, missing)} was set aside: see rejected.jsonl"] if missing else []
+    )
 
 
 def text(out: Path, manifest: dict) -> str:

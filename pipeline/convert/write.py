@@ -19,13 +19,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
 from manyview.pipeline import beton, bucket, codec, files, index, storage, tar
-from manyview.pipeline.convert import encode, moments, pool, source_state
+from manyview.pipeline.convert import encode, moments, pool, source_state, summary
 from manyview.pipeline.convert.sources import AS_IT_IS, Reading, Source, datasets
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.manifest import (
@@ -130,8 +131,6 @@ def plan_shards(options: Options, source: Source, keys: list[list[str]]) -> list
 
 # --- one shard ------------------------------------------------------------------------------------------------------
 
-running: list[Job] = []  # in a worker process: what the parent had when it forked
-
 
 @dataclass
 class Contents:
@@ -145,9 +144,8 @@ class Contents:
     notes: Counter = field(default_factory=Counter)  # what conversion cost, see `encode.Converted`
 
 
-def convert_shard(row: Row) -> dict:
+def convert_shard(job: Job, row: Row) -> dict:
     """Make one shard and record it beside. Returns its part of the manifest, rejected images and pixel sums."""
-    job = running[-1]
     final, work = job.out / row.name, job.out / WORK
     with files.whole(final, buffering=1 << 20) as file:
         writer = FORMATS[job.options.format].Writer(file, len(row.samples), job.options.encoding == "yuv420")
@@ -226,6 +224,8 @@ def check_options(options: Options, jobs: int = 0) -> None:
         errors.append(f"quality is 1 to 100, not {options.quality}")
     if not 0 <= options.seed < 1 << 64:
         errors.append(f"seed is 0 or a positive number of 64 bits, not {options.seed}")
+    if not 0 <= options.white < float("inf"):
+        errors.append(f"white is 0 (what the type holds) or the value that becomes white, not {options.white:g}")
     if jobs < 0:
         errors.append(f"jobs is a number of processes, 0 for one a core, not {jobs}")
     if options.shard_mb < 0 or options.shard_mb > 1 << 20:
@@ -320,14 +320,26 @@ def _write_alone(job: Job, max_rejected: float, jobs: int, quiet: bool, executor
         bucket.remove(MANIFEST)
     _clean(job.out, bucket, {row.name for row in job.rows})
     todo = {row.name: row for row in job.rows if row.name not in results}
-    running[:] = [job]
     total = sum(len(row.samples) for row in todo.values())
-    results |= _executor(executor).run(convert_shard, todo, jobs=jobs, total=total, quiet=quiet)
+    new = _executor(executor).run(partial(convert_shard, job), todo, jobs=jobs, total=total, quiet=quiet)
+    _seen(job, new)
+    results |= new
     manifest = _finish(job, results, max_rejected)
     if bucket:
         for name in ("rejected.jsonl", *(f"{split}.index" for split in manifest["splits"]), MANIFEST):
             bucket.write(job.out / name, name)
     return manifest
+
+
+def _seen(job: Job, results: dict[str, dict]) -> None:
+    """UserError: a shard that was written by another node is not here. What workers left that were killed is removed."""
+    for path in job.out.glob(LEFT):
+        path.unlink()
+    for name, result in results.items() if not job.url else ():
+        if not (job.out / name).exists() or (job.out / name).stat().st_size != result["shard"]["bytes"]:
+            raise UserError(
+                f"{job.out / name} was written by another node and is not seen here: the nodes must share {job.out}"
+            )
 
 
 def _executor(name: str):
@@ -446,8 +458,9 @@ def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
     write_rejected(job.out, rejected, _count(job.source), max_rejected)
     splits = {split.name: _finish_split(job, number, results) for number, split in enumerate(job.source.splits)}
     costs = sum((Counter(results[row.name].get("notes", {})) for row in job.rows), Counter())
-    notes = [*job.source.notes, *(f"{count} images: {what}" for what, count in sorted(costs.items()))]
     source = job.source
+    notes = [*source.notes, *(f"{count} images: {what}" for what, count in sorted(costs.items()))]
+    notes += summary.lost(source, rejected)
     return write_manifest(
         job.out, job.options, source.classes, splits, len(rejected), source.fingerprint(), source.ignored, notes
     )

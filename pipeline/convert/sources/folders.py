@@ -51,6 +51,7 @@ TOOLS = frozenset(
         "__pycache__",
     ]
 ) | {"system volume information"}
+MANY = 20  # folders beside each other: classes, which need not be looked into for splits
 NOWHERE = "it is a link to what is not there"
 BESIDE = "lies beside the class folders, so it has no label; --unlabelled takes all images, without labels"
 
@@ -234,26 +235,40 @@ def _counts(counter: Counter) -> str:
     return ", ".join(f"{name}: {count}" for name, count in ranked[:6]) + (", …" if len(ranked) > 6 else "")
 
 
-def _split_of(folder: Path) -> str:
-    """What a folder's name is called, in any case and spelling: "" if it is no split's."""
-    name = normalize("NFC", folder.name).casefold()
-    return name if name in SPLITS else ""
+def _split_of(folder: Path, exact: bool = True) -> str:
+    """The split whose name a folder has, in any case: "" if none. Not `exact`: as part of it, as in seg_train or val2017."""
+    words = re.split(r"[^a-z]+", normalize("NFC", folder.name).casefold())
+    named = [word for word in words if word in SPLITS]
+    return named[0] if len(named) == 1 and (not exact or len(words) == 1) else ""
 
 
 def _split_folders(source: Path, notes: list[str]) -> dict[str, Path]:
-    """The folders of the splits, none if none is named like one."""
+    """The folders of the splits, none if none is named like one; below a single folder that holds everything, too."""
     entries = [entry for entry in sorted(source.iterdir()) if not is_hidden(entry.name)]
     if broken := [entry for entry in entries if _leads_nowhere(str(entry))]:
         raise _unreadable(OSError(0, NOWHERE, str(broken[0])))
     folders = [entry for entry in entries if entry.is_dir()]
-    named = [entry for entry in folders if _split_of(entry)]
-    others = [entry.name for entry in folders if named and not _split_of(entry) and _holds_images(entry)]
-    if others:
-        names, beside = (", ".join(words) for words in ([entry.name for entry in named], others[:3]))
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise UserError(f"{source} holds {names} and also images in {beside}{more}: splits or classes? Move them apart")
-    tests = [entry for entry in named if _split_of(entry) in TESTS]
-    by_split = {split: [entry for entry in named if SPLITS[_split_of(entry)] == split] for split in ("train", "val")}
+    named = {entry: name for entry in folders if (name := _split_of(entry))}
+    unclear = [entry for entry in folders if entry not in named] if named or len(folders) < MANY else []
+    with_images = [entry for entry in unclear if _holds_images(entry)]
+    if not named and len({SPLITS.get(_split_of(entry, exact=False)) for entry in with_images} - {None}) == 2:
+        named = {entry: name for entry in with_images if (name := _split_of(entry, exact=False))}
+    stray = sum(is_image(entry.name) for entry in entries)
+    if not named and len(with_images) == 1 and not stray:
+        return _split_folders(with_images[0], notes)
+    if beside := [entry.name for entry in with_images if entry not in named] if named else []:
+        names, others = ", ".join(entry.name for entry in named), ", ".join(beside[:3])
+        more = f" and {len(beside) - 3} more" if len(beside) > 3 else ""
+        raise UserError(f"{source} holds {names} and also images in {others}{more}: splits or classes? Move them apart")
+    if named and stray:
+        notes.append(f"{stray} images beside the folders of the splits left out")
+    return {split: _inside(folder) for split, folder in _one_each(source, named, notes).items()}
+
+
+def _one_each(source: Path, named: dict[Path, str], notes: list[str]) -> dict[str, Path]:
+    """One folder a split. UserError where several have its name, but for a test split beside val, which is left out."""
+    tests = [entry for entry, name in named.items() if name in TESTS]
+    by_split = {split: [entry for entry, name in named.items() if SPLITS[name] == split] for split in ("train", "val")}
     if tests and len(by_split["val"]) > len(tests):
         by_split["val"] = [entry for entry in by_split["val"] if entry not in tests]
         notes.append(f"{' and '.join(entry.name for entry in tests)} is left out, val is {by_split['val'][0].name}")
@@ -264,16 +279,23 @@ def _split_folders(source: Path, notes: list[str]) -> dict[str, Path]:
     return {split: entries[0] for split, entries in by_split.items() if entries}
 
 
+def _inside(folder: Path) -> Path:
+    """Where a split's folder holds nothing but one of the same name, as some archives unpack: that."""
+    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
+    return (
+        _inside(entries[0]) if len(entries) == 1 and entries[0].is_dir() and entries[0].name == folder.name else folder
+    )
+
+
 def has_splits(source: Path) -> bool:
     return any(entry.is_dir() and _split_of(entry) for entry in source.iterdir())
 
 
-def _holds_images(folder: Path) -> bool:
-    def stop(error: OSError) -> None:
-        raise _unreadable(error)
-
-    for _, folders, names in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        if any(is_image(name) for name in names):
-            return True
-    return False
+def _holds_images(folder: str | Path) -> bool:
+    try:
+        entries = patiently(lambda: list(os.scandir(folder)))
+    except OSError as error:
+        raise _unreadable(error) from None
+    entries = [entry for entry in entries if not is_hidden(entry.name)]
+    below = (entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+    return any(is_image(entry.name) for entry in entries) or any(map(_holds_images, below))
