@@ -33,7 +33,7 @@ from tests.conftest import command
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(ResNet run, ViT run), (two shard directories)."""
-    return patterns.prepare(tmp_path_factory.mktemp("evaluation"))
+    return patterns.shared(tmp_path_factory)
 
 
 @pytest.fixture(params=[0, 1], ids=["resnet", "vit"])

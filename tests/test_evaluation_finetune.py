@@ -17,7 +17,7 @@ from tests import patterns
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return patterns.prepare(tmp_path_factory.mktemp("finetune"))
+    return patterns.shared(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

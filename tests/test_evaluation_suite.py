@@ -33,7 +33,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return patterns.prepare(tmp_path_factory.mktemp("suite"))
+    return patterns.shared(tmp_path_factory)
 
 
 def evaluate(target, **settings) -> dict:
@@ -252,11 +252,12 @@ def test_finetuning_scores_the_test_set_once_and_last(made, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_smoke_of_every_protocol(made):
+def test_smoke_of_every_protocol(made, tmp_path):
     """A ResNet and a ViT, two datasets, every protocol, transfer and in-domain probe apart: under two CPU minutes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     asked = ("--protocols", "all", "--finetune-epochs", "1", "--epochs", "20")
-    done = command("tools/evaluate.py", *made[0], "--data", *made[1], *asked)
+    runs = [copy(run, tmp_path) for run in made[0]]
+    done = command("tools/evaluate.py", *runs, "--data", *made[1], *asked)
     assert done.returncode == 0, done.stderr
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 120

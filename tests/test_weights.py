@@ -1,6 +1,7 @@
 """Weights that others wrote, in the layouts that their programs write, into a network of timm."""
 
 import argparse
+import logging
 import os
 import pathlib
 import pickle
@@ -162,7 +163,7 @@ def test_other_networks_are_refused(resnet, tmp_path):
 
 
 class Trap:
-    """Unpickled by anything that executes what it reads, it leaves a folder behind."""
+    """Unpickled by anything that executes what it reads, it leaves something behind."""
 
     def __init__(self, call):
         self.call = call
@@ -175,14 +176,14 @@ def test_nothing_in_a_file_is_executed(resnet, tmp_path, monkeypatch):
     """A foreign class is replaced by an empty object, a foreign call is not made; what then cannot be built is refused."""
     monkeypatch.chdir(tmp_path)
     for legacy in (False, True):
-        content = {"state_dict": resnet, "hook": Trap(os.makedirs), "args": argparse.Namespace(x=1)}
+        content = {"state_dict": resnet, "hook": Trap(logging.FileHandler), "args": argparse.Namespace(x=1)}
         torch.save(content, "trap.pth", _use_new_zipfile_serialization=not legacy)
         module = timm.create_model("resnet10t", num_classes=0)
         weights.fill(module, "trap.pth")
         assert torch.equal(module.conv1[0].weight, resnet["conv1.0.weight"])
     torch.save({"state_dict": resnet, "hook": Trap(os.mkdir)}, "system.pth")  # of a module that torch does not touch
     torch.save(torch.nn.Linear(2, 2), "module.pth")
-    pathlib.Path("pickle.pth").write_bytes(pickle.dumps({"x": Trap(os.makedirs), "y": types.SimpleNamespace(a=1)}))
+    pathlib.Path("pickle.pth").write_bytes(pickle.dumps({"x": Trap(logging.FileHandler), "y": types.SimpleNamespace(a=1)}))
     pathlib.Path("text.pth").write_text("no weights")
     for name in ("system.pth", "module.pth", "pickle.pth", "text.pth", "none.pth"):
         with pytest.raises(UserError, match=f"^{name}: (not readable as weights|no such file)") as caught:
