@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import tyro
 
-from manyview.evaluation import compare, encoder, figures, finetune, report, smoke, suite, tables
+from manyview.evaluation import compare, encoder, figures, finetune, protocols, report, suite, tables
+from manyview.evaluation.data import Data, open_data
 from manyview.pipeline import engines
 from manyview.pipeline.errors import UserError, nearest
 from manyview.training.monitor import environment
+
+QUICK_LIMIT = 5_000
 
 
 @dataclass
@@ -31,8 +35,8 @@ class Config:
     data: tuple[Path, ...] = ()
     """Shards to evaluate on; default: those that the run was trained on."""
     protocols: tuple[str, ...] = ("quick",)
-    """knn, linear, ridge, label-free, overlap (these five: quick), lidar, averaged, in-domain, fewshot, full (these ten:
-    all), transductive."""
+    """knn, linear, ridge, label-free, overlap (these five: quick), lidar, averaged, in-domain, fewshot, full (these ten: all),
+    transductive."""
     limit: int | None = None
     """At most this many training images and half as many test images, class-balanced; 0 = all. Default: 5000 where every
     protocol is of the quick five, else all."""
@@ -54,12 +58,25 @@ class Config:
     """What decodes the images: auto, cpu, dali, resident."""
     threads: int | None = None
     """Of the engine."""
-    weights: Path | None = None
-    """A local file with the weights of a timm or torchvision target, instead of the download."""
+    weights: str | None = None
+    """A local file with the weights of a timm or torchvision target, instead of the download; FILE:teacher takes one of several
+    networks inside."""
     weights_key: str | None = None
-    """Which network inside a file of several."""
+    """Which network inside a file of several: a part of the prefix of its tensors."""
     image_size: int | None = None
-    """Pixels for a timm or torchvision target; default: its own."""
+    """Pixels; default: those the encoder was trained on."""
+    mean: tuple[float, float, float] | None = None
+    """Of the input, in 0..1; default: what comes with the weights, and it is printed."""
+    std: tuple[float, float, float] | None = None
+    """As the mean."""
+    crop: float | None = None
+    """The share of the short side that the evaluation view shows; default: what comes with the weights."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Of the evaluation view; default: what comes with the weights."""
+    layers: str = "pooled"
+    """What the features are: pooled, last:N (the last N blocks or stages, concatenated) or layer:N (one of them)."""
+    pretrained_on: str | None = None
+    """The name of the data that foreign weights were trained on, for the tables and `compare`."""
     out: Path | None = None
     """Where to write; default: the run directory (runs/TARGET for public weights, runs/comparison for `compare`)."""
     write: Path | None = None
@@ -68,19 +85,10 @@ class Config:
     """What has to be known about a dataset, as `NAME: text`; stands beside its numbers."""
     plots: bool = True
     """Draw the pictures and write report.html."""
-    smoke: bool = False
-    """Every protocol on a tiny ResNet and a tiny ViT with made-up images, in about a minute."""
 
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    if config.smoke:
-        with tempfile.TemporaryDirectory() as folder:
-            runs, data = smoke.prepare(Path(folder))
-            for made in runs:
-                asked = replace(config, data=tuple(data), protocols=("all",), finetune_epochs=1, epochs=20)
-                evaluate(str(made), asked, torch.device("cpu"))
-        return
     if not config.targets:
         raise UserError("nothing to evaluate: give a run directory, as in `python tools/evaluate.py runs/NAME`")
     if config.targets[0] == "compare":
@@ -108,6 +116,10 @@ def check(config: Config) -> None:
     ]
     if config.limit == 1:
         errors.append("--limit 1 leaves no test image: it must be 0 (all) or at least 2")
+    if config.crop is not None and not 0 < config.crop <= 1:
+        errors.append(f"--crop must be a share in (0, 1], not {config.crop}")
+    if config.std is not None and min(config.std) <= 0:
+        errors.append(f"--std must be above 0, not {' '.join(map(str, config.std))}")
     if config.out and len(config.targets) > 1:
         errors.append(f"--out is the folder of one target, and these are {len(config.targets)}")
     if errors:
@@ -144,30 +156,39 @@ def embed_together(config: Config, device: torch.device) -> bool:
 
 def prepare(
     target: str, config: Config, device: torch.device, say: Callable[[str], None] = print
-) -> tuple[suite.Suite, list[suite.Data], suite.Data | None, Path | None]:
+) -> tuple[suite.Suite, list[Data], Data | None, Path | None]:
     """(the work to do, the datasets, the one the encoder was trained on if it is here, the run directory if any)."""
-    trained = encoder.load(target, weights=config.weights, key=config.weights_key, image_size=config.image_size)
+    trained = encoder.load(target, encoder.Asked(
+        config.weights, config.weights_key, config.image_size, config.mean, config.std, config.crop, config.interpolation,
+        config.pretrained_on, config.layers,
+    ))  # fmt: skip
+    say(f"encoder    {trained.run}: {trained.transform}")
+    if trained.loaded:
+        say(f"weights    {trained.loaded}")
     run = run_directory(target)
     settings = encoder.facts(run, "config.json") if run else {}
     own_path = Path(settings["data"]) if "data" in settings else None
     paths = list(config.data) or ([own_path] if own_path else [])
     if not paths:
         raise UserError(f"{target}: say what to evaluate on, as in `--data shards/cifar10`")
-    asked = suite.choose(config.protocols)
-    quick = set(asked) <= set(suite.QUICK)
     options = suite.Options(
-        protocols=asked, limit=config.limit if config.limit is not None else suite.QUICK_LIMIT if quick else 0,
         seed=config.seed, batch=config.batch, epochs=config.epochs, preset=few_shot_preset(config.preset),
         finetune_bn=config.finetune_bn, finetune_epochs=config.finetune_epochs,
         engine=config.engine, device=str(device), threads=config.threads, policy=settings.get("policy", "simclr"),
         augment=tuple(settings.get("augment", ())),
     )  # fmt: skip
-    datasets = opened(paths, options)
+    asked = protocols.choose(config.protocols)
+    quick = all(p.group == "quick" for p in asked)
+    limit = config.limit if config.limit is not None else QUICK_LIMIT if quick else 0
+    groups = set(config.protocols) <= protocols.GROUPS.keys()
+    datasets = opened(paths, partial(open_data, protocols=asked, groups=groups, limit=limit, seed=config.seed))
     annotate(datasets, config.notes)
     own = next((d for d in datasets if own_path and d.path.resolve() == own_path.resolve()), None)
     if own is None and own_path and own_path.is_dir():
-        own = suite.open_data(own_path, replace(options, protocols=("overlap",)))  # it may have no labels
-    work = suite.Suite(trained, config.out or directory_for(target, run), options, say)
+        own = open_data(own_path, limit=limit, seed=config.seed)  # its training images alone; they may have no labels
+    work = suite.Suite(trained, config.out or directory_for(target, run, trained), options, say)
+    for data in datasets:
+        work.plan(data, own)  # what cannot be done is refused before anything is
     return work, datasets, own, run
 
 
@@ -182,7 +203,7 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
             drawn += figures.draw(work, data) if config.plots else []
     finally:
         work.close()
-    if own is None and "overlap" in work.options.protocols:
+    if own is None and any(p.name == "overlap" for d in datasets for p in d.protocols):
         print("overlap with the pre-training data: not checked, that data is not here")
     work.write()
     content = work.content()
@@ -192,7 +213,7 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
     return content
 
 
-def annotate(datasets: list[suite.Data], notes: tuple[str, ...]) -> None:
+def annotate(datasets: list[Data], notes: tuple[str, ...]) -> None:
     """Add the user's notes `NAME: text` to their datasets."""
     named = {data.name: data for data in datasets}
     for note in notes:
@@ -209,15 +230,15 @@ def few_shot_preset(name: str) -> str:
     return name
 
 
-def opened(paths: list[Path], options: suite.Options) -> list[suite.Data]:
+def opened(paths: list[Path], open_one: Callable[[Path], Data]) -> list[Data]:
     """All datasets, or every reason why not at once."""
-    found, errors = [], []
+    datasets, errors = [], []
     for path in paths:
         try:
-            found.append(suite.open_data(path, options))
+            datasets.append(open_one(path))
         except UserError as error:
             errors.append(str(error))
-    names = [d.name for d in found]
+    names = [d.name for d in datasets]
     errors += [
         f"two sets of shards are called {name}: write one under another name"
         for name in set(names)
@@ -225,7 +246,7 @@ def opened(paths: list[Path], options: suite.Options) -> list[suite.Data]:
     ]
     if errors:
         raise UserError("\n".join(errors))
-    return found
+    return datasets
 
 
 def run_directory(target: str) -> Path | None:
@@ -236,10 +257,11 @@ def run_directory(target: str) -> Path | None:
     return next((p for p in path.parents if (p / "config.json").is_file()), None) if path.is_file() else None
 
 
-def directory_for(target: str, run: Path | None) -> Path:
+def directory_for(target: str, run: Path | None, trained: encoder.Encoder) -> Path:
+    """Where results go: weights that share an architecture, or a file's name, do not share a folder."""
     path = Path(target)
     if run is None:
-        return Path("runs") / target.replace(":", "-").replace("/", "-")
+        return Path("runs") / trained.run.replace(":", "-").replace("/", "-")
     return run if path.is_dir() or path.name == "backbone.safetensors" else run / f"eval-{path.stem}"
 
 

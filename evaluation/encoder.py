@@ -1,10 +1,9 @@
-"""What is evaluated: a run of this project, an exported file, or weights of timm or torchvision."""
+"""What is evaluated: a run of this project, an exported file, weights of timm or torchvision; and what it is held against."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,21 +11,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
-from safetensors.torch import load_file
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from manyview.model import backbone
+from manyview.evaluation import layers
+from manyview.model import backbone, weights
+from manyview.model.weights import Transform, in_255
 from manyview.pipeline import index
 from manyview.pipeline.errors import UserError, nearest
-from manyview.pipeline.store import Store
+from manyview.pipeline.store import Store, training_split
 from manyview.pipeline.views import crop_ratio
 
-HEADS = ("fc.", "head.", "head_dist.", "classifier.", "heads.", "last_linear.", "projector.", "prototypes.")
-PREFIXES = ("module.", "backbone.", "encoder.", "model.", "base_encoder.", "student.", "teacher.")
+PIXEL_SIZE, PIXEL_BYTES = 32, 2**31  # of the images that the baseline of plain pixels looks at, and of all of them
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,12 @@ class Encoder:
     image_size: int
     mean: tuple[float, float, float]  # of the input, in 0..255
     std: tuple[float, float, float]
-    weights: str = "trained"  # or "untrained"
+    crop: float | None = None  # the share of the short side that the evaluation view shows; None: by the size
+    interpolation: str = "bilinear"  # of the evaluation view: or bicubic
+    origin: str = ""  # of mean, std, crop and interpolation
+    weights: str = "trained"  # or "untrained", "pixels"
+    layers: str = "pooled"  # what of the network the features are: see `layers`
+    loaded: str = ""  # what was taken from a file, and what was left in it
     sha256: str = ""  # of the weights file
     source: str = ""
     recipe: str = ""  # the identity of weights that are made, known before they are
@@ -51,8 +52,12 @@ class Encoder:
 
     @property
     def crop_ratio(self) -> float:
-        """Of the short side that the evaluation view shows."""
-        return crop_ratio(self.image_size)
+        return self.crop or crop_ratio(self.image_size)
+
+    @property
+    def transform(self) -> str:
+        """What an image becomes before it enters the network, in words."""
+        return Transform(self.image_size, self.mean, self.std, self.crop_ratio, self.interpolation, self.origin).text
 
     @cached_property
     def checkpoint(self) -> str:
@@ -81,19 +86,52 @@ def frozen(module: nn.Module) -> Iterator[None]:
         raise RuntimeError("the frozen encoder's parameters or buffers changed while its features were computed")
 
 
-def load(target: str, *, weights: Path | None = None, key: str | None = None, image_size: int | None = None) -> Encoder:
+@dataclass(frozen=True)
+class Asked:
+    """What the user may say about an encoder, instead of what comes with it."""
+
+    weights: str | None = None  # a local file (FILE or FILE:KEY) for a network of timm or torchvision
+    key: str | None = None  # which of several networks in a file
+    image_size: int | None = None
+    mean: tuple[float, float, float] | None = None  # of values in 0..1, as the others' papers give them
+    std: tuple[float, float, float] | None = None
+    crop: float | None = None
+    interpolation: str | None = None
+    pretrained_on: str | None = None
+    layers: str = "pooled"
+
+
+def load(target: str, asked: Asked = Asked()) -> Encoder:
     """`target`: a run directory, one of its checkpoints (.pt), a .safetensors file, `timm:NAME` or `torchvision:NAME`.
 
-    `weights`: for the last two, a local file instead of the download; `key`: which of several networks inside it (also
-    of a checkpoint, where the default is the average of the weights if the run kept one, else the weights).
+    Of a checkpoint the average of the weights is taken if the run kept one. UserError where there is no such, or where its
+    parameters are not finite.
     """
+    encoder = _load(target, asked)
+    broken = [name for name, value in encoder.module.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{encoder.run}: {len(broken)} of its tensors are not finite (first: {broken[0]}): it has diverged"
+        )
+    if asked.image_size and asked.image_size != encoder.image_size:
+        encoder = _resized(encoder, asked.image_size)
+    changes: dict[str, Any] = {name: in_255(values) for name in ("mean", "std") if (values := getattr(asked, name))}
+    changes |= {"crop": asked.crop} if asked.crop else {}
+    changes |= {"interpolation": asked.interpolation} if asked.interpolation else {}
+    if changes:
+        changes["origin"] = f"{', '.join(changes)} as asked for"
+    changes |= {"pretrained_on": asked.pretrained_on} if asked.pretrained_on is not None else {}
+    return layers.select(replace(encoder, **changes), asked.layers)
+
+
+def _load(target: str, asked: Asked) -> Encoder:
     if target.startswith(("timm:", "torchvision:")):
-        return _public(target, weights, key, image_size)
-    if weights is not None or image_size is not None:
-        raise UserError("--weights and --image-size go with a target timm:NAME or torchvision:NAME")
-    path = Path(target)
+        return _public(target, asked)
+    if asked.weights is not None:
+        raise UserError("--weights goes with a target timm:NAME or torchvision:NAME")
+    path, key = weights.split_key(target)
     if path.suffix == ".pt" and path.is_file():
-        return _checkpoint(path, key)
+        return _checkpoint(path, asked.key or key)
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return _exported(path)
     near = [p.as_posix() for p in Path(path.parent if path.parent.is_dir() else ".").glob("*/")]
@@ -104,10 +142,10 @@ def load(target: str, *, weights: Path | None = None, key: str | None = None, im
 def _exported(path: Path) -> Encoder:
     """backbone.safetensors of a run directory, or any file of the same kind."""
     file, header = backbone.locate(path), backbone.metadata(path)
-    made = _described(header, header.get("source") or file.stem)
-    fill(made.module, load_file(file), file.as_posix())
+    encoder = _described(header, header.get("source") or file.stem)
+    weights.fill(encoder.module, file)
     config = facts(file.parent, "config.json")
-    return replace(made, run=file.resolve().parent.name if config else file.stem, sha256=_sha256(file),
+    return replace(encoder, run=file.resolve().parent.name if config else file.stem, sha256=_sha256(file),
                    source=file.as_posix(), step=header.get("step", str(config.get("steps", ""))),
                    **_history(file.parent, config))  # fmt: skip
 
@@ -118,29 +156,84 @@ def _checkpoint(path: Path, key: str | None) -> Encoder:
     config = facts(folder, "config.json")
     if not {"backbone", "stem", "size", "data"} <= config.keys():
         raise UserError(f"{path}: no config.json in {folder} that says what network this is")
-    data = Store(Path(config["data"]))
-    header = {k: str(config[n]) for k, n in (("backbone", "backbone"), ("stem", "stem"), ("image_size", "size"))}
-    made = _described(header | {"mean": json.dumps(data.mean), "std": json.dumps(data.std)}, folder.name)
-    try:
-        state = torch.load(path, "cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds
-        raise UserError(f"{path}: not readable as a checkpoint ({str(error).splitlines()[0][:120]})") from None
+    state = weights.contents(path)
     if not isinstance(state, dict) or "step" not in state:
         raise UserError(f"{path}: not a checkpoint of train.py")
-    key = key or ("average" if state.get("average") else "encoder")
-    if key not in state:
-        raise UserError(nearest(f"network in {path}", key, [k for k in ("encoder", "average") if k in state]))
-    tensors = {k.removeprefix("module."): v for k, v in state[key].items() if k != "n_averaged"}
-    fill(made.module, {k.removeprefix("backbone."): v for k, v in tensors.items()}, path.as_posix())
-    return replace(made, sha256=_sha256(path), source=f"{path.as_posix()} ({key})", step=str(state["step"]),
+    present = [name for name in ("encoder", "average") if state.get(name)]
+    key = key or present[-1]
+    if key not in present:
+        raise UserError(nearest(f"network in {path}", key, present))
+    mean, std = _statistics(config)
+    header = {k: str(config[n]) for k, n in (("backbone", "backbone"), ("stem", "stem"), ("image_size", "size"))}
+    encoder = _described(header | {"mean": json.dumps(mean), "std": json.dumps(std)}, folder.name)
+    weights.fill_from(encoder.module, state[key], path)
+    return replace(encoder, sha256=_sha256(path), source=f"{path.as_posix()} ({key})", step=str(state["step"]),
                    **_history(folder, config))  # fmt: skip
+
+
+def _statistics(config: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    data = Path(config["data"])
+    return (store := Store(data, training_split(data))).mean, store.std
 
 
 def _described(header: dict[str, str], run: str) -> Encoder:
     """The network that a header describes, with random weights."""
     size = int(header["image_size"])
     fresh = partial(backbone.create, header["backbone"], image_size=size, stem=header["stem"])
-    return Encoder(fresh().eval(), fresh, run, header["backbone"], size, _three(header["mean"]), _three(header["std"]))
+    mean, std = _three(header["mean"]), _three(header["std"])
+    return Encoder(fresh().eval(), fresh, run, header["backbone"], size, mean, std, origin="as it was trained")
+
+
+def _public(target: str, asked: Asked) -> Encoder:
+    network = weights.public(target, asked.image_size, local=asked.weights is not None)
+    if asked.weights is None:
+        module, loaded, sha, name = weights.download(network), "", "", network.name
+        source = f"the download of {target.partition(':')[0]}"
+    else:
+        try:
+            module = network.make(False)
+        except Exception as error:  # of another library's making
+            raise UserError(f"{target}: {' '.join(str(error).split())[:160]}") from None
+        loaded = weights.fill(module, asked.weights, asked.key)
+        path, key = weights.split_key(asked.weights)
+        sha, source = _sha256(path), path.as_posix()
+        name = "-".join(filter(None, [network.name, path.stem, asked.key or key, sha[:8]]))
+    t = network.transform
+    return Encoder(
+        module.eval(), partial(network.make, False), name, target.removeprefix("timm:"), t.size, t.mean, t.std, t.crop,
+        t.interpolation, t.origin, sha256=sha, source=source, loaded=loaded, pretrained_on=network.trained_on,
+    )  # fmt: skip
+
+
+def _resized(encoder: Encoder, size: int) -> Encoder:
+    """The same network for images of another size; position embeddings are resampled."""
+
+    def resize(module: Any) -> nn.Module:
+        if hasattr(module, "set_input_size"):
+            module.set_input_size(img_size=size)
+        return module
+
+    try:
+        module = resize(encoder.module)
+        with torch.inference_mode():
+            module(torch.zeros(1, 3, size, size))
+    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{encoder.run}: it does not take {size} px images: {str(error).splitlines()[0][:120]}"
+        ) from None
+    fresh, before = encoder.fresh, encoder.image_size
+    moved = f"; position embeddings resampled from {before} px" if hasattr(module, "pos_embed") else ""
+    return replace(encoder, module=module, fresh=lambda: resize(fresh()), image_size=size,
+                   loaded=f"{encoder.loaded}{moved}".strip("; "))  # fmt: skip
+
+
+def pixels(trained: Encoder, images: int) -> Encoder:
+    """No network: what an image is after the encoder's own crop and resize, at its size or a smaller one, as numbers."""
+    affordable = int((PIXEL_BYTES / (4 * 3 * max(1, images))) ** 0.5)
+    size = max(1, min(trained.image_size, PIXEL_SIZE, affordable))
+    name = f"pixels at {size} px"
+    return replace(trained, module=nn.Flatten().eval(), fresh=nn.Flatten, image_size=size, mean=(0.0, 0.0, 0.0), std=(255.0,) * 3,
+                   weights="pixels", sha256="", source=name, step="", recipe=name, layers="pooled")  # fmt: skip
 
 
 def facts(run: Path, name: str) -> dict[str, Any]:
@@ -211,123 +304,3 @@ def calibrating(module: nn.Module) -> Iterator[None]:
     for layer, momentum in zip(layers, kept):
         layer.momentum = momentum
         layer.eval()
-
-
-def _public(target: str, weights: Path | None, key: str | None, image_size: int | None) -> Encoder:
-    library, _, name = target.partition(":")
-    make, size, mean, std, trained_on = (_timm if library == "timm" else _torchvision)(name, image_size)
-    try:
-        module = make(weights is None)
-    except Exception as error:  # the download clients raise many kinds, and what helps is the same for all
-        text = _offline(target, error) if weights is None else f"{target}: {' '.join(str(error).split())[:160]}"
-        raise UserError(text) from None
-    if weights is not None:
-        fill(module, read_weights(weights, key), weights.as_posix())
-    return Encoder(
-        module.eval(), partial(make, False), target, name if library == "timm" else target, size, _bytes(mean),
-        _bytes(std), sha256=_sha256(weights) if weights else "",
-        source=weights.as_posix() if weights else f"the download of {library}",
-        pretrained_on="" if weights and "." not in name else trained_on,  # a file may hold anything
-    )  # fmt: skip
-
-
-def _bytes(values: Sequence[float]) -> tuple[float, float, float]:
-    r, g, b = (255 * float(v) for v in values)
-    return r, g, b
-
-
-def _timm(name: str, image_size: int | None) -> tuple[Callable[[bool], nn.Module], int, Any, Any, str]:
-    if not timm.is_model(name.partition(".")[0]):
-        raise UserError(nearest("timm model", name, timm.list_models()))
-    config = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
-    size = image_size or (config.input_size[-1] if config else 224)
-    fixed: dict[str, Any] = {"img_size": size} if config and config.fixed_input_size else {}
-
-    def make(download: bool) -> nn.Module:
-        return timm.create_model(name, pretrained=download, num_classes=0, **fixed)
-
-    mean, std = (config.mean, config.std) if config else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    tag = name.partition(".")[2] or (config.tag if config else None) or ""
-    return make, size, mean, std, _trained_on(tag)
-
-
-def _trained_on(tag: str) -> str:
-    """The dataset that a timm tag or the name of torchvision's weights speaks of: imagenet where it was that alone."""
-    tag = re.sub(r"_\d{3}$", "", tag.lower())  # the resolution
-    alone = tag.startswith("imagenet1k") or tag.rpartition("_")[2] == "in1k"
-    others = ("_ft_", "swag", "in21k", "in22k", "in12k", "jft", "ssld", "dist_")
-    return "imagenet" if alone and not any(word in tag for word in others) else tag
-
-
-def _torchvision(name: str, image_size: int | None) -> tuple[Callable[[bool], nn.Module], int, Any, Any, str]:
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        raise UserError(nearest("torchvision model", name, names))
-
-    def make(download: bool) -> nn.Module:
-        return _headless(torchvision.models.get_model(name, weights="DEFAULT" if download else None))
-
-    weights = torchvision.models.get_model_weights(name).DEFAULT.name
-    return make, image_size or 224, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, _trained_on(weights)
-
-
-def _headless(module: nn.Module) -> nn.Module:
-    for name in ("fc", "classifier", "heads", "head"):
-        if hasattr(module, name):
-            setattr(module, name, nn.Identity())
-            return module
-    raise UserError(f"{type(module).__name__}: no known classifier to take off; use the timm version of this network")
-
-
-def _offline(target: str, error: Exception) -> str:
-    reason = re.sub(r"\s+", " ", str(error))[:120]
-    return f"{target}: its weights could not be fetched ({reason}); give a local file: --weights PATH"
-
-
-def read_weights(path: Path, key: str | None) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file (only tensors are read: nothing in it is executed).
-
-    A file with several networks (student and teacher, model and its average) needs `key` to say which.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: not readable as weights ({str(error).splitlines()[0][:120]})") from None
-    nested = {
-        k: v for k, v in content.items() if isinstance(v, dict) and any(isinstance(t, Tensor) for t in v.values())
-    }
-    if key is not None:
-        if key not in nested:
-            raise UserError(nearest(f"network in {path}", key, nested))
-        return _tensors(nested[key])
-    if len(nested) > 1:
-        raise UserError(f"{path}: several networks inside ({', '.join(nested)}); pick one with --weights-key")
-    return _tensors(next(iter(nested.values())) if nested else content)
-
-
-def _tensors(content: dict) -> dict[str, Tensor]:
-    found = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-    while found and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in found)), "")):
-        found = {k.removeprefix(prefix): v for k, v in found.items()}
-    return found
-
-
-def fill(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load every tensor of `module`; only a known head (`HEADS`) may be left over. `UserError` for another network."""
-    expected = module.state_dict()
-    kept = {k: v for k, v in tensors.items() if k in expected or not k.startswith(HEADS)}
-    missing, extra = sorted(expected.keys() - kept.keys()), sorted(kept.keys() - expected.keys())
-    shapes = [k for k in expected.keys() & kept.keys() if expected[k].shape != kept[k].shape]
-    if missing or extra or shapes:
-        matched = len(expected) - len(missing) - len(shapes)
-        parts = [
-            f"{len(names)} {what} (first: {sorted(names)[0]})"
-            for what, names in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
-            if names
-        ]
-        raise UserError(
-            f"{source}: weights of another network: {matched} of {len(expected)} tensors match; {', '.join(parts)}"
-        )
-    module.load_state_dict(kept)

@@ -11,8 +11,8 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from manyview.evaluation.bicubic import clean_engine
 from manyview.evaluation.encoder import Encoder, calibrating, frozen
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.loader import normalize
 from manyview.pipeline.store import Corrupt, Store
-from manyview.pipeline.views import Policy, ViewParameters, clean, parameters
+from manyview.pipeline.views import Policy, ViewParameters, clean, overrides, parameters, policy
 
-VERSION = "1"
+VERSION = "2"
 CALIBRATION, CALIBRATION_BATCH = 1024, 256  # images; fixed, so that --batch changes no number
 
 
@@ -52,13 +53,24 @@ class Views:
 
     def draw(self, size: int, crop_ratio: float, ids: np.ndarray, store: Store) -> list[ViewParameters]:
         heights, widths = store.heights[ids], store.widths[ids]
-        made = [clean(size, heights, widths, crop_ratio)] if self.clean else []
+        drawn = [clean(size, heights, widths, crop_ratio)] if self.clean else []
         if self.policy is not None:
-            made.append(parameters(self.policy, self.seed, np.zeros(len(ids)), ids, heights, widths))
-        return made
+            drawn.append(parameters(self.policy, self.seed, np.zeros(len(ids)), ids, heights, widths))
+        return drawn
 
 
 CLEAN = Views()
+LIDAR_IMAGES, LIDAR_VIEWS, AVERAGED_VIEWS = 1000, 8, 16
+
+
+def views_of(kind: str, policy_name: str, size: int, augment: tuple[str, ...], seed: int) -> Views:
+    """What the network is shown for `clean`, `averaged` or `lidar` features."""
+    if kind == "clean":
+        return CLEAN
+    count = LIDAR_VIEWS if kind == "lidar" else AVERAGED_VIEWS - 1
+    chosen = policy(policy_name, max(count, 3), size, overrides(augment))
+    chosen = replace(chosen, groups=(replace(chosen.groups[0], count=count, size=size),))
+    return Views(kind == "averaged", chosen, seed)
 
 
 def describe(encoder: Encoder, store: Store, ids: np.ndarray, views: Views = CLEAN) -> dict[str, str]:
@@ -68,10 +80,10 @@ def describe(encoder: Encoder, store: Store, ids: np.ndarray, views: Views = CLE
         "weights": encoder.checkpoint,
         "data": f"{store.name} {store.split} {store.fingerprint}",
         "ids": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
-        "transform": f"centre square of {encoder.crop_ratio:g} of the short side, {encoder.image_size} px",
+        "transform": f"{encoder.crop_ratio:g} of the short side, {encoder.interpolation}, {encoder.image_size} px",
         "normalization": json.dumps([encoder.mean, encoder.std]),
         "views": views.text,
-        "layer": "the network's pooled output",
+        "layers": encoder.layers,
         "dtype": "float32",
     }
 
@@ -89,8 +101,8 @@ def calibrate(
     order = np.random.default_rng(0).permutation(ids)
     batches = np.array_split(order, math.ceil(len(ids) / CALIBRATION_BATCH))
     with calibrating(module), torch.no_grad():
-        for images in _images(encoder, store, batches, engine, CLEAN):
-            _forward(encoder, images, device)
+        for images in pixels_of(encoder, store, batches, engine, CLEAN):
+            forward(encoder, images, device)
     if dist.is_initialized():
         for value in module.buffers():
             dist.broadcast(value, 0)
@@ -115,23 +127,38 @@ def embed(
     batches = [ids[i : i + batch] for i in range(0, len(ids), batch)]
     module = encoder.module.to(device).to(memory_format=torch.channels_last)
     with frozen(module), torch.inference_mode():
-        mine = [_forward(encoder, x, device) for x in _images(encoder, store, batches[rank::world], engine, views)]
+        images = pixels_of(encoder, store, batches[rank::world], engine, views)
+        mine = [forward(encoder, x, device) for x in images]
     if world > 1:
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, mine)
         mine = [gathered[i % world][i // world] for i in range(len(batches))]
-    return torch.cat(mine)
+    return finite(torch.cat(mine), encoder, store)
 
 
-def _images(encoder: Encoder, store: Store, batches: list[np.ndarray], engine: Any, views: Views):
+def finite(x: Tensor, encoder: Encoder, store: Store) -> Tensor:
+    """`x` (N, ...) itself. UserError where features are not finite: whatever is computed from them means nothing."""
+    broken = int((~x.flatten(1).isfinite().all(1)).sum())
+    if broken:
+        raise UserError(
+            f"{encoder.run} ({encoder.weights}): the features of {broken:,} of {len(x):,} images of {store.name} are not finite: "
+            "the encoder has diverged, and no score of it means anything"
+        )
+    return x
+
+
+def pixels_of(encoder: Encoder, store: Store, batches: list[np.ndarray], engine: Any, views: Views) -> Iterator[Tensor]:
     """(V, B, 3, S, S) uint8 of each batch; the next one is under way while this one is used."""
     waiting: deque = deque()
-    for ids in [*batches, None]:
-        if ids is not None:
-            drawn = views.draw(encoder.image_size, encoder.crop_ratio, ids, store)
-            waiting.append([engine.submit(ids, p) for p in drawn])
-        while len(waiting) > (0 if ids is None else 1):
-            yield torch.cat([result(pending, store) for pending in waiting.popleft()])
+    with clean_engine(encoder, store, engine) as clean_views:
+        for ids in [*batches, None]:
+            if ids is not None:
+                drawn = views.draw(encoder.image_size, encoder.crop_ratio, ids, store)
+                by = [clean_views, engine] if views.clean else [engine]
+                waiting.append([one.submit(ids, p) for one, p in zip(by, drawn)])
+            while len(waiting) > (0 if ids is None else 1):
+                groups = [result(pending, store) for pending in waiting.popleft()]
+                yield torch.cat([group.to(groups[-1].device) for group in groups])
 
 
 def result(pending: Any, store: Store) -> Tensor:
@@ -146,7 +173,7 @@ def result(pending: Any, store: Store) -> Tensor:
     return group
 
 
-def _forward(encoder: Encoder, images: Tensor, device: str | torch.device) -> Tensor:
+def forward(encoder: Encoder, images: Tensor, device: str | torch.device) -> Tensor:
     """(V, B, 3, S, S) -> (B, V, F) on the CPU."""
     parts = []
     for view in images:  # one by one: V views of a batch need no more memory than one
@@ -176,14 +203,14 @@ def load(path: Path, manifest: dict[str, str]) -> Tensor:
         raise FileNotFoundError(path)
     try:
         with safe_open(path, "pt") as file:
-            found = dict(file.metadata() or {})
+            written = dict(file.metadata() or {})
             features = file.get_tensor("features")
     except (SafetensorError, OSError) as error:
         raise Stale(f"it is damaged ({error})") from None
-    other = [name for name, value in manifest.items() if found.get(name) != value]
+    other = [name for name, value in manifest.items() if written.get(name) != value]
     if other:
         raise Stale(f"it was made with other {', '.join(other)}")
-    if found.get("content") != _content(features):
+    if written.get("content") != _content(features):
         raise Stale("its content does not match its hash")
     return features
 
@@ -194,16 +221,16 @@ def cached(path: Path, manifest: dict[str, str], make: Callable[[], Tensor]) -> 
     With several processes all call it: all have the file or all make, and the first one writes.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
-    found: Tensor | None = None
+    kept: Tensor | None = None
     try:
-        found = load(path, manifest)
+        kept = load(path, manifest)
     except FileNotFoundError:
         pass
     except Stale as reason:
         if first:
             print(f"{path}: not used, {reason}; computing the features again")
-    if _everyone(found is not None) and found is not None:
-        return found, True
+    if _everyone(kept is not None) and kept is not None:
+        return kept, True
     features = make()
     if first:
         save(path, manifest, features)

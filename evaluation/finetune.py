@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
+from manyview.evaluation.bicubic import clean_engine
 from manyview.evaluation.encoder import Encoder
 from manyview.evaluation.features import result
+from manyview.evaluation.layers import Layers
 from manyview.evaluation.linear import MOMENTUM, schedule
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.loader import normalize
@@ -84,49 +87,48 @@ def is_vit(module: nn.Module) -> bool:
     return hasattr(module, "blocks") and hasattr(module, "patch_embed")
 
 
-def set_drop_path(vit: Any, rate: float) -> None:
-    """Drop path rising linearly from 0 to `rate` over the blocks, as timm sets it at construction."""
-    blocks = list(vit.blocks)
-    for i, block in enumerate(blocks):
-        places = [name for name in ("drop_path1", "drop_path2", "drop_path") if hasattr(block, name)]
-        if not places:
+DROP_PATHS = ("drop_path1", "drop_path2", "drop_path")
+
+
+def check(module: nn.Module) -> None:
+    """UserError where fine-tuning does not know this network."""
+    if isinstance(module, Layers):
+        raise UserError(
+            f"fine-tuning takes the network's own output, not {module.spec}: leave out --layers, or fewshot and full"
+        )
+    for block in module.blocks if is_vit(module) else ():  # type: ignore[union-attr]
+        if not any(hasattr(block, name) for name in DROP_PATHS):
             raise UserError(
                 f"{type(block).__name__} has no place for drop path: fine-tuning does not know this network"
             )
-        for name in places:
+
+
+def set_drop_path(vit: Any, rate: float) -> None:
+    """Drop path rising linearly from 0 to `rate` over the blocks, as timm sets it at construction."""
+    check(vit)
+    blocks = list(vit.blocks)
+    for i, block in enumerate(blocks):
+        for name in filter(partial(hasattr, block), DROP_PATHS):
             setattr(block, name, DropPath(rate * i / max(1, len(blocks) - 1)))
 
 
-def layer(name: str, depth: int) -> int:
-    """The layer of a ViT's parameter: 0 = embeddings, 1..depth = blocks, depth + 1 = what follows the final norm.
-
-    The final norm is in the last block's layer, as in the paper's table. `UserError` for a name it does not know.
-    """
-    if match := re.match(r"backbone\.blocks\.(\d+)\.", name):
-        return int(match[1]) + 1
-    if name.startswith(("backbone.cls_token", "backbone.pos_embed", "backbone.reg_token", "backbone.patch_embed.",
-                        "backbone.norm_pre.")):  # fmt: skip
-        return 0
-    if name.startswith(("backbone.norm.", "backbone.fc_norm.", "backbone.attn_pool.")):
-        return depth
-    if name.startswith(("norm.", "head.")):
-        return depth + 1
-    raise UserError(f"layer decay does not know the parameter {name!r}: this is not a plain ViT of timm")
-
-
-def groups(model: Classifier, preset: Preset, total: int) -> list[dict]:
+def groups(model: Classifier, preset: Preset, total: float) -> list[dict]:
     """Optimizer groups for `total` samples a step: each trainable parameter in exactly one, with its own peak rate.
 
-    A ViT's layer l of L + 1 has its rate times 0.65^(L + 1 - l).
+    timm says which layer of a ViT a parameter is of (the final norm: of the last block); layer l of L below the head has the
+    rate times 0.65^(L + 1 - l).
     """
-    depth = len(model.backbone.blocks) if is_vit(model.backbone) else None  # type: ignore[arg-type]
-    made: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        rate = preset.backbone_rate if name.startswith("backbone.") else preset.head_rate
-        if depth is not None:
-            rate *= LAYER_DECAY ** (depth + 1 - layer(name, depth))
-        made.setdefault(rate * total / 256, []).append(parameter)
-    return [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in sorted(made.items())]
+    trunk: Any = model.backbone
+    rate = preset.backbone_rate * total / 256
+    if is_vit(trunk):
+        layers = param_groups_layer_decay(trunk, weight_decay=0.0, layer_decay=LAYER_DECAY)
+        last = {id(p) for p in trunk.blocks[-1].parameters()}
+        scale = next(g["lr_scale"] for g in layers if any(id(p) in last for p in g["params"]))
+        peaks = [(g["params"], rate * LAYER_DECAY * g["lr_scale"] / scale) for g in layers]
+    else:
+        peaks = [(list(trunk.parameters()), rate)]
+    peaks.append(([*model.norm.parameters(), *model.head.parameters()], preset.head_rate * total / 256))
+    return [{"params": parameters, "lr": peak, "peak": peak} for parameters, peak in peaks]
 
 
 def train(
@@ -147,7 +149,7 @@ def train(
     `accumulate` splits each step into that many forward passes; rates follow the step's samples, not the pass's.
     """
     model = classifier(encoder, classes, bn=bn, seed=seed).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    total = min(preset.batch, len(ids))
+    total = len(ids) / math.ceil(len(ids) / preset.batch)  # of batches that are equal to within one
     optimizer = torch.optim.SGD(groups(model, preset, total), momentum=MOMENTUM)
     smoothing = SMOOTHING if is_vit(model.backbone) else 0.0
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
@@ -201,9 +203,10 @@ def predict(
     """Scores (n, C) of these samples' clean views, in evaluation mode, on the CPU."""
     model.eval()
     parts = []
-    for chosen in np.array_split(ids, math.ceil(len(ids) / batch)):
-        drawn = clean(encoder.image_size, store.heights[chosen], store.widths[chosen], encoder.crop_ratio)
-        images = result(engine.submit(chosen, drawn), store)[0].to(device)
-        x = normalize(images, encoder.mean, encoder.std, torch.float32)
-        parts.append(model(x.contiguous(memory_format=torch.channels_last)).float().cpu())
+    with clean_engine(encoder, store, engine) as views:
+        for chosen in np.array_split(ids, math.ceil(len(ids) / batch)):
+            boxes = clean(encoder.image_size, store.heights[chosen], store.widths[chosen], encoder.crop_ratio)
+            images = result(views.submit(chosen, boxes), store)[0].to(device)
+            x = normalize(images, encoder.mean, encoder.std, torch.float32)
+            parts.append(model(x.contiguous(memory_format=torch.channels_last)).float().cpu())
     return torch.cat(parts)

@@ -32,8 +32,9 @@ def neighbours(
     if not 1 <= k <= len(bank):
         raise UserError(f"kNN with k = {k} needs at least {k} labelled training samples, but there are {len(bank)}")
     chunk = chunk or max(1, 2**26 // len(bank))
+    offset: Tensor | int = 0
     if metric == "cosine":
-        fast_bank, fast_queries, offset = F.normalize(bank, dim=1), F.normalize(queries, dim=1), bank.new_zeros(1)
+        fast_bank, fast_queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     else:
         # |q - x|^2 = |x|^2 - 2 q.x + |q|^2 loses digits when features sit far from the origin; centring is free.
         center = bank.mean(0)

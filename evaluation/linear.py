@@ -71,14 +71,15 @@ class Heads:
             mean = x.mean(0)
             var = (x.square().mean(0) - mean.square()).clamp_min(0)
             self._track(mean, var * len(x) / (len(x) - 1))
-        parameters = [p.requires_grad_() for p in self.parameters()]
-        logits = self._logits(x, mean, var)  # (H, C, B)
-        if labels.ndim == 1:
-            loss = F.cross_entropy(logits, labels.expand(len(logits), -1), reduction="sum")
-        else:
-            truth = labels.T.to(logits.dtype).expand_as(logits)
-            loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
-        gradients = torch.autograd.grad(loss / len(x), parameters)
+        with torch.enable_grad():  # the probe of a running training is called without
+            parameters = [p.requires_grad_() for p in self.parameters()]
+            logits = self._logits(x, mean, var)  # (H, C, B)
+            if labels.ndim == 1:
+                loss = F.cross_entropy(logits, labels.expand(len(logits), -1), reduction="sum")
+            else:
+                truth = labels.T.to(logits.dtype).expand_as(logits)
+                loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+            gradients = torch.autograd.grad(loss / len(x), parameters)
         for parameter in parameters:
             parameter.requires_grad_(False)
         return gradients

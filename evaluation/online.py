@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from manyview.evaluation import knn, label_free, linear
+from manyview.evaluation.metrics import majority
 from manyview.pipeline.engines.cpu import CPUEngine
 from manyview.pipeline.loader import clean_views, normalize
 from manyview.pipeline.store import Store
@@ -33,10 +34,10 @@ class Probe:
         n = min(BANK + QUERIES, len(store), affordable)
         ids = np.random.Generator(np.random.Philox(key=seed)).permutation(len(store))[:n]
         engine = CPUEngine(store)
-        found = [clean_views(store, engine, size, ids[i : i + 256]) for i in range(0, n, 256)]
+        views = [clean_views(store, engine, size, ids[i : i + 256]) for i in range(0, n, 256)]
         engine.close()
-        self.pixels = [pixels for _, pixels in found]
-        ids = np.concatenate([readable for readable, _ in found])
+        self.pixels = [pixels for _, pixels in views]
+        ids = np.concatenate([readable for readable, _ in views])
         self.labels = torch.from_numpy(store.labels[ids])
         wanted, n = n, len(ids)
         self.bank = n * BANK // (BANK + QUERIES)
@@ -44,6 +45,9 @@ class Probe:
         self.labelled = bool((self.labels >= 0).all()) and self.classes > 1 and self.bank >= 20
         self.mean, self.std = store.mean, store.std
         self.text = f"{self.bank} training images as bank, {n - self.bank} as queries"
+        if self.labelled:
+            bank, queries = self.labels[: self.bank], self.labels[self.bank :]
+            self.text += f", majority class {majority(bank, queries, self.classes).top1:.2%}"
         self.text += f", {wanted - n} unreadable left out" if wanted > n else ""
         if self.labelled:
             guess = self.labels[: self.bank].mode().values

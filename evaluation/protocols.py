@@ -1,17 +1,34 @@
-"""The protocols on features: each yields its results with a name, the scaling of the features, and a text that says
-what was done. Nothing here sees an image, and each looks at the test labels once, to score."""
+"""The protocols: each yields its results with a name, the scaling of the features, and a text that says what was done.
+
+Each looks at the test labels once, to score. `PROTOCOLS`, at the end, is the one list of them: a new one is a function that
+yields results, a row there, and a line in the README.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from manyview.evaluation import fewshot, knn, label_free, linear
+from manyview.evaluation import data as datasets
+from manyview.evaluation import fewshot, finetune, knn, label_free, linear, metrics
+from manyview.evaluation.encoder import frozen
+from manyview.evaluation.features import AVERAGED_VIEWS
 from manyview.evaluation.metrics import Score, score
 from manyview.evaluation.scaling import zscore, zscore_transductive
+from manyview.pipeline import views
+from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.store import Store
+
+if TYPE_CHECKING:
+    from manyview.evaluation.suite import Cell
+
+OVERLAP_LIMIT, THUMBNAIL = 100_000, 16
 
 
 @dataclass(frozen=True)
@@ -66,19 +83,19 @@ def transductive(p: Problem) -> Iterator[Result]:
 def linear_probes(p: Problem, seed: int, epochs: int, prefix: str = "") -> Iterator[Result]:
     """The linear probe with and without BatchNorm, each with the rate chosen on held-out training data and fixed."""
     for bn in (True, False):
-        found = linear.sweep(p.x, p.labels, p.queries, p.classes, bn=bn, epochs=epochs, seed=seed)
-        norm, where = "bn" if bn else "raw", " (the edge of the grid)" if found.at_edge else ""
+        probe = linear.sweep(p.x, p.labels, p.queries, p.classes, bn=bn, epochs=epochs, seed=seed)
+        norm, where = "bn" if bn else "raw", " (the edge of the grid)" if probe.at_edge else ""
         text = (
-            f"linear classifier on clean features, SGD, batch {linear.BATCH}, {epochs} epochs; rate {found.rate:g} per 256"
+            f"linear classifier on clean features, SGD, batch {linear.BATCH}, {epochs} epochs; rate {probe.rate:g} per 256"
             f" chosen among {len(linear.RATES)} on a tenth of the training data{where}"
         )
-        yield Result(f"{prefix}linear-sweep", norm, text, score(found.scores, p.truth), seed=seed,
-                     scores=found.scores if bn else None)  # fmt: skip
+        yield Result(f"{prefix}linear-sweep", norm, text, score(probe.scores, p.truth), seed=seed,
+                     scores=probe.scores if bn else None)  # fmt: skip
         text = (
             f"linear classifier on clean features, SGD {linear.PAPER_RATE:g} per 256, batch {linear.BATCH}, {epochs} epochs,"
             f" {linear.WARMUP} of warm-up, cosine to 0, no weight decay"
         )
-        yield Result(f"{prefix}linear-paper", norm, text, score(found.paper, p.truth), seed=seed)
+        yield Result(f"{prefix}linear-paper", norm, text, score(probe.paper, p.truth), seed=seed)
 
 
 def few_shots(p: Problem) -> Iterator[Result]:
@@ -124,9 +141,166 @@ def averaged(p: Problem, seed: int, epochs: int, views: int) -> Iterator[Result]
             yield Result(result.protocol, result.norm, text, result.score, seed=result.seed)
 
 
-def overlap(train: Tensor, test: Tensor, threshold: float = 0.999) -> tuple[int, list[int]]:
-    """How many test thumbnails (n, D) nearly equal a training one (N, D), and their ids: similarity after centring each."""
+def near_copies(train: Tensor, test: Tensor, threshold: float = 0.999) -> int:
+    """How many test thumbnails (n, D) nearly equal a training one (N, D): similarity after centring each."""
     a, b = (t.float() - t.float().mean(1, keepdim=True) for t in (train, test))
-    values = knn.neighbours(a, b, 1)[0][:, 0]
-    found = torch.nonzero(values >= threshold)[:, 0].tolist()
-    return len(found), found
+    return int((knn.neighbours(a, b, 1)[0][:, 0] >= threshold).sum())
+
+
+# ------------------------------------------------------------------------------- those that look at images or two sets
+
+
+def majority(cell: Cell) -> Iterator[Result]:
+    chance = metrics.majority(cell.data.labels("train"), cell.data.labels("test"), cell.data.classes)
+    yield Result("majority class", "none", "always the most frequent class of the training data", chance)
+
+
+def overlap(cell: Cell) -> Iterator[Result]:
+    """Test images that are also in the pre-training data: byte for byte, and nearly, by 16-pixel thumbnails."""
+    seen, data = cell.seen, cell.data
+    pool = datasets.sample(seen.labels, np.arange(len(seen)), OVERLAP_LIMIT, cell.options.seed)
+    among = f"among {len(data.test_ids):,} test images, against {len(pool):,} of {len(seen):,} of {seen.name}"
+    known = {_digest(seen, i) for i in pool}
+    same = sum(_digest(data.test, i) in known for i in data.test_ids)
+    yield Result("overlap exact", "none", f"same stored bytes, {among}", metric="images", value=same)
+    close = near_copies(_thumbnails(cell, seen, pool), _thumbnails(cell, data.test, data.test_ids))
+    text = f"{THUMBNAIL} px thumbnails with correlation of 0.999 or more, {among}"
+    yield Result("overlap near", "none", text, metric="images", value=close)
+
+
+def _digest(store: Store, i: int) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(store.read(int(i))).data, digest_size=16).digest()
+
+
+def _thumbnails(cell: Cell, store: Store, ids: np.ndarray) -> Tensor:
+    parts = []
+    for some in np.array_split(ids, -(-len(ids) // 1024)):
+        boxes = views.clean(THUMBNAIL, store.heights[some], store.widths[some])
+        parts.append(cell.engine(store)(some, boxes)[0][0].flatten(1).cpu())
+    return torch.cat(parts)
+
+
+def in_domain(cell: Cell) -> Iterator[Result]:
+    """The probe of the pre-training data, tested on another dataset without being trained there."""
+    p = cell.problem()
+    for r in [*nearest_neighbours(p), *linear_probes(p, cell.options.seed, cell.options.epochs)]:
+        yield replace(r, text=f"{r.text}; trained on {cell.bank.name}, not on {cell.data.name}", scores=None)
+
+
+def finetuned(cell: Cell) -> Iterator[Result]:
+    """The whole network trained on a part of the labels, `cell.part` = (share, seed), and scored once, after it."""
+    tuning, o = _tuning(cell), cell.options
+    preset, subset = tuning.preset, tuning.subset
+    if subset.fraction < 1:
+        subset.save(cell.folder / "subsets" / f"{cell.data.name}-{subset.fraction * 100:g}pct-seed{tuning.seed}.json")
+    extras = ", layer decay 0.65, label smoothing 0.1, drop path 0.2" if finetune.is_vit(cell.encoder.module) else ""
+    text = (
+        f"whole network trained on {len(subset.ids):,} labels ({subset.true_fraction:.3%} of the training images), preset"
+        f" {tuning.name}: SGD {preset.backbone_rate:g} / head {preset.head_rate:g} per 256, {preset.epochs} epochs,"
+        f" {preset.warmup} of warm-up{extras}; last epoch"
+    )
+    encoder, data = cell.ready_encoder(), cell.data
+    with frozen(encoder.module):  # the tuned network is a copy
+        model = finetune.train(encoder, data.train, subset.ids, data.classes, cell.engine(data.train), preset,
+                               bn=o.finetune_bn, seed=tuning.seed, device=o.device)  # fmt: skip
+    scores = finetune.predict(
+        model, encoder, data.test, data.test_ids, cell.engine(data.test), batch=o.batch, device=o.device
+    )
+    if not scores.isfinite().all():
+        raise UserError(f"{encoder.run}: fine-tuning on {data.name} with preset {tuning.name} diverged: no score")
+    name = "finetune full" if subset.fraction == 1 else f"finetune {subset.fraction * 100:g}%"
+    yield Result(name, "bn" if o.finetune_bn else "raw", text, score(scores, data.labels("test")), seed=tuning.seed)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    name: str
+    preset: finetune.Preset
+    subset: fewshot.Subset
+    seed: int
+
+
+def _tuning(cell: Cell) -> Tuning:
+    (share, draw), o, data = cell.part, cell.options, cell.data
+    if share == 1:
+        name, subset, seed = "full", fewshot.Subset(data.train_ids, 1.0, o.seed, 1.0), o.seed
+    else:
+        name = o.preset if o.preset in finetune.PRESETS else f"{o.preset}-{share * 100:g}%"
+        subset, seed = fewshot.subset(data.train.labels, share, draw, data.train_ids), draw
+    preset = finetune.PRESETS[name]
+    return Tuning(name, replace(preset, epochs=o.finetune_epochs or preset.epochs), subset, seed)
+
+
+def _tuning_facts(cell: Cell) -> dict:
+    tuning = _tuning(cell)
+    return {"preset": asdict(tuning.preset), "subset": tuning.subset.sha256, "seed": tuning.seed,
+            "bn": cell.options.finetune_bn}  # fmt: skip
+
+
+def _check_tuning(cell: Cell) -> None:
+    if cell.data.multilabel:
+        raise UserError(f"{cell.data.name}: images with several labels have no fine-tuning: leave out fewshot and full")
+    finetune.check(cell.encoder.module)
+
+
+# --------------------------------------------------------------------------------------------------------- the list
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the rest of the evaluation knows of a protocol. Whatever a field does not say, holds for every protocol."""
+
+    name: str
+    run: Callable[[Cell], Iterable[Result]]
+    reads: str = "clean"  # the features it is given: `clean`, `averaged`, `lidar`; none: "" (it looks at images itself)
+    labels: bool = True  # whether it needs labels
+    test: bool = True  # whether it scores test images
+    networks: tuple[str, ...] = ("trained", "untrained", "pixels")
+    group: str = "all"  # the smallest group it belongs to: quick, all, or none
+    needs_own: bool = False  # the data that the encoder was trained on
+    learns_from_own: bool = False  # instead of from the training images of the data that it is tested on
+    least: int = 0  # training images
+    depends: Callable[[Cell], dict] = lambda cell: {}  # what else changes its results
+    parts: tuple = (None,)  # several cells, so that an interruption loses one only
+    refuse: Callable[[Cell], None] = lambda cell: None  # raises UserError where it cannot be run, before anything is
+
+
+def _probe(cell: Cell) -> dict:
+    return {"seed": cell.options.seed, "epochs": cell.options.epochs}
+
+
+NETWORKS = ("trained", "untrained")
+PROTOCOLS = (
+    Protocol("knn", lambda c: nearest_neighbours(c.problem()), group="quick", least=min(knn.KS)),
+    Protocol("linear", lambda c: linear_probes(c.problem(), **_probe(c)), group="quick", depends=_probe),
+    Protocol("ridge", lambda c: few_shots(c.problem()), group="quick"),
+    Protocol("label-free", lambda c: without_labels(c.features("train")[:, 0].to(c.options.device)), group="quick",
+             labels=False, test=False),
+    Protocol("overlap", overlap, reads="", group="quick", labels=False, networks=("trained",), needs_own=True,
+             depends=lambda c: {"own": c.seen.fingerprint}),
+    Protocol("lidar", lambda c: lidar(c.features("train"), c.options.policy), reads="lidar", labels=False, test=False,
+             networks=NETWORKS),
+    Protocol("averaged", lambda c: averaged(c.problem(), **_probe(c), views=AVERAGED_VIEWS), reads="averaged", depends=_probe,
+             networks=NETWORKS),
+    Protocol("in-domain", in_domain, needs_own=True, learns_from_own=True, networks=NETWORKS, depends=_probe),
+    Protocol("fewshot", finetuned, reads="", networks=NETWORKS, depends=_tuning_facts, refuse=_check_tuning,
+             parts=tuple((share, seed) for share in (0.01, 0.1) for seed in fewshot.SEEDS)),
+    Protocol("full", finetuned, reads="", networks=NETWORKS, depends=_tuning_facts, refuse=_check_tuning, parts=((1.0, 0),)),
+    Protocol("transductive", lambda c: transductive(c.problem()), group="none", least=20),
+)  # fmt: skip
+MAJORITY = Protocol("majority", majority, reads="", networks=("untrained",))  # beside every accuracy, asked for or not
+GROUPS = {
+    "quick": [p.name for p in PROTOCOLS if p.group == "quick"],
+    "all": [p.name for p in PROTOCOLS if p.group != "none"],
+}
+
+
+def choose(names: Iterable[str]) -> tuple[Protocol, ...]:
+    """The protocols of these names or groups, in the order of `PROTOCOLS`. UserError for an unknown name."""
+    wanted: set[str] = set()
+    known = [*(p.name for p in PROTOCOLS), *GROUPS]
+    for name in names:
+        if name not in known:
+            raise UserError(nearest("protocol", name, known))
+        wanted |= set(GROUPS.get(name, (name,)))
+    return tuple(p for p in PROTOCOLS if p.name in wanted)

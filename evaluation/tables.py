@@ -33,6 +33,7 @@ class Line:
     lift: float | None
     lift_low: float | None
     lift_high: float | None
+    pixels: float | None
     majority: float | None
 
 
@@ -45,8 +46,8 @@ def lines(rows: list[dict]) -> list[Line]:
     chance = {
         row["dataset"]: row["value"] for row in rows if row["protocol"] == "majority class" and row["metric"] == "top1"
     }
-    made = [_line(key, found, chance.get(key[0])) for key, found in groups.items() if key[2] != "majority class"]
-    return sorted((line for line in made if line), key=_order)
+    every = [_line(key, own, chance.get(key[0])) for key, own in groups.items() if key[2] != "majority class"]
+    return sorted((line for line in every if line), key=_order)
 
 
 def _order(line: Line) -> tuple:
@@ -64,7 +65,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _line(key: tuple, rows: list[dict], majority: float | None) -> Line | None:
-    trained, fresh = _values(rows, "trained", "top1"), _values(rows, "untrained", "top1")
+    trained, fresh, pixels = (_values(rows, weights, "top1") for weights in ("trained", "untrained", "pixels"))
     if not trained:
         return None
     values = [row["value"] for row in trained]
@@ -96,6 +97,7 @@ def _line(key: tuple, rows: list[dict], majority: float | None) -> Line | None:
         lift=None if untrained is None else top1 - untrained,
         lift_low=between[0],
         lift_high=between[1],
+        pixels=_mean([row["value"] for row in pixels]) if pixels else None,
         majority=majority,
     )
 
@@ -123,33 +125,66 @@ def lifted(line: Line) -> str:
     return f"{100 * line.lift:+.2f} [{100 * line.lift_low:+.2f}, {100 * line.lift_high:+.2f}]"
 
 
-HEADER = ("protocol", "features", "top-1 %", "95 % interval or spread", "untrained", "lift", "top-5", "per class")
+def headline(content: dict, name: str) -> str:
+    """Pixels, untrained and trained of a dataset's first accuracy; "" where it has none with all three."""
+    for line in lines(content["results"]):
+        if line.dataset == name and line.mode == "retrained" and None not in (line.pixels, line.untrained):
+            numbers = (("pixels", line.pixels), ("untrained", line.untrained), ("trained", line.top1))
+            said = ", ".join(f"{what} {100 * (value or 0):.1f} %" for what, value in numbers)
+            return f"{name}, {line.protocol} ({line.norm}): {said}"
+    return ""
+
+
+def below_pixels(content: dict, name: str) -> str:
+    """Where the trained encoder is worth less than no encoder at all; "" where it nowhere is."""
+    held = [line for line in lines(content["results"]) if line.dataset == name and line.pixels is not None]
+    below = [line for line in held if line.top1 < (line.pixels or 0)]
+    if not below:
+        return ""
+    worst = max(below, key=lambda line: (line.pixels or 0) - line.top1)
+    return (
+        f"{name}: the trained encoder is below plain pixels in {len(below)} of {len(held)} protocols, most in {worst.protocol} "
+        f"({worst.norm}), {percent(worst.top1)} against {percent(worst.pixels)} %"
+    )
+
+
+HEADER = (
+    "protocol",
+    "features",
+    "top-1 %",
+    "95 % interval or spread",
+    "pixels",
+    "untrained",
+    "lift",
+    "top-5",
+    "per class",
+)
 
 
 def cells(line: Line) -> tuple[str, ...]:
     name = f"{line.protocol} · {line.mode}" if line.mode != "retrained" else line.protocol
-    return (name, line.norm, percent(line.top1), spread(line), percent(line.untrained), lifted(line),
+    return (name, line.norm, percent(line.top1), spread(line), percent(line.pixels), percent(line.untrained), lifted(line),
             percent(line.top5), percent(line.mean_per_class))  # fmt: skip
 
 
 def console(content: dict) -> str:
     """All tables of an eval.json as text, each protocol's own words under its numbers."""
-    made = []
+    text = [f"\n{content['run']}: {content['transform']}"]
     rows = content["results"]
-    found = lines(rows)
     for dataset in content["datasets"]:
-        own = [line for line in found if line.dataset == dataset]
+        own = [line for line in lines(rows) if line.dataset == dataset]
         body = [HEADER, *(cells(line) for line in own)]
         widths = [max(len(row[i]) for row in body) for i in range(len(HEADER))]
-        made.append(f"\n{heading(dataset, content)}")
+        text.append(f"\n{heading(dataset, content)}")
         for row, line in zip(body, [None, *own]):
-            made.append(
+            text.append(
                 "  " + "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
             )
-            made += [f"      {line.text}"] if line else []
+            text += [f"      {line.text}"] if line else []
+        text += filter(None, [below_pixels(content, dataset)])
         for r in others(rows, dataset):
-            made.append(f"  {r['protocol']} ({r['weights']}) {r['value']:.4g} {r['metric']}\n      {r['text']}")
-    return "\n".join(made)
+            text.append(f"  {r['protocol']} ({r['weights']}) {r['value']:.4g} {r['metric']}\n      {r['text']}")
+    return "\n".join(text)
 
 
 def heading(dataset: str, content: dict) -> str:
@@ -161,7 +196,8 @@ def heading(dataset: str, content: dict) -> str:
         f"{dataset}: {facts['train']:,} training and {facts['test']:,} test images, {len(facts['classes'])} classes"
     ]
     parts += [f"majority class {percent(chance[0])} %"] if chance else []
-    return "; ".join([*parts, f"untrained: {facts['untrained']}", *facts["notes"]])
+    parts += [f"untrained: {facts['untrained']}", *([facts["pixels"]] if "pixels" in facts else [])]
+    return "; ".join([*parts, *facts["notes"]])
 
 
 def others(rows: list[dict], dataset: str) -> list[dict]:
@@ -173,7 +209,7 @@ def others(rows: list[dict], dataset: str) -> list[dict]:
 def markdown(contents: list[dict], command: str, facts: dict[str, Any]) -> str:
     """All targets' tables, beginning with the command that makes the file again."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    made = [
+    text = [
         "# Evaluation",
         f"Made by `{command}`",
         f"Commit {facts['commit']}; Python {facts['python']}, {versions}; {facts['device']}, {facts['threads']} threads.",
@@ -182,16 +218,14 @@ def markdown(contents: list[dict], command: str, facts: dict[str, Any]) -> str:
     ]
     for content in contents:
         trained_on = f", trained on {content['pretrained_on']}" if content["pretrained_on"] else ""
-        made.append(f"## {content['run']}: {content['backbone']}{trained_on}")
+        text.append(f"## {content['run']}: {content['backbone']}{trained_on}")
         weights = f"weights `{content['sha256'][:16]}`" if content["sha256"] else f"weights from {content['source']}"
-        made.append(
-            f"{content['image_size']} px ({content['transform']}); {weights}; parameters `{content['checkpoint'][:16]}`."
-        )
+        text.append(f"{content['transform']}; {weights}; parameters `{content['checkpoint'][:16]}`.")
         if content["trained_by"]:
-            made.append(f"Trained by `{content['trained_by']}`.")
+            text.append(f"Trained by `{content['trained_by']}`.")
         for dataset in content["datasets"]:
-            made += _markdown_table(dataset, content)
-    return "\n\n".join(made) + "\n"
+            text += _markdown_table(dataset, content)
+    return "\n\n".join(text) + "\n"
 
 
 def _markdown_table(dataset: str, content: dict) -> list[str]:
@@ -202,16 +236,16 @@ def _markdown_table(dataset: str, content: dict) -> list[str]:
     described = "\n".join(f"- {name}: {text}" for name, text in texts)
     free = "\n".join(f"- {row['protocol']} ({row['weights']}): {row['value']:.4g} {row['metric']}; {row['text']}"
                      for row in others(content["results"], dataset))  # fmt: skip
-    return [f"### {heading(dataset, content)}", table if own else "", described, free]
+    return [f"### {heading(dataset, content)}", table if own else "", below_pixels(content, dataset), described, free]
 
 
-def correlations(found: list[Correlation]) -> str:
+def correlations(pairs: list[Correlation]) -> str:
     """Correlations as text, one line a pair and coefficient."""
-    made = []
-    for c in found:
+    text = []
+    for c in pairs:
         value = "none" if c.r is None else f"{c.r:+.2f}"
         between = "" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]"
         note = f"  {c.note}" if c.note else ""
-        made.append(f"{c.pretrained_on}, {c.group}: {c.predictor} -> {c.dataset} {c.target}: {c.kind} {value}{between}, "
+        text.append(f"{c.pretrained_on}, {c.group}: {c.predictor} -> {c.dataset} {c.target}: {c.kind} {value}{between}, "
                     f"n = {c.n}, {c.runs} runs{note}")  # fmt: skip
-    return "\n".join(made) or "nothing to correlate: no column was measured on the pre-training data"
+    return "\n".join(text) or "nothing to correlate: no column was measured on the pre-training data"

@@ -20,10 +20,10 @@ import torch
 import torchvision
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as dump
 from torch import nn
 
+from manyview.model import weights
 from manyview.pipeline import files
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.views import crop_ratio
@@ -259,22 +259,43 @@ def load(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
     """The backbone in a file that `save` wrote (or in its run directory), in eval mode, and the file's metadata."""
     header = metadata(path)
     model = create(header["backbone"], image_size=int(header["image_size"]), stem=header["stem"])
-    model.load_state_dict(load_file(locate(path)), strict=True)
+    weights.fill(model, locate(path))
     return model.eval(), header
 
 
-def fill(model: nn.Module, name: str, path: str | Path) -> None:
-    """Load the weights at `path` into `model`, a backbone `name`. UserError where they are another network's."""
-    header = metadata(path)
-    if header["backbone"] != name:
+def fill(model: nn.Module, name: str, source: str | Path) -> str:
+    """Load weights into `model`, a backbone `name`; returns a sentence that says what was loaded.
+
+    source: a run directory, a file as `weights.fill` takes it (FILE or FILE:KEY), `timm:NAME` or `torchvision:NAME` (which
+    are downloaded). UserError where they are another network's.
+    """
+    if str(source).startswith(("timm:", "torchvision:")):
+        public = weights.public(str(source))
+        tensors = weights.download(public).state_dict()
+        return weights.fill_from(model, tensors, Path(public.name))
+    path, key = weights.split_key(source)
+    path = locate(path)
+    header = _header(path)
+    if header.get("backbone", name) != name:
         raise UserError(f"{path} holds a {header['backbone']}, not a {name}: give --backbone {header['backbone']}")
     try:
-        model.load_state_dict(load_file(locate(path)), strict=True)
-    except RuntimeError as error:
-        size = int(header["image_size"])
-        stem = resolve(name, header["stem"], size)
-        what = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} does not fit: it was trained at {size} px with stem {stem} ({what})") from error
+        return weights.fill(model, path, key)
+    except UserError as error:
+        if "backbone" in header:
+            size = int(header["image_size"])
+            stem = resolve(name, header["stem"], size)
+            raise UserError(f"{path} does not fit: it was trained at {size} px with stem {stem} ({error})") from None
+        if "conv1." in str(error) or "patch_embed.proj." in str(error):
+            raise UserError(f"{error}; a network of photos fits with --stem standard") from None
+        raise
+
+
+def _header(path: Path) -> dict[str, str]:
+    """What a file says about itself: {} for any that this project did not write."""
+    try:
+        return metadata(path)
+    except UserError:
+        return {}
 
 
 def timm_arguments(header: dict[str, str]) -> tuple[str, dict[str, Any]]:

@@ -59,12 +59,19 @@ def row(weights: str, value: float, *, seed: int = 0, protocol: str = "knn k=20"
 
 def test_lines_put_the_baselines_beside_the_number():
     rows = [row("trained", 0.8), row("untrained", 0.5), row("untrained", 0.1, protocol="majority class")]
-    rows += [row("trained", 0.75, metric="mean_per_class"), row("trained", 0.9, metric="top5")]
+    rows += [row("trained", 0.75, metric="mean_per_class"), row("trained", 0.9, metric="top5"), row("pixels", 0.85)]
     (line,) = tables.lines(rows)
     assert (line.top1, line.untrained, line.majority, line.mean_per_class) == (0.8, 0.5, 0.1, 0.75)
     assert line.lift == pytest.approx(0.3)
     assert line.lift_low < 0.3 < line.lift_high
-    assert tables.cells(line)[2:6] == ("80.00", "[71.12, 86.66]", "50.00", "+30.00 [+16.91, +41.70]")
+    assert tables.cells(line)[2:6] == ("80.00", "[71.12, 86.66]", "85.00", "50.00")
+    assert tables.cells(line)[6] == "+30.00 [+16.91, +41.70]"
+    content = {"results": rows}
+    assert tables.headline(content, "d") == "d, knn k=20 (l2): pixels 85.0 %, untrained 50.0 %, trained 80.0 %"
+    assert tables.below_pixels(content, "d") == (
+        "d: the trained encoder is below plain pixels in 1 of 1 protocols, most in knn k=20 (l2), 80.00 against 85.00 %"
+    )
+    assert tables.below_pixels({"results": [r for r in rows if r["weights"] != "pixels"]}, "d") == ""
 
 
 def test_lines_of_several_draws_have_a_deviation_instead():
@@ -94,7 +101,7 @@ def test_markdown_names_its_command():
     facts = {"versions": {"torch": "9"}, "commit": "abc", "python": "3", "device": "cpu", "threads": 2}
     text = tables.markdown([json.loads(json.dumps(content))], "python tools/evaluate.py runs/r", facts)
     assert "Made by `python tools/evaluate.py runs/r`" in text
-    assert "| knn k=20 | l2 | 80.00 | [71.12, 86.66] | 50.00 |" in text
+    assert "| knn k=20 | l2 | 80.00 | [71.12, 86.66] |  | 50.00 |" in text
     assert "400 training and 100 test images, 2 classes; untrained: random; a note" in text
 
 

@@ -16,12 +16,15 @@ import torch
 from PIL import Image
 
 from manyview.evaluation import command as cli
-from manyview.evaluation import compare, encoder, finetune, protocols, smoke, suite
+from manyview.evaluation import compare, encoder, finetune, protocols, suite
+from manyview.evaluation import data as datasets
+from manyview.evaluation.data import open_data
 from manyview.model import backbone
 from manyview.pipeline import engines
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import Options
+from tests import patterns
 from tests.conftest import command
 
 pytestmark = pytest.mark.slow  # the whole command, again and again
@@ -30,7 +33,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return smoke.prepare(tmp_path_factory.mktemp("suite"))
+    return patterns.shared(tmp_path_factory)
 
 
 def evaluate(target, **settings) -> dict:
@@ -184,7 +187,7 @@ def test_interrupted_evaluation_goes_on(made, tmp_path, monkeypatch):
         protocols, "nearest_neighbours", lambda p, prefix="": calls.append("knn") or original(p, prefix)
     )
     found = evaluate(broken, protocols=("knn", "linear", "ridge"))
-    assert calls == ["knn"]  # of the untrained network alone
+    assert calls == ["knn"] * 2  # of the untrained network and of the pixels alone
     assert found["results"] == expected["results"]
     assert len({(r["cell"], r["protocol"], r["norm"], r["seed"], r["metric"]) for r in found["results"]}) == len(
         found["results"]
@@ -194,7 +197,7 @@ def test_interrupted_evaluation_goes_on(made, tmp_path, monkeypatch):
 def test_other_weights_or_data_are_evaluated_again(made, tmp_path, capsys):
     run = copy(made[0][0], tmp_path)
     first = evaluate(run, protocols=("knn",))
-    smoke.make_run(tmp_path / "other", made[1][0], "smoke-resnet", seed=5)
+    patterns.make_run(tmp_path / "other", made[1][0], "smoke-resnet", seed=5)
     shutil.copy(tmp_path / "other" / "backbone.safetensors", run)
     second = evaluate(run, protocols=("knn",))
     assert "it is of other weights" in capsys.readouterr().out
@@ -209,10 +212,10 @@ def test_other_weights_or_data_are_evaluated_again(made, tmp_path, capsys):
 
 def test_test_labels_change_the_score_alone(made, tmp_path):
     """No peeking: with the test labels permuted, every choice and every prediction is what it was."""
-    data = suite.open_data(made[1][0], suite.Options())
+    data = open_data(made[1][0], protocols.choose(["knn"]))
     run = encoder.load(str(made[0][0]))
     work = suite.Suite(run, tmp_path, suite.Options(epochs=10), lambda _: None)
-    p = work.problem("trained", data)
+    p = suite.Cell(work, data.protocols[0], data, "trained").problem()
     work.close()
     shuffled = protocols.Problem(p.x, p.labels, p.queries, p.truth.flip(0), p.classes)
     for make in (protocols.nearest_neighbours, protocols.few_shots, lambda p: protocols.linear_probes(p, 0, 10)):
@@ -227,9 +230,9 @@ def test_frozen_means_frozen(made, tmp_path, network):
     """Every parameter and buffer is what it was, after the probes and after fine-tuning a copy."""
     run = encoder.load(str(made[0][network]))
     before = encoder.fingerprint(run.module)
-    asked = ("knn", "linear", "ridge", "label-free", "full")
-    work = suite.Suite(run, tmp_path, suite.Options(protocols=asked, epochs=2, finetune_epochs=1), lambda _: None)
-    work.run(suite.open_data(made[1][0], work.options), None)
+    asked = protocols.choose(("knn", "linear", "ridge", "label-free", "full"))
+    work = suite.Suite(run, tmp_path, suite.Options(epochs=2, finetune_epochs=1), lambda _: None)
+    work.run(open_data(made[1][0], asked), None)
     work.close()
     assert {row["protocol"] for row in work.content()["results"]} >= {"linear-paper", "finetune full"}
     assert encoder.fingerprint(run.module) == before
@@ -249,10 +252,12 @@ def test_finetuning_scores_the_test_set_once_and_last(made, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_smoke_of_every_protocol():
+def test_smoke_of_every_protocol(made, tmp_path):
     """A ResNet and a ViT, two datasets, every protocol, transfer and in-domain probe apart: under two CPU minutes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = command("tools/evaluate.py", "--smoke")
+    asked = ("--protocols", "all", "--finetune-epochs", "1", "--epochs", "20")
+    runs = [copy(run, tmp_path) for run in made[0]]
+    done = command("tools/evaluate.py", *runs, "--data", *made[1], *asked)
     assert done.returncode == 0, done.stderr
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 120
@@ -291,13 +296,13 @@ def test_other_classes_have_no_in_domain_probe(made, digits, tmp_path):
 
 def test_overlap_is_found(made, tmp_path):
     """Test images copied from the training images, one exactly, one with a few grey levels of noise."""
-    folder = smoke.images(tmp_path / "images", per_class={"train": 10, "val": 5})
+    folder = patterns.images(tmp_path / "images", per_class={"train": 10, "val": 5})
     shutil.copy(folder / "train/ring/0003.png", folder / "val/blob/0001.png")
     picture = np.array(Image.open(folder / "train/blob/0002.png")).astype(int)
     noisy = (picture + np.random.default_rng(0).integers(-3, 4, picture.shape)).clip(0, 255).astype(np.uint8)
     Image.fromarray(noisy).save(folder / "val/ring/0004.png")
     write_shards(Options("folder", encoding="raw"), folder, tmp_path / "twins", jobs=1, quiet=True)
-    run = smoke.make_run(tmp_path / "run", tmp_path / "twins", "smoke-resnet")
+    run = patterns.make_run(tmp_path / "run", tmp_path / "twins", "smoke-resnet")
     found = {
         r["protocol"]: r["value"] for r in evaluate(run, protocols=("overlap",))["results"] if r["metric"] == "images"
     }
@@ -306,10 +311,10 @@ def test_overlap_is_found(made, tmp_path):
 
 def test_a_trained_network_beats_a_random_one(tmp_path):
     """By three standard errors; labels stand in for a pretraining that would take longer."""
-    data_path = smoke.make_shards(tmp_path / "images", tmp_path / "patterns", per_class={"train": 100, "val": 70})
-    run = smoke.make_run(tmp_path / "run", data_path, "smoke-resnet")
+    data_path = patterns.make_shards(tmp_path / "images", tmp_path / "patterns", per_class={"train": 100, "val": 70})
+    run = patterns.make_run(tmp_path / "run", data_path, "smoke-resnet")
     random = replace(encoder.load(str(run)), image_size=16)
-    data = suite.open_data(data_path, suite.Options())
+    data = open_data(data_path)
     engine = engines.create("cpu", data.train, threads=1)[0]
     preset = finetune.Preset(0.3, 0.3, 12, batch=64)
     trained = finetune.train(random, data.train, data.train_ids, 5, engine, preset).backbone
@@ -329,7 +334,7 @@ def test_a_trained_network_beats_a_random_one(tmp_path):
 
 def shards_of(folder: Path, change) -> Path:
     """Shards of pictures whose folders `change` has touched."""
-    images = smoke.images(folder / "images", per_class={"train": 6, "val": 4})
+    images = patterns.images(folder / "images", per_class={"train": 6, "val": 4})
     change(images)
     write_shards(Options("folder", encoding="raw"), images, folder / "shards", jobs=1, quiet=True)
     return folder / "shards"
@@ -368,8 +373,8 @@ def test_fewer_test_classes_small_k_and_few_queries(made, tmp_path):
 
 
 def test_no_labels(made, tmp_path, monkeypatch):
-    store = suite.Store
-    monkeypatch.setattr(suite, "Store", lambda *a: _unlabelled(store(*a)))
+    store = datasets.Store
+    monkeypatch.setattr(datasets, "Store", lambda *a: _unlabelled(store(*a)))
     with pytest.raises(UserError, match=r"train split has no labels: only `--protocols label-free lidar`"):
         evaluate(made[0][0], out=tmp_path)
     content = evaluate(made[0][0], out=tmp_path, protocols=("label-free", "lidar"))
@@ -397,11 +402,11 @@ def _unlabelled(store):
         (("RUN", "RUN", "--out", "x"), "--out is the folder of one target, and these are 2"),
         (("RUN", "--limit", "4"), "kNN needs at least 10 training images, and these are 5"),
         (("timm:resnet10t.nobody", "--weights", "README.md", "--data", "DATA"), "timm:resnet10t.nobody: "),
-        (("TEXT", "--data", "DATA"), "not readable as a checkpoint ("),
+        (("TEXT", "--data", "DATA"), "not readable as weights ("),
         (("BROKEN", "--data", "DATA"), "config.json is damaged: "),
         (("compare", "RUN/nowhere"), "nowhere: no such run"),
         (("RUN", "--data", "DATA", "DATA"), "two sets of shards are called patterns"),
-        (("RUN", "--weights", "x.pth"), "--weights and --image-size go with a target timm:NAME"),
+        (("RUN", "--weights", "x.pth"), "--weights goes with a target timm:NAME"),
         (("timm:resnet10t", "--weights", "none.pth"), "none.pth: no such file"),
         (("RUN", "--notes", "pattern: x"), "unknown dataset 'pattern'; nearest: patterns"),
         (("RUN", "--preset", "swaw"), "unknown preset 'swaw'; nearest: swav"),
@@ -483,8 +488,10 @@ def test_results_on_other_images_do_not_stay(made, tmp_path, capsys):
 
 def test_an_encoder_of_images_without_labels_is_measured_elsewhere(made, tmp_path, monkeypatch):
     """The pre-training data may have no labels: the target's are what counts."""
-    run, store = copy(made[0][0], tmp_path), suite.Store
-    monkeypatch.setattr(suite, "Store", lambda p, *a: (_unlabelled if p == made[1][0] else lambda s: s)(store(p, *a)))
+    run, store = copy(made[0][0], tmp_path), datasets.Store
+    monkeypatch.setattr(
+        datasets, "Store", lambda p, *a: (_unlabelled if p == made[1][0] else lambda s: s)(store(p, *a))
+    )
     content = evaluate(run, data=(made[1][1],), protocols=("knn", "overlap", "in-domain"))
     assert {line["dataset"] for line in content["table"]} == {"shifted"}
     assert "overlap exact" in {r["protocol"] for r in content["results"]}

@@ -102,8 +102,7 @@ def fill(model: PretrainingModel, cfg: Config) -> str:
     assert path is not None
     tensors = checkpoint.weights(path)
     if tensors is None:
-        backbone.fill(model.backbone, cfg.backbone, path)
-        return f"backbone from {path}"
+        return f"backbone: {backbone.fill(model.backbone, cfg.backbone, path)}"
     parts = {
         part: {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
         for part in ("backbone.", "projector.")

@@ -1,4 +1,4 @@
-"""Every protocol from one end to the other on made-up images, with a tiny ResNet and a tiny ViT, in about a minute."""
+"""Made-up images of five classes, and runs of a tiny ResNet and a tiny ViT: what the tests of the evaluation share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -83,3 +84,13 @@ def prepare(folder: Path) -> tuple[list[Path], list[Path]]:
         ),
     ]
     return [make_run(folder / "runs" / name, data[0], name) for name in NETWORKS], data
+
+
+_SHARED: list[tuple[list[Path], list[Path]]] = []
+
+
+def shared(folder: pytest.TempPathFactory) -> tuple[list[Path], list[Path]]:
+    """`prepare`, once for all modules of a session: they copy a run before they write into it, or give another --out."""
+    if not _SHARED:
+        _SHARED.append(prepare(folder.mktemp("patterns")))
+    return _SHARED[0]

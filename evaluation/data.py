@@ -1,0 +1,151 @@
+"""What is evaluated on: the images to learn from and those to score, and which of them are used."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manyview.evaluation import linear, targets
+from manyview.pipeline import plan
+from manyview.pipeline.errors import UserError
+from manyview.pipeline.store import Store, splits
+
+if TYPE_CHECKING:
+    from manyview.evaluation.protocols import Protocol
+
+
+@dataclass
+class Data:
+    """Images to learn from and, where a protocol scores any, to test on; they may lie in one store."""
+
+    path: Path
+    train: Store
+    test: Store
+    train_ids: np.ndarray
+    test_ids: np.ndarray  # none where nothing is scored
+    protocols: tuple[Protocol, ...] = ()  # that are measured on it
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.train.name
+
+    @property
+    def classes(self) -> int:
+        return len(self.train.classes)
+
+    @property
+    def labelled(self) -> bool:
+        return bool((self.train.labels >= 0).any()) and self.classes > 1
+
+    @property
+    def multilabel(self) -> bool:
+        return False
+
+    def facts(self) -> dict[str, Any]:
+        known = targets.TARGETS.get(self.name)
+        return {"train": len(self.train_ids), "test": len(self.test_ids), "classes": self.train.classes,
+                "shift": known.shift if known else "unknown", "metric": known.metric if known else "top1",
+                "notes": self.notes}  # fmt: skip
+
+    @cached_property
+    def sample(self) -> str:
+        """The identity of the images that are used."""
+        parts = (self.train.fingerprint, digest(self.train_ids), self.test.fingerprint, digest(self.test_ids))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+    def of(self, split: str) -> tuple[Store, np.ndarray]:
+        """The store and the ids of `train` or `test`."""
+        return (self.train, self.train_ids) if split == "train" else (self.test, self.test_ids)
+
+    def labels(self, split: str) -> Tensor:
+        store, ids = self.of(split)
+        return torch.from_numpy(np.asarray(store.labels[ids], np.int64))
+
+
+def open_data(
+    path: Path, protocols: Sequence[Protocol] = (), *, groups: bool = False, limit: int = 0, seed: int = 0
+) -> Data:
+    """Open shards for these protocols: a split is asked for only where one of them reads it.
+
+    Of images without labels, those that need labels are left out where they were asked for by a group's name alone
+    (`groups`). Without a split `val` a seeded tenth of the labelled training images is held out to be scored.
+    `limit`: at most so many training images and half as many test images, class-balanced.
+    UserError where the labels cannot carry what is asked for.
+    """
+    present = splits(path)
+    needed = any(p.labels for p in protocols) and not groups
+    train = Store(path, "unlabelled" if "train" not in present and not needed else "train")
+    known = np.flatnonzero(train.labels >= 0)
+    data = Data(path, train, train, known if len(known) else np.arange(len(train)), np.arange(0), tuple(protocols))
+    if any(p.labels for p in protocols):
+        _check_labels(data, present, groups)
+    if any(p.test for p in data.protocols):
+        _choose_test(data, present, seed)
+    for what in ("train", "test"):
+        _limit(data, what, limit if what == "train" else limit // 2, seed)
+    least = max((p.least for p in data.protocols), default=0)
+    if len(data.train_ids) < least:
+        raise UserError(f"{path}: kNN needs at least {least} training images, and these are {len(data.train_ids)}")
+    return data
+
+
+def _check_labels(data: Data, present: list[str], groups: bool) -> None:
+    """UserError, or where the protocols were no explicit wish, fewer of them, if there are no labels to learn from."""
+    if not (data.train.labels >= 0).any():
+        reason = "its train split has no labels"
+    elif "val" in present and not (Store(data.path, "val").labels >= 0).any():
+        reason = "its val split has no labels"
+    elif data.classes < 2:
+        reason = f"one class ({data.train.classes[0]}), so every answer would be right"
+    else:
+        return
+    if not groups:
+        raise UserError(f"{data.path}: {reason}: only `--protocols label-free lidar` can be measured here")
+    data.protocols = tuple(p for p in data.protocols if not p.labels and (not p.test or "val" in present))
+    data.notes.append(f"{reason}: only {', '.join(p.name for p in data.protocols)} can be measured here")
+
+
+def _choose_test(data: Data, present: list[str], seed: int) -> None:
+    """The split `val`, or a part of the training images that is then not learnt from."""
+    if "val" in present:
+        data.test = Store(data.path, "val")
+        known = np.flatnonzero(data.test.labels >= 0)
+        data.test_ids = known if data.labelled else np.arange(len(data.test))
+    else:
+        out = linear.held_out(data.labels("train"), seed).numpy()
+        data.train_ids, data.test_ids = data.train_ids[~out], data.train_ids[out]
+        data.notes.append(f"no val split: a tenth of each class (seed {seed}) is held out to be tested on")
+    learnt, scored = (s.labels if "val" in present else s.labels[ids] for s, ids in map(data.of, ("train", "test")))
+    data.notes += targets.differences(data.name, learnt, scored, data.classes, jpeg=data.train.read(0).ndim == 1)
+
+
+def _limit(data: Data, what: str, limit: int, seed: int) -> None:
+    store, pool = data.of(what)
+    ids = sample(store.labels, pool, limit, seed)
+    if len(ids) < len(pool) or (0 < len(pool) < len(store) and data.test is not data.train):
+        why = f"seed {seed}, class-balanced" if limit else "those with labels"
+        data.notes.append(f"{len(ids):,} of {len(store):,} {'training' if what == 'train' else what} images ({why})")
+    if what == "train":
+        data.train_ids = ids
+    else:
+        data.test_ids = ids
+
+
+def sample(labels: np.ndarray, pool: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """At most `limit` of the ids `pool`, class-balanced; all where `limit` is 0."""
+    if not limit or len(pool) <= limit:
+        return pool
+    return pool[plan.subset(labels[pool], limit / len(pool), seed)]
+
+
+def digest(ids: np.ndarray) -> str:
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]

@@ -1,0 +1,381 @@
+"""Weights that others wrote: which tensors of a file are a network's, what else is in it, and the input they were trained on.
+
+Nothing in a file is executed: what is no tensor or plain container is replaced by an empty object while it is read.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from manyview.pipeline.errors import UserError, nearest
+
+COUNTER = "num_batches_tracked"  # of batch-norm: old files lack it, and it changes nothing in evaluation
+
+
+# --------------------------------------------------------------------------------------------------------- one file
+
+
+def split_key(source: str | Path) -> tuple[Path, str | None]:
+    """`FILE:teacher` as (FILE, "teacher"); a path without a key as (path, None)."""
+    path = Path(source)
+    name, colon, key = path.name.rpartition(":")
+    if colon and name and not path.exists():
+        return path.with_name(name), key
+    return path, None
+
+
+def contents(path: Path) -> Any:
+    """What a .safetensors or torch file holds: tensors in plain containers. UserError where it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except Exception as error:  # torch and safetensors raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "its pickle holds more than tensors and plain containers; save the network's state_dict alone"
+        raise UserError(f"{path}: not readable as weights ({reason})") from None
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file by dotted names. UserError where it cannot be read, or holds none."""
+    tensors = dict(_flat(contents(path), ""))
+    if not tensors:
+        raise UserError(
+            f"{path}: not readable as weights (no tensors by name inside; a whole pickled module is not read)"
+        )
+    return tensors
+
+
+class _Skipped:
+    """Stands for an object of a class that is not read: it takes what it is given and keeps nothing."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _unpickled(path: Path) -> Any:
+    names: set[str] = set()
+    while True:
+        skipped: list[Any] = [(type("Skipped", (_Skipped,), {}), name) for name in sorted(names)]
+        try:
+            with torch.serialization.safe_globals(skipped):
+                return torch.load(path, "cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            unknown = re.search(r"Unsupported global: GLOBAL (\S+) was not", str(error))
+            if unknown is None or unknown[1] in names:
+                raise
+            names.add(unknown[1])
+
+
+def _flat(content: Any, prefix: str) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(content, Tensor):
+        yield prefix.rstrip("."), content
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            if isinstance(name, str):
+                yield from _flat(value, f"{prefix}{name}.")
+
+
+# ---------------------------------------------------------------------------------------------------- which network
+
+
+def fill(module: nn.Module, source: str | Path, key: str | None = None) -> str:
+    """Load every tensor of `module` from a file, or `FILE:KEY`; returns a sentence that says what was taken and left.
+
+    The network is looked for under any prefix that holds all of it (`module.`, `teacher.backbone.`); heads, decoders and
+    whatever else lies beside it is left out and named. Where several prefixes hold it with other values, `key` says which
+    (a part of its prefix: teacher, base_encoder). UserError where there is none, or the file's network is a larger one.
+    """
+    path, suffix = split_key(source)
+    return fill_from(module, read(path), path, key or suffix)
+
+
+def fill_from(module: nn.Module, tensors: dict[str, Tensor], path: Path, key: str | None = None) -> str:
+    """`fill` from tensors that are read already."""
+    expected = module.state_dict()
+    candidates = _candidates(expected, tensors)
+    whole = [c for c in candidates if not c.missing(expected)]
+    chosen = (
+        _choose(whole, path, key) if whole else max(candidates, key=lambda c: len(c.tensors), default=_Candidate(""))
+    )
+    state, resampled = _resampled(module, chosen.tensors, expected)
+    if difference := _difference(chosen, state, expected):
+        raise UserError(f"{path}: weights of another network: {difference}")
+    module.load_state_dict({name: state.get(name, expected[name]) for name in expected})
+    left = _left_out(tensors, chosen)
+    under = f" under {chosen.prefix.rstrip('.')!r}" if chosen.prefix else ""
+    parts = [f"{len(expected)} tensors{under} of {path}", f"left out: {', '.join(left)}" if left else "", resampled]
+    return "; ".join(filter(None, parts))
+
+
+@dataclass
+class _Candidate:
+    """What lies under a prefix: the network's own tensors by its names, and others."""
+
+    prefix: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)  # the names in the file of `tensors`
+
+    def missing(self, expected: dict[str, Tensor]) -> list[str]:
+        return sorted(k for k in expected if k not in self.tensors and not k.endswith(COUNTER))
+
+    def same(self, other: _Candidate) -> bool:
+        return all(v.shape == other.tensors[k].shape and v.equal(other.tensors[k]) for k, v in self.tensors.items()
+                   if k in other.tensors)  # fmt: skip
+
+
+def _candidates(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[_Candidate]:
+    """Every prefix under which any of the network's tensors lies, that with the most first."""
+    best: list[_Candidate] = []
+    for rename in (_plain, _in_sequence(expected), _dinov2):
+        counts: Counter[str] = Counter()
+        for name in tensors:
+            parts = name.split(".")
+            for i in range(len(parts)):
+                if rename(".".join(parts[i:])) in expected:
+                    counts[".".join([*parts[:i], ""])] += 1
+        found = [_under(prefix, rename, expected, tensors) for prefix, _ in counts.most_common(8)]
+        best = [c for c in found if not c.missing(expected)] or best or found
+        if any(not c.missing(expected) for c in best):
+            break
+    return best
+
+
+def _under(prefix: str, rename: Callable[[str], str], expected: dict, tensors: dict[str, Tensor]) -> _Candidate:
+    candidate = _Candidate(prefix)
+    for name, value in tensors.items():
+        if name.startswith(prefix):
+            own = rename(name.removeprefix(prefix))
+            if own in expected:
+                candidate.tensors[own] = value
+                candidate.taken.add(name)
+            else:
+                candidate.others.append(own)
+    return candidate
+
+
+def _plain(name: str) -> str:
+    return name
+
+
+def _in_sequence(expected: dict[str, Tensor]) -> Callable[[str], str]:
+    """lightly's and others' `Sequential(*resnet.children())`: 0 is conv1, 1 bn1, 4 to 7 the four layers."""
+    places = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+    if "conv1.weight" not in expected:
+        return _plain
+    return lambda name: ".".join([places.get(name.partition(".")[0], "?"), name.partition(".")[2]])
+
+
+def _dinov2(name: str) -> str:
+    """Blocks in chunks, as its training code writes them (blocks.1.7 is the eighth block)."""
+    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+
+
+def _choose(whole: list[_Candidate], path: Path, key: str | None) -> _Candidate:
+    whole = sorted(whole, key=lambda c: len(c.prefix))
+    names = {c.prefix: _distinct(c, whole) for c in whole}
+    if key is not None:
+        asked = [c for c in whole if key == c.prefix.rstrip(".") or key in c.prefix.split(".")]
+        if not asked:
+            raise UserError(nearest(f"network in {path}", key, names.values()))
+        whole = asked
+    elif set(names.values()) == {"encoder", "average"}:  # a checkpoint of train.py: the average is what it exports
+        whole = [c for c in whole if names[c.prefix] == "average"]
+    if not all(whole[0].same(other) for other in whole[1:]):
+        raise UserError(
+            f"{path}: several networks inside ({', '.join(sorted(names[c.prefix] for c in whole))}); "
+            f"pick one with --weights-key, or as {path.name}:{names[whole[0].prefix]}"
+        )
+    return whole[0]
+
+
+def _distinct(candidate: _Candidate, others: list[_Candidate]) -> str:
+    """The part of its prefix that tells it from the others."""
+    parts = candidate.prefix.rstrip(".").split(".")
+    shared = set.intersection(*(set(c.prefix.split(".")) for c in others)) if len(others) > 1 else set()
+    return next((p for p in parts if p not in shared), candidate.prefix.rstrip("."))
+
+
+def _resampled(module: Any, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Position embeddings for the image size of `module`, and the words that say so."""
+    own, theirs = expected.get("pos_embed"), tensors.get("pos_embed")
+    grid = getattr(getattr(module, "patch_embed", None), "grid_size", None)
+    if own is None or theirs is None or grid is None or own.shape == theirs.shape or theirs.ndim != 3:
+        return tensors, ""
+    if own.shape[2] != theirs.shape[2]:
+        return tensors, ""
+    extra = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 1)
+    side = round((theirs.shape[1] - extra) ** 0.5)
+    if side * side + extra != theirs.shape[1]:
+        return tensors, ""
+    resized = resample_abs_pos_embed(theirs.float(), list(grid), [side, side], num_prefix_tokens=extra)
+    said = f"position embeddings resampled from {side} x {side} to {grid[0]} x {grid[1]} patches"
+    return tensors | {"pos_embed": resized.to(theirs.dtype)}, said
+
+
+def _difference(chosen: _Candidate, state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """How what was found differs from the network; "" where it does not. A tensor in a part of the network that it has itself
+    (a thirteenth block) is a difference, one in a part that it has not (a head) is none."""
+    missing = chosen.missing(expected)
+    shapes = sorted(k for k, v in state.items() if v.shape != expected[k].shape)
+    own_parts = {name.partition(".")[0] for name in expected}
+    extra = sorted(name for name in chosen.others if name.partition(".")[0] in own_parts)
+    if not (missing or shapes or extra):
+        return ""
+    named = (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+    parts = [f"{len(names)} {what} (first: {names[0]})" for what, names in named if names]
+    under = f" under {chosen.prefix.rstrip('.')!r}" if chosen.prefix else ""
+    return f"{len(state) - len(shapes)} of {len(expected)} tensors match{under}; {', '.join(parts)}"
+
+
+def _left_out(tensors: dict[str, Tensor], chosen: _Candidate) -> list[str]:
+    """What else is in the file, by the part that it belongs to: the first that it does not share with the network."""
+    prefix = chosen.prefix.split(".")[:-1]
+    parts: dict[str, None] = {}
+    for name in tensors.keys() - chosen.taken:
+        words = name.split(".")
+        shared = next((i for i, (a, b) in enumerate(zip(words, prefix)) if a != b), len(prefix))
+        parts[words[min(shared, len(words) - 1)]] = None
+    listed = sorted(parts.keys() - {"optimizer", "scaler", "random"})
+    return [*listed[:8], f"and {len(listed) - 8} more"] if len(listed) > 8 else listed
+
+
+# ------------------------------------------------------------------------------------------ what they were trained on
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What an image becomes before it enters a network. `mean`, `std`: of values in 0..255, a channel."""
+
+    size: int  # pixels, square
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop: float  # the centre square's share of the short side
+    interpolation: str = "bilinear"  # or bicubic
+    origin: str = ""  # where it comes from, for the reader
+
+    @property
+    def text(self) -> str:
+        mean, std = (", ".join(f"{v / 255:.3f}" for v in values) for values in (self.mean, self.std))
+        shown = f"centre square of {self.crop:g} of the short side, {self.interpolation} to {self.size} px"
+        return f"{shown}, mean ({mean}), std ({std})" + (f": {self.origin}" if self.origin else "")
+
+
+def in_255(values: Sequence[float]) -> tuple[float, float, float]:
+    r, g, b = (255 * float(v) for v in values)
+    return r, g, b
+
+
+@dataclass(frozen=True)
+class Public:
+    """A network of timm or torchvision: how to make it, and what is known of its published weights."""
+
+    name: str  # with the weights' tag
+    make: Callable[[bool], nn.Module]  # downloaded or not
+    transform: Transform
+    trained_on: str
+
+
+def public(target: str, image_size: int | None = None, *, local: bool = False) -> Public:
+    """`timm:NAME` or `torchvision:NAME`. `local`: other weights will be put into it, so that only a tag in the name, not
+    the library's default, says how they were trained. UserError for an unknown name."""
+    library, _, name = target.partition(":")
+    return (_timm if library == "timm" else _torchvision)(name, image_size, local)
+
+
+def _assumed(transform: Transform, vit: bool) -> Transform:
+    """For a file that says nothing of it: what nearly all self-supervised encoders of photos were trained on."""
+    mean, std = in_255(IMAGENET_DEFAULT_MEAN), in_255(IMAGENET_DEFAULT_STD)
+    filter_name = "bicubic" if vit else "bilinear"
+    origin = "assumed, the file does not say; set it with --mean, --std, --crop and --interpolation"
+    return replace(transform, mean=mean, std=std, crop=0.875, interpolation=filter_name, origin=origin)
+
+
+def _timm(name: str, image_size: int | None, local: bool) -> Public:
+    if not timm.is_model(name.partition(".")[0]):
+        raise UserError(nearest("timm model", name, timm.list_models()))
+    config = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
+    size = image_size or (config.input_size[-1] if config else 224)
+    fixed: dict[str, Any] = {"img_size": size} if config and config.fixed_input_size else {}
+    mean, std = (config.mean, config.std) if config else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    tag = name.partition(".")[2] or (config.tag if config else None) or ""
+    crop, kind = (config.crop_pct, config.interpolation) if config else (0.875, "bilinear")
+    kind = "bicubic" if kind == "bicubic" else "bilinear"
+    transform = Transform(size, in_255(mean), in_255(std), crop, kind, f"timm's settings of {tag}" if tag else "")
+    if local and "." not in name:
+        module = timm.models.model_entrypoint(name).__module__
+        transform = _assumed(transform, "vision_transformer" in module or bool(fixed))
+    full = name if "." in name or local or not tag else f"{name}.{tag}"
+    make = partial(_create, name, fixed)
+    return Public(f"timm:{full}", make, transform, "" if local and "." not in name else trained_on(tag))
+
+
+def _create(name: str, fixed: dict[str, Any], download: bool) -> nn.Module:
+    return timm.create_model(name, pretrained=download, num_classes=0, **fixed)
+
+
+def _torchvision(name: str, image_size: int | None, local: bool) -> Public:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise UserError(nearest("torchvision model", name, names))
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    preset: Any = weights.transforms()
+    size, resized = preset.crop_size[0], preset.resize_size[0]
+    kind = "bicubic" if "bicubic" in str(preset.interpolation).lower() else "bilinear"
+    transform = Transform(image_size or size, in_255(preset.mean), in_255(preset.std), round(size / resized, 4), kind,
+                          f"torchvision's settings of {weights.name}")  # fmt: skip
+    if local:
+        transform = _assumed(transform, "vit" in name)
+
+    def make(download: bool) -> nn.Module:
+        module = torchvision.models.get_model(name, weights=weights if download else None)
+        return without_head(module)
+
+    full = name if local else f"{name}.{weights.name}"
+    return Public(f"torchvision:{full}", make, transform, "" if local else trained_on(weights.name))
+
+
+def without_head(module: nn.Module) -> nn.Module:
+    for name in ("fc", "classifier", "heads", "head"):
+        if hasattr(module, name):
+            setattr(module, name, nn.Identity())
+            return module
+    raise UserError(f"{type(module).__name__}: no known classifier to take off; use the timm version of this network")
+
+
+def trained_on(tag: str) -> str:
+    """The dataset that a timm tag or the name of torchvision's weights speaks of: imagenet where it was that alone."""
+    tag = re.sub(r"_\d{3}$", "", tag.lower())  # the resolution
+    alone = tag.startswith("imagenet1k") or tag.rpartition("_")[2] == "in1k"
+    others = ("_ft_", "swag", "in21k", "in22k", "in12k", "jft", "ssld", "dist_")
+    return "imagenet" if alone and not any(word in tag for word in others) else tag
+
+
+def download(network: Public) -> nn.Module:
+    """The network with its published weights. UserError where they cannot be fetched."""
+    try:
+        return network.make(True)
+    except Exception as error:  # the download clients raise many kinds, and what helps is the same for all
+        reason = re.sub(r"\s+", " ", str(error))[:120]
+        text = f"{network.name}: its weights could not be fetched ({reason}); give a local file: --weights PATH"
+        raise UserError(text) from None

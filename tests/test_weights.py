@@ -1,0 +1,222 @@
+"""Weights that others wrote, in the layouts that their programs write, into a network of timm."""
+
+import argparse
+import logging
+import os
+import pathlib
+import pickle
+import re
+import types
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from manyview.model import backbone, weights
+from manyview.pipeline.errors import UserError
+
+
+def under(prefix: str, tensors: dict) -> dict:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def resnet() -> dict:
+    torch.manual_seed(1)
+    return timm.create_model("resnet10t", num_classes=0).state_dict()
+
+
+@pytest.fixture(scope="module")
+def vit() -> dict:
+    torch.manual_seed(1)
+    return timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
+
+
+HEAD = {"0.weight": torch.zeros(8, 512)}
+
+
+def layouts(net: dict) -> dict[str, tuple[object, str | None, str]]:
+    """Program: (what its file holds, the network asked for by name, what is said to be left out)."""
+    other, zero = {name: value + 1 for name, value in net.items()}, torch.zeros(2)
+    args = argparse.Namespace(arch="resnet", lr=0.1)
+
+    def beside(prefix: str, head: str) -> dict:
+        return under(prefix, net) | under(head, HEAD)
+
+    barlow = {"epoch": 1, "model": beside("module.backbone.", "module.projector.")}
+    solo = {"state_dict": beside("backbone.", "classifier."), "hyper_parameters": {"path": pathlib.PurePosixPath("x")}}
+    dino = {"student": beside("module.backbone.", "module.head."), "teacher": under("backbone.", other), "args": args}
+    ibot = {
+        "student": under("module.backbone.", other),
+        "teacher": under("backbone.", net),
+        "args": args,
+        "scaler": None,
+    }
+    ibot["teacher"]["backbone.masked_embed"] = zero
+    moco2 = (
+        beside("module.encoder_q.", "module.encoder_q.fc.") | under("module.encoder_k.", other) | {"module.queue": zero}
+    )
+    moco3 = beside("module.base_encoder.", "module.predictor.") | under("module.momentum_encoder.", other)
+    simsiam = beside("module.encoder.", "module.encoder.fc.") | under("module.predictor.", HEAD)
+    mae = {"model": beside("", "decoder_blocks.0.") | {"mask_token": zero, "decoder_pos_embed": zero}, "args": args}
+    mae |= {"scaler": {"scale": 2.0}, "best": np.float64(0.5)}
+    lightly = beside("backbone.", "projection_head.") | under("backbone_momentum.", other)
+    ours = {"encoder": under("backbone.", other) | under("projector.", HEAD), "step": 3, "random": {"torch": zero}}
+    ours["average"] = under("module.backbone.", net) | {"n_averaged": torch.tensor(2)}
+    ours["optimizer"] = {"state": {0: {"momentum_buffer": zero}}, "param_groups": [{"lr": 1.0}]}
+    return {
+        "Barlow Twins": (barlow, None, "projector"),
+        "VICReg": ({"model": beside("module.backbone.", "module.projector."), "optimizer": {}}, None, "projector"),
+        "solo-learn": (solo, None, "classifier"),
+        "DINO": (dino, "student", "teacher"),
+        "iBOT": (ibot, "teacher", "masked_embed"),
+        "MoCo v2": ({"state_dict": moco2, "arch": "resnet"}, "encoder_q", "encoder_k"),
+        "MoCo v3": ({"state_dict": moco3}, "base_encoder", "momentum_encoder"),
+        "SimSiam": ({"state_dict": simsiam}, None, "fc"),
+        "SwAV": (beside("module.", "module.projection_head.") | {"module.prototypes.weight": zero}, None, "prototypes"),
+        "MAE": (mae, None, "decoder_blocks"),
+        "lightly": ({"state_dict": lightly}, "backbone", "backbone_momentum"),
+        "compiled": (under("_orig_mod.module.", net), None, ""),
+        "train.py": (ours, None, "encoder"),
+    }
+
+
+@pytest.mark.parametrize("family", ["resnet", "vit"])
+@pytest.mark.parametrize("program", layouts({}))
+def test_layouts(program, family, request, tmp_path):
+    """All of the network, nothing else, and what was left out by name; with FILE:KEY as with a key."""
+    net = request.getfixturevalue(family)
+    content, key, left = layouts(net)[program]
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content, path)
+    module = timm.create_model(*{"resnet": ("resnet10t",), "vit": ("test_vit",)}[family], num_classes=0,
+                               **({"img_size": 32} if family == "vit" else {}))  # fmt: skip
+    if key is not None:
+        with pytest.raises(UserError, match=rf"several networks inside \(.*{key}.*\); pick one with --weights-key"):
+            weights.fill(module, path)
+    said = weights.fill(module, f"{path}:{key}" if key else path)
+    assert all(torch.equal(value, net[name]) for name, value in module.state_dict().items())
+    assert left in said.partition("left out: ")[2] and "resampled" not in said
+    if key is not None:
+        with pytest.raises(UserError, match=r"unknown network in .* 'nobody'"):
+            weights.fill(module, path, "nobody")
+
+
+def test_children_in_a_sequence(tmp_path):
+    """lightly's ResNet is `Sequential(*list(resnet.children())[:-1])`; DINOv2 writes its blocks in chunks."""
+    theirs = torchvision.models.resnet18()
+    torch.save(
+        {"state_dict": under("backbone.", torch.nn.Sequential(*list(theirs.children())[:-1]).state_dict())},
+        tmp_path / "l.ckpt",
+    )
+    module = timm.create_model("resnet18", num_classes=0)
+    weights.fill(module, tmp_path / "l.ckpt")
+    x = torch.randn(2, 3, 64, 64)
+    theirs.fc = torch.nn.Identity()
+    torch.testing.assert_close(module.eval()(x), theirs.eval()(x))
+    vit = timm.create_model("test_vit", num_classes=0, img_size=32)
+    chunked = {re.sub(r"^blocks\.", "blocks.0.", name): value for name, value in vit.state_dict().items()}
+    teacher = under("backbone.", chunked) | {"backbone.mask_token": torch.zeros(1), "dino_head.x": torch.zeros(1)}
+    torch.save({"teacher": teacher}, tmp_path / "d.pth")
+    other = timm.create_model("test_vit", num_classes=0, img_size=32)
+    assert "mask_token" in weights.fill(other, tmp_path / "d.pth")
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), vit.state_dict().values()))
+
+
+def test_position_embeddings_are_resampled(vit, tmp_path):
+    """As timm does it, and said; the class token's own stays."""
+    torch.save({"model": vit}, tmp_path / "w.pth")
+    module = timm.create_model("test_vit", num_classes=0, img_size=64)
+    said = weights.fill(module, tmp_path / "w.pth")
+    assert "position embeddings resampled from 2 x 2 to 4 x 4 patches" in said
+    same = timm.create_model("test_vit", num_classes=0, img_size=32)
+    same.load_state_dict(vit)
+    same.set_input_size(img_size=64)
+    assert torch.equal(module.pos_embed, same.pos_embed)
+    assert torch.equal(module.pos_embed[:, 0], vit["pos_embed"][:, 0])
+
+
+def test_other_networks_are_refused(resnet, tmp_path):
+    """A deeper one holds every tensor of a shallower one: what is more of the same is no head."""
+    deep = timm.create_model("resnet34", num_classes=0).state_dict()
+    torch.save(under("module.", deep), tmp_path / "deep.pth")
+    with pytest.raises(
+        UserError,
+        match=r"deep.pth: weights of another network: 120 of 120 tensors match under 'module'; \d+ unexpected",
+    ):
+        weights.fill(timm.create_model("resnet18", num_classes=0), tmp_path / "deep.pth")
+    for change, words in (
+        ({k: v for k, v in resnet.items() if k != "bn1.weight"}, r"1 missing \(first: bn1.weight\)"),
+        (resnet | {"bn1.weight": torch.zeros(3)}, r"1 of another shape \(first: bn1.weight\)"),
+        ({"queue": torch.zeros(2)}, r"0 of \d+ tensors match"),
+    ):
+        save_file(change, tmp_path / "w.safetensors")
+        with pytest.raises(UserError, match=words) as caught:
+            weights.fill(timm.create_model("resnet10t", num_classes=0), tmp_path / "w.safetensors")
+        assert "\n" not in str(caught.value)
+    old = {k: v for k, v in resnet.items() if not k.endswith("num_batches_tracked")}  # as before torch 0.4.1
+    save_file(old, tmp_path / "old.safetensors")
+    weights.fill(timm.create_model("resnet10t", num_classes=0), tmp_path / "old.safetensors")
+
+
+class Trap:
+    """Unpickled by anything that executes what it reads, it leaves something behind."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call, ("trapped",)
+
+
+def test_nothing_in_a_file_is_executed(resnet, tmp_path, monkeypatch):
+    """A foreign class is replaced by an empty object, a foreign call is not made; what then cannot be built is refused."""
+    monkeypatch.chdir(tmp_path)
+    for legacy in (False, True):
+        content = {"state_dict": resnet, "hook": Trap(logging.FileHandler), "args": argparse.Namespace(x=1)}
+        torch.save(content, "trap.pth", _use_new_zipfile_serialization=not legacy)
+        module = timm.create_model("resnet10t", num_classes=0)
+        weights.fill(module, "trap.pth")
+        assert torch.equal(module.conv1[0].weight, resnet["conv1.0.weight"])
+    torch.save({"state_dict": resnet, "hook": Trap(os.mkdir)}, "system.pth")  # of a module that torch does not touch
+    torch.save(torch.nn.Linear(2, 2), "module.pth")
+    pathlib.Path("pickle.pth").write_bytes(pickle.dumps({"x": Trap(logging.FileHandler), "y": types.SimpleNamespace(a=1)}))
+    pathlib.Path("text.pth").write_text("no weights")
+    for name in ("system.pth", "module.pth", "pickle.pth", "text.pth", "none.pth"):
+        with pytest.raises(UserError, match=f"^{name}: (not readable as weights|no such file)") as caught:
+            weights.fill(module, name)
+        assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+    assert not pathlib.Path("trapped").exists()
+
+
+def test_fill_of_a_backbone(resnet, tmp_path):
+    """--init-from: ours under its own rules, others' by their tensors, with a hint where the stem is what differs."""
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
+    photo = backbone.create("resnet18", image_size=48, stem="standard")
+    assert "left out: fc" in backbone.fill(photo, "resnet18", tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"conv1.weight.*--stem standard"):
+        backbone.fill(backbone.create("resnet18", image_size=48), "resnet18", tmp_path / "w.pth")
+    with pytest.raises(UserError, match="unknown timm model 'resnet19'"):
+        backbone.fill(photo, "resnet18", "timm:resnet19")
+
+
+def test_published_weights_know_their_input():
+    """timm's and torchvision's own settings; for a file that says nothing, what is assumed, and that it is."""
+    tagged = weights.public("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k").transform
+    assert tagged.mean == (127.5,) * 3 and tagged.interpolation == "bicubic" and tagged.crop == 0.9
+    for target, kind in (
+        ("timm:vit_tiny_patch16_224", "bicubic"),
+        ("timm:resnet18", "bilinear"),
+        ("torchvision:resnet18", "bilinear"),
+    ):
+        t = weights.public(target, local=True).transform
+        assert t.mean == pytest.approx((123.675, 116.28, 103.53)) and (t.crop, t.interpolation) == (0.875, kind)
+        assert "assumed" in t.text
+    small = weights.public("torchvision:efficientnet_b3")
+    assert (small.transform.size, small.transform.interpolation) == (300, "bicubic")
+    assert small.transform.crop == pytest.approx(300 / 320) and small.trained_on == "imagenet"
+    assert weights.public("timm:resnet18").name == "timm:resnet18.a1_in1k"
+    assert weights.public("timm:resnet18", 160).transform.size == 160
