@@ -39,7 +39,8 @@ class Loader:
     kept in `bad` (id -> its key and the reason). More than `max_bad` (a share of the plan's samples) of them raise
     `UserError`; of several processes each counts what it has met, and what it was told of by `learn`.
     `timings` are seconds so far: `wait` (the consumer waited for a batch), `parameters`, and the engine's own; and the
-    number of `batches`.
+    number of `batches`. On a GPU also `device_wait`: from the end of what the consumer had queued until the next views are
+    there, by the device's clock. The host runs ahead, so that it may wait where the device has work.
     """
 
     def __init__(
@@ -57,10 +58,20 @@ class Loader:
         self.seed, self.prefetch, self.max_bad = seed, max(1, prefetch), max_bad
         self.bad: dict[int, str] = {}
         self._timings = {"wait": 0.0, "parameters": 0.0, "batches": 0.0}
+        self._on_gpu = torch.device(getattr(engine, "device", "cpu")).type == "cuda"
+        self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @property
     def timings(self) -> dict[str, float]:
+        while self._gaps and self._gaps[0][1].query():
+            before, after = self._gaps.popleft()
+            self._timings["device_wait"] = self._timings.get("device_wait", 0.0) + before.elapsed_time(after) / 1e3
         return self._timings | self.engine.seconds
+
+    def _mark(self) -> torch.cuda.Event:
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(self.engine.device))  # type: ignore[attr-defined]
+        return mark
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps `start` .. `stop - 1`, in order."""
@@ -70,13 +81,17 @@ class Loader:
         reading = iter(()) if self.engine.holds_all else self.plan.reading(start, stop)
         try:
             while step < stop or waiting:
+                before = self._mark() if self._on_gpu else None
                 while step < stop and len(waiting) < self.prefetch:
                     for ids in islice(reading, min(CATCH_UP, step + self.plan.ahead - told)):
                         self.store.prefetch(ids)
                         told += 1
                     waiting.append(self._submit(step))
                     step += 1
-                yield self._finish(*waiting.popleft())
+                batch = self._finish(*waiting.popleft())
+                if before:
+                    self._gaps.append((before, self._mark()))
+                yield batch
         finally:
             for *_, pending in waiting:
                 pending.cancel()

@@ -309,3 +309,33 @@ def test_storage_rests_where_the_engine_holds_every_image(digits):
     made.store.prefetch = lambda ids: told.extend(ids.tolist())
     assert len(list(made.batches(0, 3))) == 3 and told == []
     made.engine.close()
+
+
+def test_on_a_gpu_waiting_is_told_by_the_devices_clock(digits, monkeypatch):
+    """Events of a device that has 3 ms between the end of a step and the next views, whatever the host's clock says."""
+    clock = iter(range(0, 1000, 3))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.at = next(clock)
+
+        def query(self):
+            return True
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    store = Store(digits)
+    engine = engines.create("cpu", store)[0]
+    order = plan(store.labels, seed=0, batch=8)
+    loader = Loader(store, order, policy("none", 1, 8), engine, seed=0)
+    assert "device_wait" not in loader.timings
+    loader._on_gpu = True
+    assert len(list(loader.batches(0, 4))) == 4
+    assert loader.timings["device_wait"] == pytest.approx(4 * 3e-3)
+    engine.close()

@@ -183,7 +183,9 @@ def test_nothing_in_a_file_is_executed(resnet, tmp_path, monkeypatch):
         assert torch.equal(module.conv1[0].weight, resnet["conv1.0.weight"])
     torch.save({"state_dict": resnet, "hook": Trap(os.mkdir)}, "system.pth")  # of a module that torch does not touch
     torch.save(torch.nn.Linear(2, 2), "module.pth")
-    pathlib.Path("pickle.pth").write_bytes(pickle.dumps({"x": Trap(logging.FileHandler), "y": types.SimpleNamespace(a=1)}))
+    pathlib.Path("pickle.pth").write_bytes(
+        pickle.dumps({"x": Trap(logging.FileHandler), "y": types.SimpleNamespace(a=1)})
+    )
     pathlib.Path("text.pth").write_text("no weights")
     for name in ("system.pth", "module.pth", "pickle.pth", "text.pth", "none.pth"):
         with pytest.raises(UserError, match=f"^{name}: (not readable as weights|no such file)") as caught:

@@ -135,7 +135,8 @@ class Run:
         total, invariance, decorrelation = (float(x.detach()) for x in loss)
         steps, seconds = step - self.last_step, self.clock.seconds - self.last_seconds
         images_per_s, views_per_s = steps * self.images / seconds, steps * self.views / seconds
-        wait = (timings["wait"] - self.last_wait) / seconds
+        waited = timings.get("device_wait", timings["wait"])  # by the clock of what trains
+        wait = (waited - self.last_wait) / seconds
         peak = monitor.peak_memory(self.device)
         self.row(
             step, loss=total, invariance=invariance, decorrelation=decorrelation, lr=lr, rank=rank, spread=spread,
@@ -147,7 +148,7 @@ class Run:
             f"  {views_per_s:6.0f} views/s  data wait {wait:4.0%}  rank {rank:5.1f}  {peak / 2**30:.1f} GiB"
             f"  ETA {monitor.duration((self.steps - step) * seconds / steps)}"
         )
-        self.last_step, self.last_seconds, self.last_wait = step, self.clock.seconds, timings["wait"]
+        self.last_step, self.last_seconds, self.last_wait = step, self.clock.seconds, waited
 
     def watch_collapse(self, step: int, rank: float, spread: float, rows: int) -> None:
         """Say once, after the first tenth of the run, that the embeddings (of `rows` images) live on hardly any dimensions."""
