@@ -37,6 +37,7 @@ def test_rule_is_printed_with_its_numbers():
     assert "0.3" in text and "1024" in text
     assert optim.learning_rate("lars", 0.7, 1024) == (0.7, "lr 0.7 (given)")
     assert optim.learning_rate("adamw", 0, 1024)[0] == pytest.approx(2e-3)
+    assert optim.learning_rate("muon", 0, 64) == (0.03, "lr 0.03 for muon, whatever the batch")
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "muon"])

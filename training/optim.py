@@ -23,6 +23,8 @@ def learning_rate(name: str, lr: float, batch_size: int) -> tuple[float, str]:
     if lr > 0:
         return lr, f"lr {lr:g} (given)"
     base, power = RULES[name]
+    if power == 0:
+        return base, f"lr {base:g} for {name}, whatever the batch"
     peak = base * (batch_size / 256) ** power
     law = "" if power == 1.0 else f"^{power:g}"
     return peak, f"lr {peak:.4g} = {base:g} x (batch {batch_size} / 256){law} for {name}"
