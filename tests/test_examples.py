@@ -14,6 +14,8 @@ import torch
 from pictures import class_folders
 
 import manyview
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.manifest import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -118,3 +120,30 @@ def test_the_notebook_from_photos_to_neighbours(tmp_path, monkeypatch, capsys):
     assert saved["embeddings"].shape == (42, 512) and saved["names"][0].startswith("class")
     assert names["neighbours"][:, 0].tolist() == names["queries"].tolist()  # each photo is nearest to itself
     assert "knn-cosine-exp k=10 l2" in capsys.readouterr().out
+
+
+def test_measuring(tmp_path, monkeypatch, capsys):
+    photos = tmp_path / "shards"
+    write_shards(Options("folder"), class_folders(tmp_path / "in", 12, 2), photos, quiet=True)
+    words = [
+        "--frameworks",
+        "torch",
+        "timm",
+        "--images",
+        "16",
+        "--batch",
+        "8",
+        "--size",
+        "32",
+        "--rounds",
+        "2",
+        "--workers",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["measure.py", str(photos), *words, "--out", str(tmp_path / "page.md")])
+    runpy.run_path(str(EXAMPLES / "measure.py"), run_name="__main__")
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| t")]
+    sources = ["torchvision", "manyview.Views", "timm", "manyview.Views"]
+    assert [row[1].strip() for row in rows] == sources
+    assert all(float(row[2].replace(",", "")) > 0 and float(row[3]) > 0 for row in rows)
+    assert [row[4].strip() == "1" for row in rows] == [True, False, True, False]

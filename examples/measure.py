@@ -1,0 +1,167 @@
+"""What each framework gains by `manyview.Views`: python examples/measure.py shards/photos --out results/frontdoor.md
+
+Each framework trains the same small network on the same photos, once fed as its own documentation has it (a DataLoader with
+torchvision's or its own transforms) and once by `Views`; one epoch each, in turn, round after round. Network and data share
+the cores, as they do in training: a larger network leaves less to gain.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+import manyview
+from manyview.bench import output
+from manyview.bench.contenders import Photos, pil
+from manyview.bench.harness import Spent, interleaved, interval, spent, tree_seconds
+from manyview.model import backbone
+from manyview.pipeline.convert.write import write_shards
+from manyview.pipeline.files import write
+from manyview.pipeline.manifest import Options
+from manyview.pipeline.store import Store
+
+OWN = dict.fromkeys(("torch", "lightning", "accelerate"), "torchvision")  # whose transforms a framework is used with
+OWN |= {"lightly": "lightly", "timm": "timm"}
+CLASSES = 1000  # of the classifier; which class an image has does not matter here
+
+
+@dataclass
+class Args:
+    data: tyro.conf.Positional[Path]
+    """Shards of photos, stored as JPEG."""
+    images: int = 128
+    size: int = 224
+    views: int = 4
+    batch: int = 32
+    workers: int = 2
+    rounds: int = 5
+    frameworks: tuple[str, ...] = tuple(OWN)
+    network: str = "resnet10-narrow"
+    out: Path | None = None
+
+
+def transform_of(framework: str, size: int) -> Callable:
+    """SimCLR's augmentation as the framework has it; timm's crop and flip."""
+    if framework == "lightly":
+        from lightly.transforms.simclr_transform import SimCLRViewTransform
+
+        return SimCLRViewTransform(input_size=size)
+    if framework == "timm":
+        return timm.data.create_transform(size, is_training=True, color_jitter=None, interpolation="bilinear")
+    steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    steps += [v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8), v2.RandomGrayscale(0.2)]
+    steps += [v2.RandomApply([v2.GaussianBlur(size // 10 // 2 * 2 + 1, (0.1, 2.0))], 0.5), v2.ToImage()]
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    return v2.Compose(steps)
+
+
+def loss_of(framework: str, network: nn.Module, batch: Any) -> Tensor:
+    z = manyview.encode(network, batch.views if isinstance(batch, manyview.Batch) else torch.stack(batch))
+    if framework == "timm":
+        return F.cross_entropy(z[0], torch.zeros(len(z[0]), dtype=torch.int64))
+    if framework == "lightly":
+        from lightly.loss import NTXentLoss
+
+        return torch.stack([NTXentLoss()(z[0], other) for other in z[1:]]).mean()
+    return manyview.barlow(z).total
+
+
+def epoch(framework: str, network: nn.Module, batches: Iterable) -> None:
+    """One epoch as this framework runs it."""
+    optimizer: Any = torch.optim.AdamW(network.parameters(), 1e-3)
+    backward: Callable = Tensor.backward
+    if framework == "lightning":
+        import pytorch_lightning as L
+
+        module: Any = L.LightningModule()
+        module.network, module.configure_optimizers = network, lambda: optimizer
+        module.training_step = lambda batch, batch_idx: loss_of(framework, network, batch)
+        quiet: dict[str, Any] = dict.fromkeys(
+            ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False
+        )
+        L.Trainer(max_epochs=1, accelerator="cpu", **quiet).fit(module, batches)
+        return
+    if framework == "accelerate":
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        network, optimizer = accelerator.prepare(network, optimizer)
+        batches = accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
+        backward = accelerator.backward
+    for batch in batches:
+        backward(loss_of(framework, network, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def contenders(args: Args, folder: Path) -> dict[tuple[str, str], Callable[[], None]]:
+    (folder / "photos").mkdir()
+    store = Store(args.data, "train")
+    calls: dict[tuple[str, str], Callable[[], None]] = {}
+    files = [folder / "photos" / f"{i}.jpg" for i in range(args.images)]
+    for i, file in enumerate(files):
+        file.write_bytes(store.read(i).tobytes())
+    write_shards(Options("folder"), folder / "photos", folder / "shards", quiet=True)
+    for framework in args.frameworks:
+        views, policy = (1, "supervised") if framework == "timm" else (args.views, "simclr")
+        trunk: Any = backbone.create(args.network, image_size=args.size)
+        network = nn.Sequential(trunk, nn.Linear(trunk.num_features, CLASSES if framework == "timm" else 256))
+        photos = Photos(files, pil, transform_of(framework, args.size), views)
+        own = DataLoader(photos, args.batch, True, drop_last=True, num_workers=args.workers, persistent_workers=True)
+        ours = manyview.Views(folder / "shards", views, args.batch, policy=policy, size=args.size, threads=args.workers)
+        calls[framework, OWN[framework]] = partial(epoch, framework, network, own)
+        calls[framework, "manyview.Views"] = partial(epoch, framework, network, ours)
+    return calls
+
+
+def page(args: Args, samples: dict[tuple[str, str], list[Spent]]) -> str:
+    rows = []
+    for (framework, source), times in samples.items():
+        views = args.images // args.batch * args.batch * (1 if framework == "timm" else args.views)
+        ratios = [own.wall / mine.wall for own, mine in zip(samples[framework, OWN[framework]], times)]
+        low, high = interval(ratios)
+        gain = "1" if source == OWN[framework] else f"{median(ratios):.2f} [{low:.2f}, {high:.2f}]"
+        wall, core = median(time.wall for time in times), median(time.core for time in times)
+        rows.append([framework, source, f"{views / wall:,.0f}", f"{1e3 * core / views:.2f}", gain])
+    env = output.environment(torch.device("cpu"), "", [])
+    about = f"""`python examples/measure.py {" ".join(sys.argv[1:])}` at commit {env["commit"]}, {output.hardware(env)},
+load {env["load"]:.1f}. {args.images} photos, {args.size} px, {args.views} views (timm: 1), batches of {args.batch},
+{args.workers} workers or threads, network {args.network}; medians of {args.rounds} interleaved epochs. A framework's own
+way is a DataLoader of PIL images with the transforms named. Frameworks differ in their loss."""
+    table = output.table(["framework", "fed by", "views/s", "core-ms a view", "faster by (95 %)"], rows, left=2)
+    return output.document("# The front door", str(__doc__).partition("\n\n")[2], about, table)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        calls = contenders(args, Path(folder))
+        for call in calls.values():
+            call()  # workers and threads begin, kernels are compiled
+        samples = interleaved(calls, args.rounds, partial(spent, core_clock=tree_seconds))
+    text = page(args, samples)
+    print(text)
+    if args.out:
+        write(args.out, text)
+
+
+if __name__ == "__main__":
+    main()
