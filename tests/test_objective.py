@@ -1,9 +1,13 @@
 """The objectives against the textbooks and against slow, obvious loops; all references are written here, in fp64."""
 
+import dataclasses
 import itertools
+import math
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from manyview.model import objective
+from manyview.model.objective import Loss
 from manyview.pipeline.errors import UserError
+from manyview.training import config
 
 FORMS: dict[str, Callable[..., objective.Loss]] = {
     "barlow-mean": partial(objective.barlow, form="mean"),
@@ -520,3 +526,35 @@ def test_described_is_what_runs():
     assert objective.describe(objective.create("barlow"), 8)[0] == "beta 0.375, form mean, standardize view"
     assert "beta * D = 80 is past 50" in objective.describe(objective.create("paper", beta=10), 8)[0]
     assert "warning" not in objective.describe(objective.create("vicreg", beta=10), 8)[0]
+
+
+def test_a_new_objective_is_one_function_one_entry_and_one_setting(monkeypatch):
+    """All that --objective needs: a function of z with typed options, in `OBJECTIVES`; a field of Config for a flag."""
+
+    def margin(z: Tensor, *, gap: float = 0.5, rounds: int = 1, kind: Literal["a", "b"] = "a", local=None) -> Loss:
+        total = (z.square().mean() - gap * rounds).relu()
+        return Loss(total, total.detach(), total.detach() * 0)
+
+    @dataclasses.dataclass
+    class Config(config.Config):
+        gap: float = 0.5
+
+    monkeypatch.setitem(objective.OBJECTIVES, "margin", margin)
+    monkeypatch.setattr(config, "Config", Config)
+    z = torch.full((2, 4, 3), 2.0)
+    for gap, total in ((0.5, 3.5), (1, 3.0)):
+        loss = objective.create("margin", **config.objective_options(Config(objective="margin", gap=gap)))
+        assert loss(z).total == total and objective.describe(loss, 3)[1] == {"gap": gap, "rounds": 1, "kind": "a"}
+    assert objective.create("margin", rounds=2)(z).total == 3.0
+    for options, said in (
+        ({"gap": "wide"}, "gap must be a number, got 'wide'"),
+        ({"gap": math.nan}, "gap must be a number, got nan"),
+        ({"rounds": 1.5}, "rounds must be a whole number, got 1.5"),
+        ({"rounds": True}, "rounds must be a whole number, got True"),
+        ({"kind": "c"}, "unknown kind of margin 'c'; valid: a, b"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            objective.create("margin", **options)
+    with pytest.raises(UserError, match="objective 'barlow' has no option 'gap'"):
+        objective.create("barlow", **config.objective_options(Config(gap=0.7)))
+    assert objective.create("barlow", **config.objective_options(Config()))(torch.randn(2, 8, 4)).total > 0

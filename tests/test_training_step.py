@@ -17,7 +17,10 @@ from torch import nn
 
 from manyview.model import backbone, objective
 from manyview.model.projector import Projector
+from manyview.pipeline import views
+from manyview.pipeline.engines.cpu import CPUEngine
 from manyview.pipeline.errors import UserError
+from manyview.pipeline.store import Store
 from manyview.training.step import (
     GlobalBatchNorm,
     PretrainingModel,
@@ -26,6 +29,7 @@ from manyview.training.step import (
     backward_chunked,
     embed,
     frozen_statistics,
+    local_views,
     not_finite,
     synchronize_batchnorm,
 )
@@ -129,9 +133,9 @@ def test_ranks_equal_one_process_on_the_whole_batch(world, per_view, chunk, netw
     single = encoder(network=network)
     loss, _ = backward(single, [x], objective.create("barlow"), identity, per_view, contextlib.nullcontext)
     # Arrays and a file: nothing is shared with a process that ends.
-    mp.spawn(one_rank, (world, free_port(), x.numpy(), per_view, chunk, network, tmp_path / "made.npz"), nprocs=world)
-    made = np.load(tmp_path / "made.npz")
-    total, grad, stats = float(made["total"]), made["grad"], made["stats"]
+    mp.spawn(one_rank, (world, free_port(), x.numpy(), per_view, chunk, network, tmp_path / "rank0.npz"), nprocs=world)
+    rank0 = np.load(tmp_path / "rank0.npz")
+    total, grad, stats = float(rank0["total"]), rank0["grad"], rank0["stats"]
     assert abs(total - float(loss.total.detach())) < 1e-10 * abs(total)
     torch.testing.assert_close(torch.from_numpy(grad), gradients(single), rtol=1e-7, atol=1e-10)
     torch.testing.assert_close(torch.from_numpy(stats), statistics(single), rtol=1e-9, atol=1e-12)
@@ -163,6 +167,36 @@ def test_synchronized_networks_are_the_same_function(one_process_group, network,
     kind = GlobalBatchNorm if device == "cpu" else nn.SyncBatchNorm
     norms = [m for m in after.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(m, kind) for m in norms)
+
+
+def test_chunks_exchange_gradients_once_a_step(one_process_group):
+    """Between ranks gradients travel with the last chunk alone, whatever the number of chunks."""
+    exchanges = []
+
+    def hook(_, bucket):
+        exchanges.append(bucket.is_last())
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model = encoder()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped.register_comm_hook(None, hook)
+    x = [torch.randn(4, 6, 3, 16, 16, dtype=torch.float64)]
+    for steps in (1, 2):
+        backward_chunked(wrapped, x, objective.create("barlow"), identity, 1, contextlib.nullcontext)
+        assert sum(exchanges) == steps
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_local_crops_are_local_by_their_role_not_by_their_size(digits, size):
+    store = Store(digits)
+    policy = views.policy("multicrop", 5, 8, {"local.size": size})
+    ids = np.arange(4)
+    engine = CPUEngine(store)
+    batch = engine(ids, views.parameters(policy, 0, ids * 0, ids, store.heights[ids], store.widths[ids]))
+    engine.close()
+    assert local_views(batch) == [False, False, True, True, True]
 
 
 def test_an_unknown_batch_norm_is_refused_by_name(one_process_group):
