@@ -107,12 +107,15 @@ class Opened:
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on; fewer only where the file ends."""
-        data = self._read(offset, size)
-        while 0 < len(data) < size and (more := self._read(offset + len(data), size - len(data))):
+        try:
+            data = os.pread(self._descriptor, size, offset)
+        except OSError:
+            data = self._again(offset, size)
+        while 0 < len(data) < size and (more := self._again(offset + len(data), size - len(data))):
             data += more  # after a signal, or where it is more than a call may read
         return data
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def _again(self, offset: int, size: int) -> bytes:
         return _persist(self.path, lambda: os.pread(self._descriptor, size, offset))
 
     def announce(self, offset: int, size: int) -> None:

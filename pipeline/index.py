@@ -7,10 +7,11 @@ the order of `COLUMNS`; then where each key begins (rows + 1 numbers), then the 
 from __future__ import annotations
 
 import hashlib
+import io
 import mmap
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -39,8 +40,8 @@ HEADER = np.dtype([("magic", "S8"), ("version", "<u8"), ("rows", "<u8"), ("key_b
 class Index:
     """Columns as attributes-by-name `index["label"]`, keys as `index.key(i)`."""
 
-    def __init__(self, columns: dict[str, np.ndarray], key_starts: np.ndarray, key_bytes) -> None:
-        self.columns, self.key_starts, self.key_bytes = columns, key_starts, key_bytes
+    def __init__(self, columns: dict[str, np.ndarray], key_starts: np.ndarray, key_bytes, file: Any = None) -> None:
+        self.columns, self.key_starts, self.key_bytes, self._file = columns, key_starts, key_bytes, file
 
     def __len__(self) -> int:
         return len(self.key_starts) - 1
@@ -53,6 +54,11 @@ class Index:
         return bytes(self.key_bytes[int(self.key_starts[i]) : int(self.key_starts[i + 1])]).decode(
             errors="backslashreplace"
         )
+
+    def forget(self) -> None:
+        """Give back the memory of what was read of a mapped file; it is mapped again where it is needed."""
+        if isinstance(self._file, mmap.mmap):
+            self._file.madvise(mmap.MADV_DONTNEED)
 
     def fingerprint(self) -> str:
         """Hex: what the samples are (keys, labels, payloads, in order), not where they lie; equal for both formats."""
@@ -118,8 +124,8 @@ def read(path: Path, checksum: str = "") -> Index:
         if size < 64:
             raise ValueError("too short to be an index")
         data = file.read() if size <= IN_MEMORY else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if checksum and hashlib.sha256(data).hexdigest() != checksum:
-        raise ValueError("altered since it was written (SHA-256)")
+        if checksum and sha256(io.BytesIO(data) if isinstance(data, bytes) else file) != checksum:
+            raise ValueError("altered since it was written (SHA-256)")
     header = np.frombuffer(data, HEADER, 1)[0]
     if header["magic"] != MAGIC.rstrip(b"\0") or header["version"] != VERSION:
         raise ValueError("not an index of this version")
@@ -134,7 +140,7 @@ def read(path: Path, checksum: str = "") -> Index:
         at += -(-count * kind.itemsize // 64) * 64
     if at + key_bytes > size:
         raise ValueError("cut off in the keys")
-    return Index(columns, columns.pop("key_starts"), memoryview(data)[at : at + key_bytes])
+    return Index(columns, columns.pop("key_starts"), memoryview(data)[at : at + key_bytes], data)
 
 
 def check(index: Index, part: dict, classes: int) -> None:
@@ -162,6 +168,7 @@ def check(index: Index, part: dict, classes: int) -> None:
                 i = first + int(np.argmax(rows_wrong))
                 said = ", ".join(f"{column} {index[column][i]}" for column in COLUMNS)
                 raise ValueError(f"row {i} cannot be, by its {name} ({said})")
+        index.forget()
 
 
 def _wrong(row: dict[str, np.ndarray], sizes: np.ndarray, classes: int) -> dict[str, np.ndarray]:

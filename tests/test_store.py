@@ -369,6 +369,6 @@ def test_an_image_of_another_size_than_the_index_says_is_corrupt_in_every_engine
     told = parameters(policy("simclr", 2, 32), 0, ids * 0, ids, store.heights[ids], store.widths[ids])
     for name in ("cpu", "resident", *(["dali"] if engines.has_dali() else [])):
         engine, _ = engines.create(name, store)
-        with pytest.raises(Corrupt, match="the index says 5000x4000"):
+        with pytest.raises(Corrupt, match=r"index says 5000"):
             engine(ids, told)
         engine.close()
