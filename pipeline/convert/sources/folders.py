@@ -125,12 +125,12 @@ def _add(entry: os.DirEntry, relative: str, since: int, files: list, result: Lis
         result.hidden["._*" if entry.name.startswith("._") else entry.name] += 1
     elif _is_folder(entry):
         return entry.path, name, max(since, _changed(entry))
-    elif is_image(entry.name):
+    elif (suffix := os.path.splitext(entry.name)[1].lower()) in SUFFIXES:
         _add_file(entry, name, since, files, result)
     elif _leads_nowhere(entry.path):
         raise OSError(0, NOWHERE, entry.path)
     else:
-        result.types[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
+        result.types[suffix or "no suffix"] += 1
     return None
 
 
@@ -198,6 +198,8 @@ def folder(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = No
         result.problems += [{"split": split, **problem} for problem in files.problems]
         result.watch += files.folders
     _left_out(listings, result)
+    if not result.classes and not reading.unlabelled and (table := tables.beside(source)):
+        result.notes.append(f"no image has a label; --labels SOURCE/{table} would take them from there")
     return result
 
 
