@@ -8,6 +8,7 @@ import pickle
 import re
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,6 +158,24 @@ def test_a_class_without_an_image_keeps_its_number_and_is_named(tmp_path, capsys
         "5 files left out by their type (.heic: 4, no suffix: 1)", "2 of 4 classes have no image: ant, bee",
     ]  # fmt: skip
     assert "warning: 2 of 4 classes have no image: ant, bee" in capsys.readouterr().err
+
+
+def test_a_split_without_an_image_is_named(tmp_path):
+    (class_folders(tmp_path, 2, 1) / "val" / "class0").mkdir(parents=True)
+    assert "val holds no image" in datasets.load("folder", tmp_path).notes
+
+
+def test_a_folder_of_which_the_system_cannot_say_what_it_is_is_no_file(tmp_path, monkeypatch):
+    class_folders(tmp_path, 1, 2)
+    broken = SimpleNamespace(
+        name="class2", path=str(tmp_path / "train" / "class2"), is_dir=lambda: os.stat("/proc/self/mem/x")
+    )
+    real = os.scandir
+    monkeypatch.setattr(
+        os, "scandir", lambda path: [*real(path), broken] if str(path).endswith("train") else real(path)
+    )
+    with pytest.raises(UserError, match="cannot be read"):
+        datasets.load("folder", tmp_path)
 
 
 def test_where_every_image_is_of_another_type_it_is_named(tmp_path):

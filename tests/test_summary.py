@@ -33,6 +33,7 @@ ODD = {  # classes, labels, the line
     ),
     "an empty class": (ABC, {"train": [0, 2, 2], "val": [0]}, "1 of 3 classes have no image: bee"),
     "of one split alone": (ABC, {"train": [0, 1, 1], "val": [1, 2]}, "1 classes of val have no image in train: cat"),
+    "twins": (["Cat", "ant", "cat"], {"train": [0, 0, 1, 2]}, "2 classes differ only in capitals or spaces: Cat, cat"),
     "many": ([*"abcdefgh"], {"train": [0, 0]}, "7 of 8 classes have no image: b, c, d and 4 more"),
 }
 

@@ -167,6 +167,14 @@ def test_flags_name_columns_and_nonsense_is_one_line(tmp_path):
         datasets.load("digits", None, Reading(labels=root / "t.csv"))
 
 
+def test_a_table_that_nobody_asked_for_is_pointed_at(tmp_path):
+    root = images(tmp_path, "train/1.jpg", "test/2.jpg")
+    (root / "a.csv").write_text("")
+    (root / "train_labels.csv").write_text("id,label\n1,cat\n")
+    assert load(root).notes == ["no image has a label; --labels SOURCE/train_labels.csv would take them from there"]
+    assert load(root, unlabelled=True).notes == []
+
+
 def test_a_row_that_names_images_of_two_splits_is_refused(tmp_path):
     root = images(tmp_path, "train/1.jpg", "train/2.jpg", "test/1.jpg")
     (root / "labels.csv").write_text("id,label\n1,cat\n2,cat\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,9 @@ def _odd(classes: list[str], labels: dict[str, np.ndarray], present: dict[str, s
         warnings.append(f"all images are of one class, {classes[0]!r}; if it is none: --unlabelled")
     elif len(values) > 1 and len(used) == len(values):
         warnings.append(f"each of {len(values)} labelled images has a class of its own; if they are none: --unlabelled")
+    alike = Counter(name.strip().casefold() for name in classes)
+    if twins := {number for number, name in enumerate(classes) if alike[name.strip().casefold()] > 1}:
+        warnings.append(f"{len(twins)} classes differ only in capitals or spaces: {names(classes, twins)}")
     if empty := set(range(len(classes))) - used:
         warnings.append(f"{len(empty)} of {len(classes)} classes have no image: {names(classes, empty)}")
     return warnings

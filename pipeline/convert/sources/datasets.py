@@ -37,6 +37,7 @@ def load(dataset: str, source: Path | None, reading: Reading = AS_IT_IS) -> Sour
     if reading.labels and dataset not in WITH_TABLE:
         raise UserError(f"--labels is for the datasets {', '.join(WITH_TABLE)}: {dataset} has labels of its own")
     result = DATASETS[dataset](source, reading)  # type: ignore[arg-type]
+    result.notes += [f"{split.name} holds no image" for split in result.splits if not split.names]
     result.splits = [split for split in result.splits if split.names]
     if not result.splits and result.problems:
         first = result.problems[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import Counter
@@ -124,12 +125,12 @@ def _add(entry: os.DirEntry, relative: str, since: int, files: list, result: Lis
         result.hidden["._*" if entry.name.startswith("._") else entry.name] += 1
     elif _is_folder(entry):
         return entry.path, name, max(since, _changed(entry))
-    elif is_image(entry.name):
+    elif (suffix := os.path.splitext(entry.name)[1].lower()) in SUFFIXES:
         _add_file(entry, name, since, files, result)
     elif _leads_nowhere(entry.path):
         raise OSError(0, NOWHERE, entry.path)
     else:
-        result.types[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
+        result.types[suffix or "no suffix"] += 1
     return None
 
 
@@ -140,7 +141,9 @@ def _unreadable(error: OSError) -> UserError:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # of a link to itself
+            raise
         return False
 
 
@@ -180,28 +183,38 @@ def folder(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = No
     listings = {split: listing(root) for split, root in sorted(roots.items())}
     by_table = tables.labels({split: (roots[split], files.names) for split, files in listings.items()}, reading, result)
     named = {split: by_table.get(split) or _by_folder(files, reading) for split, files in listings.items()}
-    labels = [name for names in named.values() for name in names if name is not None]
-    by_folders = [split for split in listings if split not in by_table and any(named[split])]
-    even_empty = {normalize("NFC", name) for split in by_folders for name in listings[split].classes}
-    result.classes = sorted({*labels, *even_empty}) if by_folders else tables.classes(labels)
-    if only is not None:
-        if missing := sorted(only - set(result.classes)):
-            raise UserError(f"{source} lacks {len(missing)} of {len(only)} classes, the first is {missing[0]}")
-        result.classes = sorted(only)
-    number = {name: i for i, name in enumerate(result.classes)}
+    by_folder = {split for split in listings if split not in by_table and any(named[split])}
+    result.classes = _classes(source, named, {split: listings[split].classes for split in by_folder}, only)
+    number: dict[str | None, int] = {name: i for i, name in enumerate(result.classes)}
     for split, files in listings.items():
         label_of = dict(zip(files.names, named[split]))
-        if split in by_folders:
+        if split in by_folder:
             outside = files.keep(lambda name: label_of[name] is not None)  # noqa: B023
             files.problems += [{"name": name, "reason": BESIDE} for name in outside]
         if only is not None:
             files.keep(lambda name: label_of[name] in only)  # noqa: B023
-        numbers = [-1 if label is None else number[label] for label in map(label_of.get, files.names)]
-        result.splits.append(_file_split(split, roots[split], files, np.array(numbers, np.int64)))
+        labels = np.array([number.get(label_of[name], -1) for name in files.names], np.int64)
+        result.splits.append(_file_split(split, roots[split], files, labels))
         result.problems += [{"split": split, **problem} for problem in files.problems]
         result.watch += files.folders
     _left_out(listings, result)
+    if not result.classes and not reading.unlabelled and (table := tables.beside(source)):
+        result.notes.append(f"no image has a label; --labels SOURCE/{table} would take them from there")
     return result
+
+
+def _classes(
+    source: Path, named: dict[str, list[str | None]], folders: dict[str, list[str]], only: set[str] | None
+) -> list[str]:
+    """All classes: of every image, of every class folder even without one; or `only` those, which then must be there."""
+    labels = [name for names in named.values() for name in names if name is not None]
+    even_empty = {normalize("NFC", name) for names in folders.values() for name in names}
+    classes = sorted({*labels, *even_empty}) if folders else tables.classes(labels)
+    if only is None:
+        return classes
+    if missing := sorted(only - set(classes)):
+        raise UserError(f"{source} lacks {len(missing)} of {len(only)} classes, the first is {missing[0]}")
+    return sorted(only)
 
 
 def _by_folder(files: Listing, reading: Reading) -> list[str | None]:

@@ -7,13 +7,14 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from manyview.pipeline import tar
-from manyview.pipeline.convert.sources import AS_IT_IS, SUFFIXES, Reading, Source, Split, changed, folders, read_bytes
+from manyview.pipeline.convert.sources import AS_IT_IS, Reading, Source, Split, changed, folders, read_bytes
 from manyview.pipeline.errors import UserError
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -44,7 +45,7 @@ def _split(name: str, members: list[Member]) -> Split:
 def imagenet(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = None) -> Source:
     """Class folders below train/ and val/, or the official archives as they were downloaded."""
     if not has_imagenet_tars(source):
-        return folders.folder(source, reading, only)
+        return folders.folder(source, replace(reading, unlabelled=False) if only else reading, only)
     if reading.labels:
         raise UserError(f"{source} holds the official archives, whose labels are in {DEVKIT}: no --labels")
     return imagenet_tars(source, only)
@@ -71,10 +72,12 @@ def imagenet_tars(source: Path, only: set[str] | None = None) -> Source:
     if train and (missing := sorted(set(result.classes) - set(train))):
         raise UserError(f"{source / TRAIN} lacks {len(missing)} classes, the first is {missing[0]}")
     number = {wnid: i for i, wnid in enumerate(result.classes)}
-    members = [member._replace(label=number[wnid]) for wnid, found in train.items() for member in found]
+    members = [member._replace(label=number[wnid]) for wnid, images in train.items() for member in images]
     result.splits.append(_split("train", members))
     if wnids:
         result.splits.append(_split("val", _val_members(source / VAL, wnids, number, result)))
+    if result.ignored:
+        result.notes.append(f"{result.ignored} files in the archives are no images by their names")
     return result
 
 
@@ -84,10 +87,10 @@ def _images(path: Path, split: str, result: Source, place: tuple[int, int] | Non
         for member in tar.members(path, *(place or ())):
             if reason := member.refused():
                 result.problems.append({"split": split, "name": member.name, "reason": reason})
-            elif member.type == tar.FOLDER or os.path.splitext(member.name)[1].lower() not in {*SUFFIXES, ".tar"}:
-                result.ignored += member.type != tar.FOLDER
-            else:
+            elif folders.is_image(os.path.basename(member.name)) or (place is None and member.name.endswith(".tar")):
                 yield member
+            else:
+                result.ignored += member.type != tar.FOLDER
     except ValueError as error:
         raise UserError(f"{path} is no whole tar archive{f' (at byte {place[0]})' if place else ''}: {error}") from None
 

@@ -142,6 +142,12 @@ def _apply(table: Table, splits: dict[str, tuple[Path, list[str]]], result: Sour
     }
 
 
+def beside(source: Path) -> str:
+    """The name of a file that may be a table of labels, "" if none lies there."""
+    names = sorted(entry.name for entry in source.iterdir() if entry.suffix.lower() in (".csv", ".tsv", ".jsonl"))
+    return next((name for name in names if "label" in name.lower()), names[0] if names else "")
+
+
 def classes(labels: list[str]) -> list[str]:
     """The classes that these labels name: numbers stay what they are, so there is a class for each up to the largest;
     other names are in alphabetical order."""
