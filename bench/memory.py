@@ -19,6 +19,7 @@ import torch
 
 from manyview.bench import output
 from manyview.bench.harness import spent, synchronize
+from manyview.model import backbone
 from manyview.pipeline import engines
 from manyview.training import setup
 from manyview.training.config import Config
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> None:
 
 def measure(args: Args) -> list[dict[str, Any]]:
     """A row for each number of views and each chunk below it; printed as they come."""
-    engines.device_of(args.device)  # what is missing is said before anything is started
+    engines.device_of(args.device)  # what is missing or unknown is said before anything is started
+    backbone.create(args.backbone, image_size=args.size)
     rows = []
     for v, chunk in ((v, chunk) for v in args.views for chunk in args.chunks if chunk < v):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:

@@ -145,10 +145,9 @@ def objective(options: Options, _: float) -> list[list[str]]:
 
 
 def probes(options: Options, _: float) -> list[list[str]]:
-    toy = ["--samples", "400", "--dim", "16"] if options.rehearse else []
-    return [
-        python("tools/profile.py", "probes", *toy, "--device", device(options), "--write", options.out / "probes.md")
-    ]
+    toy = ["--train", "400", "--test", "100", "--features", "16"] if options.rehearse else []
+    words = ["tools/profile.py", "probes", *toy, "--device", device(options), "--json", options.out / "probes.json"]
+    return [python(*words)]
 
 
 def device(options: Options) -> str:
