@@ -53,8 +53,8 @@ class Views:
     """Batches of views of the images in a folder of shards. Iterating gives one epoch; the next time, the next one.
 
     views: how many of each image. batch_size: images a process, as torch's DataLoader has it. seed: of order and views.
-    split: by default what `train.py` trains on. policy: a name (`simclr`, `byol`, `multicrop`, `supervised`, ...), or a dict
-    or the path of a YAML file that changes a named one (`{"policy": "simclr", "hue": 0, "local.scale": [0.05, 0.3]}`), or
+    split and policy: by default what `train.py` takes. policy: a name (`simclr`, `byol`, `multicrop`, `supervised`, ...), or a
+    dict or the path of a YAML file that changes a named one (`{"policy": "simclr", "hue": 0, "local.scale": [0.05, 0.3]}`), or
     `clean`, the evaluation's one centre view. shuffle: by default in training splits; without, each image comes once, in
     storage order, with a short last batch, and `clean` is the default policy. size: pixels a side, 0 = the images' own, at
     most 224. mean, std: what views are normalized by, of values 0..1 as timm has them; by default the data's own.
@@ -92,7 +92,9 @@ class Views:
         self.classes, self.size = self.store.classes, size or self.store.default_size()
         self.mean = tuple(mean or (value / 255 for value in self.store.mean))
         self.std = tuple(std or (value / 255 for value in self.store.std))
-        self.policy = chosen_policy(policy or ("simclr" if self.shuffle else "clean"), views, self.size)
+        self.policy = chosen_policy(
+            policy or ("simclr" if self.shuffle else "clean"), views, self.size, self.store.grey
+        )
         self._normalize, self._prefetch = normalize, prefetch
         self._engine_options = (engine, device, threads)
         self._engine: Any = None
@@ -222,12 +224,12 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
 
-def chosen_policy(given: str | Path | dict[str, Any], views: int | None, size: int) -> Policy:
+def chosen_policy(given: str | Path | dict[str, Any], views: int | None, size: int, grey: bool) -> Policy:
     """A named policy, or one changed by a dict or a YAML file; 8 views (of `clean` 1) if it is not said how many."""
     from_file = isinstance(given, Path) or (isinstance(given, str) and given.endswith((".yaml", ".yml")))
     settings = dict(given) if isinstance(given, dict) else overrides([str(given)]) if from_file else {"policy": given}
     name = str(settings.pop("policy", "simclr"))
-    return named_policy(name, (1 if name == "clean" else 8) if views is None else views, size, settings)
+    return named_policy(name, (1 if name == "clean" else 8) if views is None else views, size, settings, grey)
 
 
 def encode(network: Callable[[Tensor], Tensor], views: Any) -> Tensor:
