@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import encoded, jpeg, pixels
+from test_sources import official
 
 from manyview.pipeline import beton, tar
 from manyview.pipeline.convert.index_foreign import index_foreign
-from manyview.pipeline.convert.sources import Reading, datasets
+from manyview.pipeline.convert.sources import Reading, datasets, imagenet
 from manyview.pipeline.convert.verify import verify
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.errors import UserError
@@ -457,3 +458,21 @@ def test_numbers_of_a_beton_that_are_no_classes(tmp_path, stock):
         given = renamed(stock, tmp_path / why / "x.beton", *names)
         assert set(both_ways(given, tmp_path / f"{why} out").values()) == {-1}
         assert f"12 images without labels: field label {why}" in notes(given)
+
+
+def test_imagenets_own_archives_are_whole_or_refused(tmp_path):
+    """Outer and inner archives: a damaged header, a cut and a lost end are refused by archive and byte."""
+    official(tmp_path, tmp_path / "folders")
+    path = tmp_path / imagenet.TRAIN
+    data = path.read_bytes()
+    outer = list(tar.members(path))
+    inner = [member for place in outer for member in tar.members(path, place.offset, place.offset + place.size)]
+    assert len(outer) == 3 and len(inner) == 9 and len(imagenet.imagenet(tmp_path).splits[0].names) == 9
+    for member in (*outer, *inner):
+        at = member.offset - tar.BLOCK
+        path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with pytest.raises(UserError, match=rf"{imagenet.TRAIN} is no whole tar archive.*byte {at}\b"):
+            imagenet.imagenet(tmp_path)
+    path.write_bytes(data[: inner[-1].offset + 700])
+    with pytest.raises(UserError, match=f"{imagenet.TRAIN} is no whole tar archive"):
+        imagenet.imagenet(tmp_path)
