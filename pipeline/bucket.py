@@ -82,31 +82,33 @@ class Cache:
 
     def add(self, name: str, make: Callable[[BinaryIO], None], wait: bool = True) -> bool:
         """Have `make` write the file, unless it is there. If another is at it, wait for that one, or leave it to that
-        one and return False."""
+        one and return False. UserError: the folder takes no more, or has no locks."""
         path = self.folder / name
         part = path.with_name(path.name + PART)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(part, wait) as descriptor:
-            if descriptor is None:
-                return False
-            if path.exists():
-                part.unlink()
-                return True
-            try:
-                with open(descriptor, "wb", closefd=False) as file:
-                    make(file)
-                    file.truncate()  # what a killed one left may have been longer
-                self._make_room(os.fstat(descriptor).st_size)
-                os.utime(descriptor, ns=_now())
-                os.rename(part, path)
-            except BaseException as error:
-                part.unlink(missing_ok=True)
-                if not isinstance(error, OSError):
-                    raise
-                raise UserError(
-                    f"cache {self.folder}: {error.strerror}; MANYVIEW_CACHE names another folder"
-                ) from error
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(part, wait) as descriptor:
+                if descriptor is None:
+                    return False
+                if path.exists():
+                    part.unlink()
+                else:
+                    self._make(descriptor, part, path, make)
+        except OSError as error:
+            raise UserError(f"cache {self.folder}: {error.strerror}; MANYVIEW_CACHE names another folder") from error
         return True
+
+    def _make(self, descriptor: int, part: Path, path: Path, make: Callable[[BinaryIO], None]) -> None:
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                make(file)
+                file.truncate()  # what a killed one left may have been longer
+            self._make_room(os.fstat(descriptor).st_size)
+            os.utime(descriptor, ns=_now())
+            os.rename(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
     def _make_room(self, size: int) -> None:
         """Count `size` more bytes. The count is only ever too high (after a kill), and made right when it matters."""

@@ -182,7 +182,8 @@ def raise_limit() -> int:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16
-    if soft != resource.RLIM_INFINITY and soft < most:
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return most
+    with contextlib.suppress(OSError, ValueError):  # macOS has another limit beside
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
-    return soft
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -131,7 +131,12 @@ def members(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Mem
         while at < stop:
             block = file.read(at, min(BLOCK, stop - at))
             if not block.strip(b"\0"):
-                ended, at = True, _behind_zeros(file, at, stop)
+                zeros, at = at, _behind_zeros(file, at, stop)
+                ended = at - zeros >= 2 * BLOCK
+                if not ended and at < stop:
+                    raise ValueError(
+                        f"no header of a tar at byte {zeros}, but zeros: what lies behind it would be lost"
+                    )
                 continue
             ended = False
             kind, name, size, data_at = _header(file, block, at, start)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import encoded, jpeg, pixels
+from test_sources import official
 
 from manyview.pipeline import beton, tar
 from manyview.pipeline.convert.index_foreign import index_foreign
-from manyview.pipeline.convert.sources import Reading, datasets
+from manyview.pipeline.convert.sources import Reading, datasets, imagenet
 from manyview.pipeline.convert.verify import verify
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.errors import UserError
@@ -284,7 +285,7 @@ def test_members_are_those_of_tarfile(tmp_path, kind):
     assert refused[-3:] == ["", "is a link", "is no regular file"] and not any(refused[:-3])
 
 
-@pytest.mark.parametrize("gap", [0, 1024, 10_240])
+@pytest.mark.parametrize("gap", [0, 512, 1024, 10_240])
 def test_archives_one_behind_the_other_are_one(tmp_path, gap):
     first, second = (tar_bytes(samples("jpg", "cls", n=8)[i : i + 8]) for i in (0, 8))
     path = tmp_path / "in" / "x.tar"
@@ -310,9 +311,12 @@ def test_a_damaged_header_is_refused_wherever_it_is(tmp_path):
     rng = np.random.default_rng(0)
     for at in headers:
         damaged = bytearray(data)
-        damaged[at + int(rng.integers(0, 100))] ^= 1 << int(rng.integers(8))
+        if at % 3:
+            damaged[at + int(rng.integers(0, 100))] ^= 1 << int(rng.integers(8))
+        else:
+            damaged[at : at + tar.BLOCK] = bytes(tar.BLOCK)  # as if the archive ended there
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=rf"x\.tar: no header of a tar at byte {at} "):
+        with pytest.raises(UserError, match=rf"x\.tar: no header of a tar at byte {at}\b"):
             labels(tmp_path)
 
 
@@ -454,3 +458,21 @@ def test_numbers_of_a_beton_that_are_no_classes(tmp_path, stock):
         given = renamed(stock, tmp_path / why / "x.beton", *names)
         assert set(both_ways(given, tmp_path / f"{why} out").values()) == {-1}
         assert f"12 images without labels: field label {why}" in notes(given)
+
+
+def test_imagenets_own_archives_are_whole_or_refused(tmp_path):
+    """Outer and inner archives: a damaged header, a cut and a lost end are refused by archive and byte."""
+    official(tmp_path, tmp_path / "folders")
+    path = tmp_path / imagenet.TRAIN
+    data = path.read_bytes()
+    outer = list(tar.members(path))
+    inner = [member for place in outer for member in tar.members(path, place.offset, place.offset + place.size)]
+    assert len(outer) == 3 and len(inner) == 9 and len(imagenet.imagenet(tmp_path).splits[0].names) == 9
+    for member in (*outer, *inner):
+        at = member.offset - tar.BLOCK
+        path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with pytest.raises(UserError, match=rf"{imagenet.TRAIN} is no whole tar archive.*byte {at}\b"):
+            imagenet.imagenet(tmp_path)
+    path.write_bytes(data[: inner[-1].offset + 700])
+    with pytest.raises(UserError, match=f"{imagenet.TRAIN} is no whole tar archive"):
+        imagenet.imagenet(tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -476,9 +478,30 @@ def test_a_disk_that_takes_no_more_is_one_line(url, fresh):
     assert not list(fresh.glob("pieces/*/*.part")) and store.read(0).size
 
 
+def test_a_cache_on_a_file_system_without_locks_is_one_line(url, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError, match=r"cache .*: Operation not supported; MANYVIEW_CACHE names another folder"):
+        Store(url)
+
+
+@pytest.mark.parametrize("protocol", ["s9", "github", "dbfs", "reference", "zip", "ftp", "generic", "hdfs", "dir"])
+def test_addresses_that_cannot_be_opened_are_one_line(protocol, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    monkeypatch.setattr("socket.getaddrinfo", unreachable)
+    monkeypatch.setattr(storage, "TRIES", 1)
+    one_line(f"{protocol}://bucket/x", f"{protocol}://bucket/x: ")
+
+
 def test_addresses():
     assert storage.address("shards/x") is None and storage.address(Path("/data/x")) is None
     assert storage.address(Path("s3://bucket/a/b/")) == storage.address("s3://bucket/a/b") == "s3://bucket/a/b"
+    assert storage.address("S3://Bucket/A") == "s3://Bucket/A"
     assert storage.address(Path("file:///data/x")) == "file:///data/x" and storage.address("timm:resnet18") is None
     for chained in ("simplecache::s3://bucket/a", "zip://*.tar::file:///a.zip"):
         for path in (chained, Path(chained)):

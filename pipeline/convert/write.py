@@ -179,30 +179,30 @@ def _fill(writer, row: Row, job: Job) -> Contents:
         key, label = keys[i], int(split.labels[i])
         try:
             data = split.read(i)
-            found = encode.convert(data, job.options, CHECKS[job.options.check])
-            contents.moments += _moments(found, contents)
+            image = encode.convert(data, job.options, CHECKS[job.options.check])
+            contents.moments += _moments(image, contents)
         except ValueError as error:
             item = {"split": split.name, "name": split.names[i], "key": key, "reason": str(error)}
             contents.rejected.append(item)
             pool.count(0, 0, 1)
             continue
-        payload = found.payload
+        payload = image.payload
         offset, crc = writer.add(key, label, payload), crc32(payload)
-        contents.rows.append((label, offset, payload.nbytes, 0, found.height, found.width, crc, codec.kind(payload)))
+        contents.rows.append((label, offset, payload.nbytes, 0, image.height, image.width, crc, codec.kind(payload)))
         contents.keys.append(key)
-        contents.notes.update([found.note] if found.note else [])
+        contents.notes.update([image.note] if image.note else [])
         pool.count(1, data.nbytes, 0)
     return contents
 
 
-def _moments(found: encode.Converted, contents: Contents) -> np.ndarray:
+def _moments(image: encode.Converted, contents: Contents) -> np.ndarray:
     """What one image adds to the statistics; see `moments`. ValueError if it has to be decoded for that and cannot be."""
-    if found.pixels is not None:
-        return moments.of_pixels(found.pixels)
+    if image.pixels is not None:
+        return moments.of_pixels(image.pixels)
     contents.unseen += 1
-    pixels = codec.decode(found.payload) if contents.unseen % moments.SAMPLED == 1 else None
-    if found.thumbnail is not None:
-        return moments.of_thumbnail(found.thumbnail, found.height * found.width, pixels)
+    pixels = codec.decode(image.payload) if contents.unseen % moments.SAMPLED == 1 else None
+    if image.thumbnail is not None:
+        return moments.of_thumbnail(image.thumbnail, image.height * image.width, pixels)
     return moments.nothing() if pixels is None else moments.of_pixels(pixels)
 
 

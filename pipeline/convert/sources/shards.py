@@ -395,9 +395,9 @@ def _own_split(name: str, data, corrupt: type[Exception], times: np.ndarray) -> 
 
     def read(i: int) -> np.ndarray:
         try:
-            found = data.read(ranked[i])
+            image = data.read(ranked[i])
         except corrupt as error:
             raise ValueError(str(error)) from None
-        return found if found.ndim == 1 else codec.decode(found)
+        return image if image.ndim == 1 else codec.decode(image)
 
     return Split(name, [f"{data.key(i)}.img" for i in ranked], data.labels[ranked], sizes, read, times[ranked])
