@@ -18,6 +18,7 @@ import tyro
 
 from manyview.evaluation import compare, encoder, figures, finetune, protocols, report, suite, tables
 from manyview.evaluation.data import Data, open_data
+from manyview.evaluation.labels import Labels
 from manyview.pipeline import engines
 from manyview.pipeline.errors import UserError, nearest
 from manyview.training.monitor import environment
@@ -34,6 +35,9 @@ class Config:
     and run directories."""
     data: tuple[Path, ...] = ()
     """Shards to evaluate on; default: those that the run was trained on."""
+    labels: Path | None = None
+    """A table (.csv) of file names and labels instead of those in the shards; several labels an image, with `;` between, are
+    scored by mean average precision."""
     protocols: tuple[str, ...] = ("quick",)
     """knn, linear, ridge, label-free, overlap (these five: quick), lidar, averaged, in-domain, fewshot, full (these ten: all),
     transductive."""
@@ -181,7 +185,10 @@ def prepare(
     quick = all(p.group == "quick" for p in asked)
     limit = config.limit if config.limit is not None else QUICK_LIMIT if quick else 0
     groups = set(config.protocols) <= protocols.GROUPS.keys()
-    datasets = opened(paths, partial(open_data, protocols=asked, groups=groups, limit=limit, seed=config.seed))
+    table = Labels(config.labels) if config.labels else None
+    datasets = opened(
+        paths, partial(open_data, protocols=asked, groups=groups, limit=limit, seed=config.seed, table=table)
+    )
     annotate(datasets, config.notes)
     own = next((d for d in datasets if own_path and d.path.resolve() == own_path.resolve()), None)
     if own is None and own_path and own_path.is_dir():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from manyview.evaluation import linear, targets
+from manyview.evaluation.labels import Labels
 from manyview.pipeline import plan
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.store import Store, splits
@@ -33,6 +34,10 @@ class Data:
     test_ids: np.ndarray  # none where nothing is scored
     protocols: tuple[Protocol, ...] = ()  # that are measured on it
     notes: list[str] = field(default_factory=list)
+    table: Labels | None = None  # that the labels come from, instead of the shards
+    truth: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # of a table with several labels an image: (n, C) by split
 
     @property
     def name(self) -> str:
@@ -48,7 +53,7 @@ class Data:
 
     @property
     def multilabel(self) -> bool:
-        return False
+        return self.table is not None and self.table.several
 
     def facts(self) -> dict[str, Any]:
         known = targets.TARGETS.get(self.name)
@@ -59,7 +64,8 @@ class Data:
     @cached_property
     def sample(self) -> str:
         """The identity of the images that are used."""
-        parts = (self.train.fingerprint, digest(self.train_ids), self.test.fingerprint, digest(self.test_ids))
+        labels = self.table.digest if self.table else ""
+        parts = (labels, self.train.fingerprint, digest(self.train_ids), self.test.fingerprint, digest(self.test_ids))
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def of(self, split: str) -> tuple[Store, np.ndarray]:
@@ -67,25 +73,31 @@ class Data:
         return (self.train, self.train_ids) if split == "train" else (self.test, self.test_ids)
 
     def labels(self, split: str) -> Tensor:
+        """(n,) class numbers, or (n, C) bool where an image may have several."""
         store, ids = self.of(split)
+        if self.multilabel:
+            return torch.from_numpy(self.truth[store.split][ids])
         return torch.from_numpy(np.asarray(store.labels[ids], np.int64))
 
 
 def open_data(
-    path: Path, protocols: Sequence[Protocol] = (), *, groups: bool = False, limit: int = 0, seed: int = 0
-) -> Data:
+    path: Path, protocols: Sequence[Protocol] = (), *, groups: bool = False, limit: int = 0, seed: int = 0,
+    table: Labels | None = None,
+) -> Data:  # fmt: skip
     """Open shards for these protocols: a split is asked for only where one of them reads it.
 
     Of images without labels, those that need labels are left out where they were asked for by a group's name alone
     (`groups`). Without a split `val` a seeded tenth of the labelled training images is held out to be scored.
-    `limit`: at most so many training images and half as many test images, class-balanced.
-    UserError where the labels cannot carry what is asked for.
+    `limit`: at most so many training images and half as many test images, class-balanced. `table`: labels instead of the
+    shards' own. UserError where the labels cannot carry what is asked for.
     """
     present = splits(path)
     needed = any(p.labels for p in protocols) and not groups
     train = Store(path, "unlabelled" if "train" not in present and not needed else "train")
+    truth = {train.split: table.apply(train)} if table else {}
     known = np.flatnonzero(train.labels >= 0)
-    data = Data(path, train, train, known if len(known) else np.arange(len(train)), np.arange(0), tuple(protocols))
+    ids = known if len(known) else np.arange(len(train))
+    data = Data(path, train, train, ids, np.arange(0), tuple(protocols), table=table, truth=truth)
     if any(p.labels for p in protocols):
         _check_labels(data, present, groups)
     if any(p.test for p in data.protocols):
@@ -102,7 +114,7 @@ def _check_labels(data: Data, present: list[str], groups: bool) -> None:
     """UserError, or where the protocols were no explicit wish, fewer of them, if there are no labels to learn from."""
     if not (data.train.labels >= 0).any():
         reason = "its train split has no labels"
-    elif "val" in present and not (Store(data.path, "val").labels >= 0).any():
+    elif "val" in present and not data.table and not (Store(data.path, "val").labels >= 0).any():
         reason = "its val split has no labels"
     elif data.classes < 2:
         reason = f"one class ({data.train.classes[0]}), so every answer would be right"
@@ -118,10 +130,12 @@ def _choose_test(data: Data, present: list[str], seed: int) -> None:
     """The split `val`, or a part of the training images that is then not learnt from."""
     if "val" in present:
         data.test = Store(data.path, "val")
+        if data.table:
+            data.truth["val"] = data.table.apply(data.test)
         known = np.flatnonzero(data.test.labels >= 0)
         data.test_ids = known if data.labelled else np.arange(len(data.test))
     else:
-        out = linear.held_out(data.labels("train"), seed).numpy()
+        out = linear.held_out(torch.from_numpy(np.asarray(data.train.labels[data.train_ids], np.int64)), seed).numpy()
         data.train_ids, data.test_ids = data.train_ids[~out], data.train_ids[out]
         data.notes.append(f"no val split: a tenth of each class (seed {seed}) is held out to be tested on")
     learnt, scored = (s.labels if "val" in present else s.labels[ids] for s, ids in map(data.of, ("train", "test")))

@@ -34,7 +34,7 @@ def draw(work: Suite, data: Data) -> list[dict]:
     if not work.uses_features(data):
         return []
     kinds: dict[str, tuple[Callable, str]] = {"spectrum": (_spectrum, SPECTRUM)}
-    if data.labelled and len(data.test_ids):
+    if data.labelled and len(data.test_ids) and not data.multilabel:
         kinds |= {"confusion": (_confusion, CONFUSION), "neighbours": (_neighbours, CLOSEST), "map": (_map, MAP)}
     pictures = []
     for kind, (picture, text) in kinds.items():

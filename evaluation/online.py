@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from manyview.evaluation import knn, label_free, linear
-from manyview.evaluation.metrics import majority
 from manyview.pipeline.engines.cpu import CPUEngine
 from manyview.pipeline.loader import clean_views, normalize
 from manyview.pipeline.store import Store
@@ -45,9 +44,6 @@ class Probe:
         self.labelled = bool((self.labels >= 0).all()) and self.classes > 1 and self.bank >= 20
         self.mean, self.std = store.mean, store.std
         self.text = f"{self.bank} training images as bank, {n - self.bank} as queries"
-        if self.labelled:
-            bank, queries = self.labels[: self.bank], self.labels[self.bank :]
-            self.text += f", majority class {majority(bank, queries, self.classes).top1:.2%}"
         self.text += f", {wanted - n} unreadable left out" if wanted > n else ""
         if self.labelled:
             guess = self.labels[: self.bank].mode().values

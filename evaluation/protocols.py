@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Problem:
     """Features (N, F) with labels (N,) to learn from, and queries (n, F) with their true labels (n,), on one device."""
 
     x: Tensor
-    labels: Tensor
+    labels: Tensor  # or, as `truth`, (N, C) bool
     queries: Tensor
     truth: Tensor
     classes: int
@@ -54,6 +54,13 @@ class Result:
     scores: Tensor | None = None  # (n, C), for the confusion matrix
 
 
+def judged(scores: Tensor, truth: Tensor) -> dict[str, Any]:
+    """What a result says of scores (n, C): accuracies, or where an image has several labels, mean average precision."""
+    if truth.ndim == 1:
+        return {"score": score(scores, truth)}
+    return {"metric": "mAP", "value": metrics.average_precision(scores, truth)}
+
+
 def nearest_neighbours(p: Problem, prefix: str = "") -> Iterator[Result]:
     """kNN: cosine-exp at every k that the bank allows, Euclidean inverse-distance on raw and standardized features."""
     ks = [k for k in knn.KS if k <= len(p.x)]
@@ -62,14 +69,13 @@ def nearest_neighbours(p: Problem, prefix: str = "") -> Iterator[Result]:
     for k in ks:
         scores = knn.vote(knn.cosine_weights(similarities[:, :k]), p.labels[ids[:, :k]], p.classes)
         text = f"cosine similarity, {k} neighbours, each votes exp(similarity / {knn.TEMPERATURE})"
-        yield Result(
-            f"{prefix}knn-cosine-exp k={k}", "l2", text, score(scores, p.truth), scores=scores if k == 20 else None
-        )
+        shown = scores if k == 20 else None
+        yield Result(f"{prefix}knn-cosine-exp k={k}", "l2", text, **judged(scores, p.truth), scores=shown)
     if len(p.x) >= 20:
         text = "Euclidean distance, 20 neighbours, each votes 1 / distance"
         for norm, (bank, queries) in {"raw": (p.x, p.queries), "zscore": zscore(p.x, p.queries)}.items():
             scores = knn.euclid_invdist(bank, p.labels, queries, k=20, classes=p.classes)
-            yield Result(f"{prefix}knn-euclid-invdist k=20", norm, text, score(scores, p.truth))
+            yield Result(f"{prefix}knn-euclid-invdist k=20", norm, text, **judged(scores, p.truth))
 
 
 def transductive(p: Problem) -> Iterator[Result]:
@@ -89,13 +95,13 @@ def linear_probes(p: Problem, seed: int, epochs: int, prefix: str = "") -> Itera
             f"linear classifier on clean features, SGD, batch {linear.BATCH}, {epochs} epochs; rate {probe.rate:g} per 256"
             f" chosen among {len(linear.RATES)} on a tenth of the training data{where}"
         )
-        yield Result(f"{prefix}linear-sweep", norm, text, score(probe.scores, p.truth), seed=seed,
+        yield Result(f"{prefix}linear-sweep", norm, text, **judged(probe.scores, p.truth), seed=seed,
                      scores=probe.scores if bn else None)  # fmt: skip
         text = (
             f"linear classifier on clean features, SGD {linear.PAPER_RATE:g} per 256, batch {linear.BATCH}, {epochs} epochs,"
             f" {linear.WARMUP} of warm-up, cosine to 0, no weight decay"
         )
-        yield Result(f"{prefix}linear-paper", norm, text, score(probe.paper, p.truth), seed=seed)
+        yield Result(f"{prefix}linear-paper", norm, text, **judged(probe.paper, p.truth), seed=seed)
 
 
 def few_shots(p: Problem) -> Iterator[Result]:
@@ -238,8 +244,6 @@ def _tuning_facts(cell: Cell) -> dict:
 
 
 def _check_tuning(cell: Cell) -> None:
-    if cell.data.multilabel:
-        raise UserError(f"{cell.data.name}: images with several labels have no fine-tuning: leave out fewshot and full")
     finetune.check(cell.encoder.module)
 
 
@@ -259,6 +263,7 @@ class Protocol:
     group: str = "all"  # the smallest group it belongs to: quick, all, or none
     needs_own: bool = False  # the data that the encoder was trained on
     learns_from_own: bool = False  # instead of from the training images of the data that it is tested on
+    several: bool = False  # whether it knows images with several labels
     least: int = 0  # training images
     depends: Callable[[Cell], dict] = lambda cell: {}  # what else changes its results
     parts: tuple = (None,)  # several cells, so that an interruption loses one only
@@ -271,8 +276,8 @@ def _probe(cell: Cell) -> dict:
 
 NETWORKS = ("trained", "untrained")
 PROTOCOLS = (
-    Protocol("knn", lambda c: nearest_neighbours(c.problem()), group="quick", least=min(knn.KS)),
-    Protocol("linear", lambda c: linear_probes(c.problem(), **_probe(c)), group="quick", depends=_probe),
+    Protocol("knn", lambda c: nearest_neighbours(c.problem()), group="quick", least=min(knn.KS), several=True),
+    Protocol("linear", lambda c: linear_probes(c.problem(), **_probe(c)), group="quick", depends=_probe, several=True),
     Protocol("ridge", lambda c: few_shots(c.problem()), group="quick"),
     Protocol("label-free", lambda c: without_labels(c.features("train")[:, 0].to(c.options.device)), group="quick",
              labels=False, test=False),

@@ -105,7 +105,7 @@ class Cell:
         x, queries = (self.features(split).mean(1).to(self.options.device) for split in ("train", "test"))
         place = {name: i for i, name in enumerate(self.bank.train.classes)}
         truth = self.data.labels("test")
-        if self.bank is not self.data:
+        if self.bank is not self.data:  # neither has several labels an image
             truth = torch.tensor([place[name] for name in self.data.train.classes])[truth]
         device = self.options.device
         return Problem(x, self.bank.labels("train").to(device), queries, truth.to(device), self.bank.classes)
@@ -117,7 +117,7 @@ class Cell:
 
     def key(self) -> str:
         """Of everything that the results depend on."""
-        depends: dict[str, Any] = {"version": VERSION, **self.protocol.depends(self)}
+        depends: dict[str, Any] = {"version": VERSION, "sample": self.data.sample, **self.protocol.depends(self)}
         for data, split in [(self.bank, "train"), (self.data, "test")]:
             store, ids = data.of(split)
             shown = self.suite.views(self.protocol.reads or "clean", self.encoder)
@@ -260,11 +260,12 @@ class Suite:
 
     def plan(self, data: Data, own: Data | None) -> list[Cell]:
         """What there is to do on a dataset, in order. UserError where a part of it cannot be done."""
-        scored = data.labelled and any(p.labels for p in data.protocols)
+        scored = data.labelled and not data.multilabel and any(p.labels for p in data.protocols)
         cells = [Cell(self, MAJORITY, data, "untrained")] if scored else []
         for network in ("trained", "untrained", "pixels"):
             for p in data.protocols:
                 usable = (data.labelled or not p.labels) and (own is not None or not p.needs_own)
+                usable &= not p.labels or p.several or not data.multilabel
                 usable &= not p.learns_from_own or (own is not None and contained(data, own) and own.name != data.name)
                 if usable and network in p.networks:
                     cells += [Cell(self, p, data, network, own, part) for part in p.parts]
@@ -335,6 +336,8 @@ def _left_out(data: Data, own: Data | None) -> list[str]:
     few = [str(k) for k in knn.KS if k > len(data.train_ids)]
     if few and any(p.name == "knn" for p in data.protocols):
         notes.append(f"no kNN with k = {', '.join(few)}: only {len(data.train_ids)} training images")
+    if data.multilabel and (single := [p.name for p in data.protocols if p.labels and not p.several]):
+        notes.append(f"images have several labels, which {', '.join(single)} cannot be asked about")
     elsewhere = any(p.learns_from_own for p in data.protocols) and own is not None and own.name != data.name
     if elsewhere and own is not None and not contained(data, own):
         notes.append(f"no in-domain probe: its classes are not those of {own.name}")

@@ -147,7 +147,7 @@ class _Candidate:
 def _candidates(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[_Candidate]:
     """Every prefix under which any of the network's tensors lies, that with the most first."""
     best: list[_Candidate] = []
-    for rename in (_plain, _in_sequence(expected), _dinov2):
+    for rename in (_plain, _in_sequence(expected), _dinov2, _efficientnet(expected)):
         counts: Counter[str] = Counter()
         for name in tensors:
             parts = name.split(".")
@@ -189,6 +189,29 @@ def _in_sequence(expected: dict[str, Tensor]) -> Callable[[str], str]:
 def _dinov2(name: str) -> str:
     """Blocks in chunks, as its training code writes them (blocks.1.7 is the eighth block)."""
     return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+
+
+def _efficientnet(expected: dict[str, Tensor]) -> Callable[[str], str]:
+    """efficientnet_pytorch's names of timm's EfficientNets: its blocks are numbered through, timm's by stages."""
+    stages = sorted(
+        {tuple(map(int, name.split(".")[1:3])) for name in expected if re.match(r"blocks\.\d+\.\d+\.", name)}
+    )
+    outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+    narrow = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    wide = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl",
+            "_bn2": "bn3"}  # fmt: skip
+    excite = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+
+    def rename(name: str) -> str:
+        first, *rest = name.split(".")
+        if first != "_blocks" or len(rest) != 3 or not rest[0].isdigit() or int(rest[0]) >= len(stages):
+            return ".".join([outside.get(first, "?"), *rest])
+        stage, block = stages[int(rest[0])]
+        own = f"blocks.{stage}.{block}"
+        parts = (wide if f"{own}.conv_pwl.weight" in expected else narrow) | excite
+        return ".".join([own, parts.get(rest[1], "?"), rest[2]])
+
+    return rename
 
 
 def _choose(whole: list[_Candidate], path: Path, key: str | None) -> _Candidate:

@@ -243,3 +243,28 @@ def test_suite_of_several_processes_embeds_all_that_is_read(made, tmp_path):
         getattr(work, step)(data, None)
         work.close()
     assert sum("embedded in" in line for line in said) == sum("read from the cache" in line for line in said) > 8
+
+
+def test_labels_from_a_table(made, tmp_path):
+    """Other classes than the shards', images that it does not name left out; several labels are scored by mean average
+    precision, scikit-learn's, by the protocols that know them."""
+    train = Store(made[1][1])
+    keys = sorted({store.key(i) for store in (train, Store(made[1][1], "val")) for i in range(len(store))})
+    kinds = {k: "round" if k.split("/")[0] in ("ring", "blob") else "straight" for k in keys if not k.endswith("/0024")}
+    table = tmp_path / "labels.csv"
+    table.write_text("file,label\n" + "".join(f"{key}.png,{kind}\n" for key, kind in kinds.items()))
+    content = evaluate(made[0][0], tmp_path / "a", data=(made[1][1],), protocols=("ridge",), labels=table)
+    assert content["datasets"]["shifted"]["classes"] == ["round", "straight"]
+    assert content["datasets"]["shifted"]["train"] == len(train) - 5
+    both = {key: f"{key.split('/')[0]};{kind}" for key, kind in kinds.items()}
+    table.write_text("file,label\n" + "".join(f"{key}.png,{names}\n" for key, names in both.items()))
+    content = evaluate(
+        made[0][0], tmp_path / "a", data=(made[1][1],), protocols=("knn", "linear", "ridge"), labels=table
+    )
+    rows = {(r["protocol"], r["weights"]): r for r in content["results"]}
+    assert {r["metric"] for r in content["results"]} == {"mAP"} and ("linear-sweep", "pixels") in rows
+    assert any("which ridge cannot be asked about" in note for note in content["datasets"]["shifted"]["notes"])
+    assert 0.2 < rows["knn-cosine-exp k=20", "trained"]["value"] <= 1
+    table.write_text("file,label\nnobody.png,x\n")
+    with pytest.raises(UserError, match="names no image of shifted train: its first is nobody"):
+        evaluate(made[0][0], tmp_path / "b", data=(made[1][1],), protocols=("knn",), labels=table)

@@ -126,6 +126,23 @@ def test_children_in_a_sequence(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), vit.state_dict().values()))
 
 
+def test_names_of_efficientnet_pytorch(tmp_path):
+    """As its packages on PyPI write them: tensors in timm's order, blocks numbered through, no expansion in the first."""
+    net = timm.create_model("tf_efficientnet_lite0").state_dict()
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = ["_conv_stem.weight", *(f"_bn0.{n}" for n in norm)]
+    for block in range(16):
+        steps = ("expand_conv", "bn0", "depthwise_conv", "bn1", "project_conv", "bn2")[2 if block == 0 else 0 :]
+        for step in steps:
+            names += [f"_blocks.{block}._{step}.{n}" for n in (norm if step.startswith("bn") else ("weight",))]
+    names += ["_conv_head.weight", *(f"_bn1.{n}" for n in norm), "_fc.weight", "_fc.bias"]
+    assert len(names) == len(net)
+    torch.save(dict(zip(names, net.values())), tmp_path / "lite0.pth")
+    module = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    assert weights.fill(module, tmp_path / "lite0.pth").endswith("; left out: _fc")
+    assert all(torch.equal(value, net[name]) for name, value in module.state_dict().items())
+
+
 def test_position_embeddings_are_resampled(vit, tmp_path):
     """As timm does it, and said; the class token's own stays."""
     torch.save({"model": vit}, tmp_path / "w.pth")
