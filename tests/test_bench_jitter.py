@@ -17,18 +17,7 @@ def test_the_command_compares_and_trains(digits, tmp_path, capsys):
     root = class_folders(tmp_path / "in", 4, 2)
     write_shards(Options("folder"), root, tmp_path / "photos", quiet=True)
     out = tmp_path / "jitter.json"
-    words = [
-        "--data",
-        str(tmp_path / "photos"),
-        "--small",
-        str(digits),
-        "--images",
-        "8",
-        "--size",
-        "32",
-        "--json",
-        str(out),
-    ]
+    words = f"--data {tmp_path}/photos --small {digits} --images 8 --size 32 --json {out}".split()
     jitter.main([*words, "--seeds", "2", "--train-images", "250", "--epochs", "1"])
     result = json.loads(out.read_text())
     accuracy = result["training"]["accuracy"]

@@ -209,18 +209,7 @@ def test_the_recommended_command_is_what_was_profiled(photos, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_writes_json_picture_and_page(photos, tmp_path, capsys):
-    words = [
-        "--data",
-        str(photos),
-        "--views",
-        "4",
-        "--size",
-        "32",
-        "--batch-size",
-        "16",
-        "--backbone",
-        "resnet10-narrow",
-    ]
+    words = f"--data {photos} --views 4 --size 32 --batch-size 16 --backbone resnet10-narrow --precision fp32".split()
     words += ["--seconds", "6", "--out", str(tmp_path), "--json", str(tmp_path / "again.json")]
     stages.main([*words, "--trace", str(tmp_path / "trace.json.gz")])
     said = capsys.readouterr().out
