@@ -463,3 +463,30 @@ def test_a_small_file_of_many_pixels_takes_no_more_than_is_said(tmp_path):
         [sys.executable, "-c", program, tmp_path / "large.png"], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 12 * 50_000_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_headers_that_are_not_what_they_seem_are_refused_or_read_as_the_decoder_reads_them(kind):
+    """Bytes of the headers changed, doubled, left out: whoever trusts them gets the size that will be decoded."""
+    original, rng, accepted = KINDS[kind](1), np.random.default_rng(3), 0
+    scan = original.index(b"\xff\xda")
+    for _ in range(300):
+        data = bytearray(original)
+        for _ in range(int(rng.integers(1, 4))):
+            at, length = int(rng.integers(2, scan)), int(rng.integers(1, 40))
+            change = int(rng.integers(4))
+            if change == 0:
+                data[at] = int(rng.choice([0, 1, 0xC0, 0xC2, 0xD8, 0xDA, 0xE1, 0xFF, rng.integers(256)]))
+            elif change == 1:
+                data[at:at] = data[at : at + length]
+            elif change == 2:
+                del data[at : at + length]
+            else:
+                data[at:at] = b"\xff" + bytes([int(rng.choice([0x01, 0xC0, 0xD0, 0xE1, 0xFE, 0xFF]))])
+        try:
+            result = encode.convert(array(bytes(data)), Options("folder", max_pixels=10**7), "headers")
+            assert codec.decode(result.payload).shape == (result.height, result.width, 3)
+            accepted += 1
+        except ValueError:
+            pass
+    assert 5 < accepted < 290
