@@ -127,7 +127,7 @@ def verdict(data: bytes, look: str) -> str:
 def test_a_thumbnail_finds_exactly_the_damage_that_all_pixels_find(subsampling, options):
     original = jpeg(17, 250, 300, subsampling=subsampling, **options)
     rng = np.random.default_rng(subsampling)
-    found = 0
+    damaged = 0
     for number in range(60):
         data = bytearray(original)
         at, scan = int(rng.integers(len(data))), original.index(b"\xff\xda")
@@ -142,15 +142,15 @@ def test_a_thumbnail_finds_exactly_the_damage_that_all_pixels_find(subsampling, 
             data[at:] = b"\xff\xd9"
         expected = verdict(bytes(data), "pixels")
         assert verdict(bytes(data), "thumbnail") == expected
-        found += bool(expected)
-    assert 15 < found < 60
+        damaged += bool(expected)
+    assert 15 < damaged < 60
 
 
 def test_a_thumbnail_is_the_image_at_an_eighth():
-    found = encode.convert(array(jpeg(18, 250, 300)), JPEG, "thumbnail")
-    assert found.pixels is None and found.thumbnail.shape == (32, 38, 3)
-    blocks = codec.decode(found.payload)[:248, :296].reshape(31, 8, 37, 8, 3).mean((1, 3))
-    assert np.abs(blocks - found.thumbnail[:31, :37]).mean() < 1.5
+    converted = encode.convert(array(jpeg(18, 250, 300)), JPEG, "thumbnail")
+    assert converted.pixels is None and converted.thumbnail.shape == (32, 38, 3)
+    blocks = codec.decode(converted.payload)[:248, :296].reshape(31, 8, 37, 8, 3).mean((1, 3))
+    assert np.abs(blocks - converted.thumbnail[:31, :37]).mean() < 1.5
 
 
 def test_pixel_limit_holds_before_anything_is_decoded():
@@ -195,8 +195,12 @@ def test_size_shrinks_the_short_side_and_never_enlarges():
 
 def test_without_a_look_only_whole_baseline_jpegs_pass():
     data = jpeg(16)
-    found = encode.convert(array(data), JPEG, look="headers")
-    assert found.pixels is None and found.payload.tobytes() == data and (found.height, found.width) == (90, 120)
+    converted = encode.convert(array(data), JPEG, look="headers")
+    assert (
+        converted.pixels is None
+        and converted.payload.tobytes() == data
+        and (converted.height, converted.width) == (90, 120)
+    )
     for other in (jpeg(16, progressive=True), encoded(pixels(16), "PNG"), jpeg(16, 60, 60)):
         assert encode.convert(array(other), JPEG, look="headers").pixels is not None
     for settings_ in (Options("folder", encoding="raw"), Options("folder", size=80)):
@@ -216,10 +220,10 @@ def test_any_damage_is_a_value_error_or_a_picture(data):
         original[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.one_of(st.none(), st.integers(0, len(original))))
     try:
-        found = encode.convert(array(bytes(original[:cut])), Options("folder", max_pixels=1_000_000))
+        converted = encode.convert(array(bytes(original[:cut])), Options("folder", max_pixels=1_000_000))
     except ValueError:
         return
-    assert codec.decode(found.payload).shape[:2] == (found.height, found.width)
+    assert codec.decode(converted.payload).shape[:2] == (converted.height, converted.width)
 
 
 # --- metadata -------------------------------------------------------------------------------------------------------

@@ -33,25 +33,10 @@ SPLITS = {
 }  # fmt: skip
 TESTS = ("test", "testing")  # val where there is no other
 # What systems, network disks and editors leave behind; names that begin with a dot need not be listed.
-TOOLS = frozenset(
-    [
-        "@eadir",
-        "@tmp",
-        "@recycle",
-        "@recently-snapshot",
-        "@sharebin",
-        "@sharesnapshot",
-        "#recycle",
-        "#snapshot",
-        "~snapshot",
-        "$recycle.bin",
-        "recycler",
-        "recycled",
-        "lost+found",
-        "__macosx",
-        "__pycache__",
-    ]
-) | {"system volume information"}
+TOOLS = {
+    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@sharesnapshot", "#recycle", "#snapshot", "~snapshot",
+    "$recycle.bin", "recycler", "recycled", "system volume information", "lost+found", "__macosx", "__pycache__",
+}  # fmt: skip
 MANY = 20  # folders beside each other: classes, which need not be looked into for splits
 NOWHERE = "it is a link to what is not there"
 BESIDE = "lies beside the class folders, so it has no label; --unlabelled takes all images, without labels"
