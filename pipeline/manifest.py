@@ -34,7 +34,7 @@ class Options:
     unlabelled: bool = False
     check: str = "decode"
     labels: str = ""  # digest of what decides them besides the source, see `sources.Reading`
-    white: float = 0  # the value that becomes 255 in pictures of more than 8 bits; 0 = what their type says
+    white: float = 0.0  # the value that becomes 255 in pictures of more than 8 bits; 0 = what their type says
 
 
 def read_manifest(out: Path) -> dict | None:

@@ -51,7 +51,7 @@ class Write:
     """Images that may be set aside before the conversion counts as failed: a percentage or a fraction."""
     max_pixels: int = 100_000_000
     """Larger images are set aside. Each process may need 12 bytes a pixel of this (20 for colors of 16 bits): 1.2 GB."""
-    white: float = 0
+    white: float = 0.0
     """The value that becomes white in images of more than 8 bits: 4095 for 12 bits in files of 16. 0 = what the file's type
     holds, of which the upper 8 bits are kept."""
     unlabelled: bool = False
