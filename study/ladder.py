@@ -234,7 +234,7 @@ def _tflop(folder: Path, head: Any, side: int, views: int) -> float:
     """Of training: three times the forward pass of backbone and head, counted on views of `side` pixels."""
     network, _ = backbone.load(folder)
     cost = projector.cost(network.train(), head, side)
-    return 3 * (cost.backbone_flops + cost.projector_flops) * views / 1e12
+    return round(3 * (cost.backbone_flops + cost.projector_flops) * views / 1e12, 3)
 
 
 def _features(row: Row, folder: Path, store: Store) -> Tensor:
