@@ -303,7 +303,7 @@ def test_identical_images_end_the_run_as_any_other(tmp_path, capsys):
     out = tmp_path / "run"
     assert train(tmp_path / "same", out, "--steps", 2, "--eval-every", 1, "--policy", "none") == 0
     said = capsys.readouterr().out
-    assert "warning: red and green and blue hardly vary" in said
+    assert "warning: channel red (deviation 0 of 255), green" in said
     assert said.count("features are the same for all images (collapsed)") == 2
     assert weights(out) and checkpoint.steps_in(out / "checkpoints") == [2]
 
