@@ -12,12 +12,12 @@ import math
 import numpy as np
 
 from manyview.pipeline.compiled import njit
+from manyview.pipeline.engines.columns import TOGETHER, combine_columns
 
 ZERO, HALF, FULL = np.float32(0), np.float32(0.5), np.float32(255)
 # What of fast math changes no finite value. Reassociating and fusing would: a compiler may do either here and not there,
 # and did, so that views differed by one grey level between the process that compiled and those that found it compiled.
 EXACT = {"nnan", "ninf", "nsz"}
-ONE, TWO, THREE = np.uint64(1), np.uint64(2), np.uint64(3)
 
 
 @njit
@@ -78,20 +78,11 @@ def resize(rows, view, out):
     left, width = 3 * box[1], 3 * box[3]
     y_first, y_weight = triangle(box[2], size, view.vflip)
     x_first, x_weight = triangle(box[3], size, view.flip)
-    line = np.empty(width, np.float32)
-    red, green, blue = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    line, planes = np.empty(width + 1, np.float32), np.empty((3, len(x_first)), np.float32)
     for y in range(size):
-        _combine_rows(rows, box[0] + np.int64(y_first[y]), left, left + width, y_weight[y], line)
-        for x in range(size):
-            at = x_first[x] * THREE
-            r, g, b = ZERO, ZERO, ZERO
-            for weight in x_weight[x]:
-                r += weight * line[at]
-                g += weight * line[at + ONE]
-                b += weight * line[at + TWO]
-                at += THREE
-            red[x], green[x], blue[x] = r, g, b
-        _color_row(red, green, blue, color, out[y])
+        _combine_rows(rows, box[0] + np.int64(y_first[y]), left, left + width, y_weight[y], line[:width])
+        combine_columns(line, x_first, x_weight, planes)  # type: ignore[call-arg]
+        _color_row(planes[0], planes[1], planes[2], color, out[y])
 
 
 @njit(fastmath=EXACT, inline="always")
@@ -113,7 +104,7 @@ def _combine_rows(rows, first, start, stop, weights, line):
 
 @njit(fastmath=EXACT, inline="always")
 def _color_row(red, green, blue, m, out):
-    for x in range(len(red)):
+    for x in range(len(out) // 3):
         r, g, b = red[x], green[x], blue[x]
         out[3 * x] = np.uint8(min(max(m[0, 0] * r + m[0, 1] * g + m[0, 2] * b + m[0, 3] + HALF, ZERO), FULL))
         out[3 * x + 1] = np.uint8(min(max(m[1, 0] * r + m[1, 1] * g + m[1, 2] * b + m[1, 3] + HALF, ZERO), FULL))
@@ -122,11 +113,13 @@ def _color_row(red, green, blue, m, out):
 
 @njit
 def triangle(n, size, mirror):
-    """The antialiased bilinear filter from n to `size` pixels: first source pixel (size,), weights (size, taps)."""
+    """The antialiased bilinear filter from n to `size` pixels: first source pixel (size,), weights (size, taps); behind them
+    zeros up to a multiple of `TOGETHER`."""
     scale = n / size
     support = max(scale, 1.0)
     taps = min(n, math.ceil(2 * support))
-    first, weight = np.empty(size, np.uint64), np.zeros((size, taps), np.float32)
+    padded = -(-size // TOGETHER) * TOGETHER
+    first, weight = np.zeros(padded, np.uint64), np.zeros((padded, taps), np.float32)
     for i in range(size):
         center = scale * (i + 0.5) - 0.5
         low = max(math.floor(center - support) + 1, 0)
