@@ -19,6 +19,7 @@ import tyro
 from manyview.evaluation import compare, encoder, figures, finetune, protocols, report, suite, tables
 from manyview.evaluation.data import Data, open_data
 from manyview.evaluation.labels import Labels
+from manyview.model.weights import split_key
 from manyview.pipeline import engines
 from manyview.pipeline.errors import UserError, nearest
 from manyview.training.monitor import environment
@@ -204,10 +205,10 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
     begun = time.perf_counter()
     work, datasets, own, run = prepare(target, config, device)
     try:
-        drawn = []
+        pictures = []
         for data in datasets:
             work.run(data, own)
-            drawn += figures.draw(work, data) if config.plots else []
+            pictures += figures.draw(work, data) if config.plots else []
     finally:
         work.close()
     if own is None and any(p.name == "overlap" for d in datasets for p in d.protocols):
@@ -215,7 +216,7 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
     work.write()
     content = work.content()
     print(tables.console(content))
-    written = [work.file, report.write(work.out, content, run, drawn)] if config.plots else [work.file]
+    written = [work.file, report.write(work.out, content, run, pictures)] if config.plots else [work.file]
     print(f"\n{', '.join(map(str, written))}: {time.perf_counter() - begun:.0f} s")
     return content
 
@@ -258,7 +259,7 @@ def opened(paths: list[Path], open_one: Callable[[Path], Data]) -> list[Data]:
 
 def run_directory(target: str) -> Path | None:
     """The run that a target belongs to."""
-    path = Path(target)
+    path, _ = split_key(target)
     if path.is_dir():
         return path
     return next((p for p in path.parents if (p / "config.json").is_file()), None) if path.is_file() else None
@@ -266,7 +267,7 @@ def run_directory(target: str) -> Path | None:
 
 def directory_for(target: str, run: Path | None, trained: encoder.Encoder) -> Path:
     """Where results go: weights that share an architecture, or a file's name, do not share a folder."""
-    path = Path(target)
+    path, _ = split_key(target)
     if run is None:
         return Path("runs") / trained.run.replace(":", "-").replace("/", "-")
     return run if path.is_dir() or path.name == "backbone.safetensors" else run / f"eval-{path.stem}"
@@ -275,10 +276,10 @@ def directory_for(target: str, run: Path | None, trained: encoder.Encoder) -> Pa
 def compare_runs(config: Config) -> None:
     out = config.out or Path("runs") / "comparison"
     rows = compare.read([Path(t) for t in config.targets[1:]])
-    found = compare.write(rows, out, seed=config.seed)
-    pictures = figures.comparison(rows, found, out)
-    page = report.comparison(out, found, compare.averages(found), pictures)
-    print(tables.correlations(found))
+    correlations = compare.write(rows, out, seed=config.seed)
+    pictures = figures.comparison(rows, correlations, out)
+    page = report.comparison(out, correlations, compare.averages(correlations), pictures)
+    print(tables.correlations(correlations))
     print(f"\n{out / 'results.csv'}, {out / 'correlations.csv'}, {page}")
 
 

@@ -115,6 +115,8 @@ def load(target: str, asked: Asked = Asked()) -> Encoder:
         )
     if asked.image_size and asked.image_size != encoder.image_size:
         encoder = _resized(encoder, asked.image_size)
+    if asked.image_size:
+        _check_size(encoder)
     changes: dict[str, Any] = {name: in_255(values) for name in ("mean", "std") if (values := getattr(asked, name))}
     changes |= {"crop": asked.crop} if asked.crop else {}
     changes |= {"interpolation": asked.interpolation} if asked.interpolation else {}
@@ -215,16 +217,27 @@ def _resized(encoder: Encoder, size: int) -> Encoder:
 
     try:
         module = resize(encoder.module)
-        with torch.inference_mode():
-            module(torch.zeros(1, 3, size, size))
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{encoder.run}: it does not take {size} px images: {str(error).splitlines()[0][:120]}"
-        ) from None
+        raise _does_not_take(encoder, size, error) from None
     fresh, before = encoder.fresh, encoder.image_size
     moved = f"; position embeddings resampled from {before} px" if hasattr(module, "pos_embed") else ""
     return replace(encoder, module=module, fresh=lambda: resize(fresh()), image_size=size,
                    loaded=f"{encoder.loaded}{moved}".strip("; "))  # fmt: skip
+
+
+def _check_size(encoder: Encoder) -> None:
+    """UserError where the network does not take images of its size."""
+    size = encoder.image_size
+    try:
+        with torch.inference_mode():
+            encoder.module(torch.zeros(1, 3, size, size))
+    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        raise _does_not_take(encoder, size, error) from None
+
+
+def _does_not_take(encoder: Encoder, size: int, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    return UserError(f"{encoder.run}: it does not take {size} px images: {reason}")
 
 
 def pixels(trained: Encoder, images: int) -> Encoder:
@@ -240,12 +253,12 @@ def facts(run: Path, name: str) -> dict[str, Any]:
     """A run's config.json or env.json; {} if it has none. UserError if it is damaged."""
     file = run / name
     try:
-        found = json.loads(file.read_text()) if file.is_file() else {}
+        settings = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise UserError(f"{file} is damaged: it holds no settings")
-    return found
+    return settings
 
 
 def _history(run: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -48,15 +48,15 @@ class Views:
 
     @property
     def text(self) -> str:
-        drawn = f"{self.policy} with seed {self.seed}" if self.policy else ""
-        return " + ".join(filter(None, ["1 clean view" if self.clean else "", drawn]))
+        random = f"{self.policy} with seed {self.seed}" if self.policy else ""
+        return " + ".join(filter(None, ["1 clean view" if self.clean else "", random]))
 
     def draw(self, size: int, crop_ratio: float, ids: np.ndarray, store: Store) -> list[ViewParameters]:
         heights, widths = store.heights[ids], store.widths[ids]
-        drawn = [clean(size, heights, widths, crop_ratio)] if self.clean else []
+        shown = [clean(size, heights, widths, crop_ratio)] if self.clean else []
         if self.policy is not None:
-            drawn.append(parameters(self.policy, self.seed, np.zeros(len(ids)), ids, heights, widths))
-        return drawn
+            shown.append(parameters(self.policy, self.seed, np.zeros(len(ids)), ids, heights, widths))
+        return shown
 
 
 CLEAN = Views()
@@ -153,9 +153,9 @@ def pixels_of(encoder: Encoder, store: Store, batches: list[np.ndarray], engine:
     with clean_engine(encoder, store, engine) as clean_views:
         for ids in [*batches, None]:
             if ids is not None:
-                drawn = views.draw(encoder.image_size, encoder.crop_ratio, ids, store)
+                shown = views.draw(encoder.image_size, encoder.crop_ratio, ids, store)
                 by = [clean_views, engine] if views.clean else [engine]
-                waiting.append([one.submit(ids, p) for one, p in zip(by, drawn)])
+                waiting.append([one.submit(ids, p) for one, p in zip(by, shown)])
             while len(waiting) > (0 if ids is None else 1):
                 groups = [result(pending, store) for pending in waiting.popleft()]
                 yield torch.cat([group.to(groups[-1].device) for group in groups])

@@ -162,8 +162,8 @@ def _tile(axes, image: np.ndarray, color: str) -> None:
 
 def _images(work: Suite, store: Store, ids: np.ndarray, size: int) -> np.ndarray:
     """(n, S, S, 3) uint8 of the clean views."""
-    drawn = views.clean(size, store.heights[ids], store.widths[ids], work.trained.crop_ratio)
-    return work.engine(store)(ids, drawn)[0][0].permute(0, 2, 3, 1).cpu().numpy()
+    boxes = views.clean(size, store.heights[ids], store.widths[ids], work.trained.crop_ratio)
+    return work.engine(store)(ids, boxes)[0][0].permute(0, 2, 3, 1).cpu().numpy()
 
 
 MAP = "Test images laid out by t-SNE on the features, coloured by class; distances between far groups mean little."

@@ -181,10 +181,10 @@ def _batches(
     waiting: list[tuple] = []
     for epoch in range(preset.epochs):
         for chosen in np.array_split(generator.permutation(ids), count):
-            drawn = parameters(
+            crops = parameters(
                 policy, seed, np.full(len(chosen), epoch), chosen, store.heights[chosen], store.widths[chosen]
             )
-            waiting.append((epoch, chosen, engine.submit(chosen, drawn)))
+            waiting.append((epoch, chosen, engine.submit(chosen, crops)))
             if len(waiting) > 1:
                 yield _ready(store, *waiting.pop(0))
     for one in waiting:

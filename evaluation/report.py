@@ -46,8 +46,8 @@ def write(out: Path, content: dict, run: Path | None, pictures: list[dict]) -> P
 
 def comparison(out: Path, correlations: list[Correlation], averages: list[dict], pictures: list[str]) -> Path:
     """report.html of `compare`."""
-    drawn = [_picture(out / name, name.partition(".")[0], wide=True) for name in pictures]
-    return _render(out / "report.html", title="comparison", comparison=True, pictures=drawn, averages=averages,
+    shown = [_picture(out / name, name.partition(".")[0], wide=True) for name in pictures]
+    return _render(out / "report.html", title="comparison", comparison=True, pictures=shown, averages=averages,
                    correlations=correlations)  # fmt: skip
 
 

@@ -200,16 +200,17 @@ class Suite:
         if network == "trained":
             return self.trained
         if (network, data.name) not in self._baselines:
-            if network == "pixels":
-                made = encoders.pixels(self.trained, len(data.train_ids) + len(data.test_ids))
-            else:
-                ids = self._calibration(data)
-                made = encoders.untrained(
-                    self.trained, self.options.seed, f"{len(ids):,} training images of {data.name}"
-                )
-                made = replace(made, recipe=f"{made.recipe} {data.train.fingerprint} {digest(ids)}")
-            self._baselines[network, data.name] = made
+            make = self._pixels if network == "pixels" else self._untrained
+            self._baselines[network, data.name] = make(data)
         return self._baselines[network, data.name]
+
+    def _pixels(self, data: Data) -> Encoder:
+        return encoders.pixels(self.trained, len(data.train_ids) + len(data.test_ids))
+
+    def _untrained(self, data: Data) -> Encoder:
+        ids = self._calibration(data)
+        fresh = encoders.untrained(self.trained, self.options.seed, f"{len(ids):,} training images of {data.name}")
+        return replace(fresh, recipe=f"{fresh.recipe} {data.train.fingerprint} {digest(ids)}")
 
     def ready(self, network: str, data: Data) -> Encoder:
         encoder = self.encoder(network, data)

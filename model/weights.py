@@ -154,8 +154,8 @@ def _candidates(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list
             for i in range(len(parts)):
                 if rename(".".join(parts[i:])) in expected:
                     counts[".".join([*parts[:i], ""])] += 1
-        found = [_under(prefix, rename, expected, tensors) for prefix, _ in counts.most_common(8)]
-        best = [c for c in found if not c.missing(expected)] or best or found
+        under = [_under(prefix, rename, expected, tensors) for prefix, _ in counts.most_common(8)]
+        best = [c for c in under if not c.missing(expected)] or best or under
         if any(not c.missing(expected) for c in best):
             break
     return best

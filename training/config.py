@@ -160,7 +160,7 @@ class Config:
     overwrite: bool = False
     """Empty a used --out first."""
     init_from: Path | None = None
-    """backbone.safetensors to start from: weights only, a new run."""
+    """Weights to start a new run from: a run's or anybody's file (FILE, or FILE:teacher), timm:NAME or torchvision:NAME."""
     dry_run: bool = False
     """Print the plan with memory and time estimates, then stop."""
     log: tuple[str, ...] = ()
