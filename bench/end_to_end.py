@@ -100,8 +100,8 @@ class EndToEnd:
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
     """p50, p95, p99 in milliseconds, and of how many."""
-    found = np.percentile(1e3 * np.asarray(seconds), (50, 95, 99)).tolist()
-    return {**dict(zip(("p50", "p95", "p99"), found)), "n": len(seconds)}
+    quantiles = np.percentile(1e3 * np.asarray(seconds), (50, 95, 99)).tolist()
+    return {**dict(zip(("p50", "p95", "p99"), quantiles)), "n": len(seconds)}
 
 
 @contextmanager

@@ -38,21 +38,21 @@ class Shape:
 
 def loads(costs: Iterable[Cost], shape: Shape) -> dict[str, dict[str, float]]:
     """Milliseconds an image of every resource, by stage; resources that nothing uses are left out."""
-    found: dict[str, dict[str, float]] = {name: {} for name in RESOURCES}
+    by_resource: dict[str, dict[str, float]] = {name: {} for name in RESOURCES}
     for cost in costs:
         units = cost.units(shape.views, shape.batch)
         core, wall = cost.core_ms * units, cost.wall_ms * units
-        found["cores"][cost.name] = core / shape.cores
+        by_resource["cores"][cost.name] = core / shape.cores
         if cost.where == "engine" and shape.engine_on_device:
-            found["device"][cost.name] = wall
+            by_resource["device"][cost.name] = wall
         elif cost.where == "engine":
-            found["engine"][cost.name] = core / shape.parallel
+            by_resource["engine"][cost.name] = core / shape.parallel
         elif cost.where == "main":
-            found["main"][cost.name] = wall
+            by_resource["main"][cost.name] = wall
         else:
-            found[cost.where][cost.name] = wall
-            found["main"][cost.name] = min(core, wall) if cost.where == "device" else 0.0
-    return {name: stages for name, stages in found.items() if sum(stages.values()) > 0}
+            by_resource[cost.where][cost.name] = wall
+            by_resource["main"][cost.name] = min(core, wall) if cost.where == "device" else 0.0
+    return {name: stages for name, stages in by_resource.items() if sum(stages.values()) > 0}
 
 
 def milliseconds(costs: Iterable[Cost], shape: Shape) -> float:

@@ -90,8 +90,10 @@ def interval(samples: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the median, by bootstrap: the median of what another run of as many rounds would give."""
     if len(samples) < 2 or min(samples) == max(samples):
         return (samples[0], samples[0])
-    found = stats.bootstrap((samples,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    bootstrap = stats.bootstrap(
+        (samples,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+    )
+    return float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high)
 
 
 def spread(samples: Sequence[float]) -> float:

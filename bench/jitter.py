@@ -76,9 +76,9 @@ def photos(args: Args) -> list[Tensor]:
     """Square crops (3, size, size) uint8."""
     store = Store(args.data)
     ids = np.arange(min(args.images, len(store)))
-    drawn = parameters(policy("none", 1, args.size), 0, 0 * ids, ids, store.heights[ids], store.widths[ids])
+    crops = parameters(policy("none", 1, args.size), 0, 0 * ids, ids, store.heights[ids], store.widths[ids])
     images = (torch.from_numpy(np.array(decode(store.read(int(i))))).permute(2, 0, 1) for i in ids)
-    boxes = (drawn.views["box"][0, b].tolist() for b in range(len(ids)))
+    boxes = (crops.views["box"][0, b].tolist() for b in range(len(ids)))
     return [F.resized_crop(image, *box, [args.size, args.size], antialias=True) for image, box in zip(images, boxes)]
 
 
@@ -190,12 +190,12 @@ def training(args: Args) -> dict[str, Any]:
     def score(name: str) -> float:
         return round(train(args, store, val, engine, other, name, next(seeds) // len(TRAINED)), 2)
 
-    found = interleaved({name: partial(score, name) for name in TRAINED}, args.seeds, lambda call: call())
+    accuracy = interleaved({name: partial(score, name) for name in TRAINED}, args.seeds, lambda call: call())
     engine.close()
     other.close()
     pairs = (("ours", "torchvision"), ("torchvision", "no jitter"), ("torchvision", "untrained"))
-    return {"accuracy": found, "mean": {name: round(mean(v), 2) for name, v in found.items()}} | {
-        f"{a} - {b}": paired(found[a], found[b]) for a, b in pairs
+    return {"accuracy": accuracy, "mean": {name: round(mean(v), 2) for name, v in accuracy.items()}} | {
+        f"{a} - {b}": paired(accuracy[a], accuracy[b]) for a, b in pairs
     }
 
 
@@ -222,9 +222,9 @@ def train(
     order = plan(store.labels, seed=seed, batch=250, fraction=args.train_images / len(store))
     for step in range(order.steps(args.epochs) if jitter != "untrained" else 0):
         ids, epochs = order.batch(step)
-        drawn = parameters(chosen, seed, epochs, ids, store.heights[ids], store.widths[ids])
+        crops = parameters(chosen, seed, epochs, ids, store.heights[ids], store.widths[ids])
         views = torch.stack(
-            [jittered(view, jitter, generator, args.strength) for view in engine(ids, drawn)[0].flatten(0, 1)]
+            [jittered(view, jitter, generator, args.strength) for view in engine(ids, crops)[0].flatten(0, 1)]
         )
         z = head(network(normalize(views, store.mean, store.std, torch.float32))).unflatten(0, (2, -1))
         optimizer.zero_grad()

@@ -44,9 +44,9 @@ def disk(setup: Setup, seconds: float = 3.0, repeats: int = 5) -> dict[str, Any]
 
     taken = interleaved({"sequential": lambda: _sequential(paths, share), "random": samples}, repeats, cold)
     rates = {name: [size / wall for _, size, wall in rows] for name, rows in taken.items()}
-    found: dict[str, Any] = {f"{name}_bytes_per_s": median(values) for name, values in rates.items()}
-    found |= {f"{name}_interval": interval(values) for name, values in rates.items()}
-    return found | {"images_per_s": median(n / wall for n, _, wall in taken["random"]), "threads": cores()}
+    summary: dict[str, Any] = {f"{name}_bytes_per_s": median(values) for name, values in rates.items()}
+    summary |= {f"{name}_interval": interval(values) for name, values in rates.items()}
+    return summary | {"images_per_s": median(n / wall for n, _, wall in taken["random"]), "threads": cores()}
 
 
 def forget(paths: list[Path]) -> None:
@@ -172,20 +172,20 @@ def traffic(work: Workload) -> float:
     return store.nbytes() / len(store) + decoded + views
 
 
-def shares(found: dict[str, Any], images_per_s: float) -> list[dict[str, Any]]:
-    """Every limit that was found as the images a second that it alone would allow, and the share of it that is used."""
-    cold, size = found["disk"], found["bytes_per_image"]
-    jpeg = found.get("jpeg") or {}
+def shares(of: dict[str, Any], images_per_s: float) -> list[dict[str, Any]]:
+    """Every limit that was measured as the images a second that it alone would allow, and the share of it that is used."""
+    cold, size = of["disk"], of["bytes_per_image"]
+    jpeg = of.get("jpeg") or {}
     # name, what there is of it and its interval, unit, what an image takes of it
     limits = [
         ("disk, cold, sequential", cold["sequential_bytes_per_s"], cold.get("sequential_interval"), "B/s", size),
         ("disk, cold, sample by sample", cold["random_bytes_per_s"], cold.get("random_interval"), "B/s", size),
-        ("memory", found["memory_bytes_per_s"], None, "B/s", found["traffic_per_image"]),
-        ("libjpeg-turbo on all cores", jpeg.get("pixels_per_core_s", 0) * found["cores"], None, "px/s",
+        ("memory", of["memory_bytes_per_s"], None, "B/s", of["traffic_per_image"]),
+        ("libjpeg-turbo on all cores", jpeg.get("pixels_per_core_s", 0) * of["cores"], None, "px/s",
          jpeg.get("pixels_per_image")),
-        ("nvJPEG", found.get("nvjpeg"), None, "images/s", 1.0),
-        ("host to device", found.get("host_to_device_bytes_per_s"), None, "B/s", found.get("view_bytes_per_image")),
-        (f"matrix product, {found.get('precision')}", found.get("peak_flops"), None, "FLOP/s", found.get("flops_per_image")),
+        ("nvJPEG", of.get("nvjpeg"), None, "images/s", 1.0),
+        ("host to device", of.get("host_to_device_bytes_per_s"), None, "B/s", of.get("view_bytes_per_image")),
+        (f"matrix product, {of.get('precision')}", of.get("peak_flops"), None, "FLOP/s", of.get("flops_per_image")),
     ]  # fmt: skip
     return [{"name": name, "limit": limit, "interval": between, "unit": unit, "per_image": per_image,
              "images_per_s": limit / per_image, "share": images_per_s * per_image / limit}
@@ -194,20 +194,20 @@ def shares(found: dict[str, Any], images_per_s: float) -> list[dict[str, Any]]:
 
 def measure(work: Workload, cold: dict[str, float]) -> dict[str, Any]:
     """All limits that apply to this workload on this machine."""
-    found: dict[str, Any] = {
+    limits: dict[str, Any] = {
         "disk": cold, "cores": cores(), "memory_bytes_per_s": memory_bandwidth(), "traffic_per_image": traffic(work),
         "bytes_per_image": work.store.nbytes() / len(work.store), "jpeg": jpeg(work.store),
         "view_bytes_per_image": sum(3.0 * g.count * g.size**2 for g in work.policy.groups), "batch": work.setup.batch_size,
     }  # fmt: skip
     if work.device.type == "cuda":
-        found["host_to_device_bytes_per_s"] = host_to_device(work.device)
-        if found["jpeg"]:
-            found["nvjpeg"] = nvjpeg(work.store, work.device)
+        limits["host_to_device_bytes_per_s"] = host_to_device(work.device)
+        if limits["jpeg"]:
+            limits["nvjpeg"] = nvjpeg(work.store, work.device)
     if work.training is not None:
         dtype = work.training.dtype
-        found |= {
+        limits |= {
             "precision": str(dtype).removeprefix("torch."), "flops_per_image": flops_per_view(work) * work.policy.views,
             "peak_flops": peak_flops(work.device, dtype),
             "gradient_bytes": sum(4 * p.numel() for p in work.training.model.parameters() if p.requires_grad),
         }  # fmt: skip
-    return found
+    return limits

@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
 
 def cases(args: Args) -> list[Case]:
     """The sets of images that were asked for. UserError where one cannot be compared."""
-    found = []
+    chosen_cases = []
     for path, name, size in ((args.data, "simclr", args.size), (args.small, "cifar", 0)):
         if path is None:
             continue
@@ -137,8 +137,8 @@ def cases(args: Args) -> list[Case]:
         chosen = [one for one in chosen if any(part in one.name for part in wanted)]
         if not chosen:
             raise UserError(f"--only {args.only}: no pipeline here has that in its name")
-        found.append(Case(args, store, name, side, chosen))
-    return found
+        chosen_cases.append(Case(args, store, name, side, chosen))
+    return chosen_cases
 
 
 def compare(case: Case, views: int, result: dict[str, Any]) -> None:
@@ -156,9 +156,9 @@ def compare(case: Case, views: int, result: dict[str, Any]) -> None:
             running[one]()
 
         def measure(run: Run) -> Spent:
-            made: list[int] = []
-            taken = spent(lambda: made.append(run()), core_clock=tree_seconds)
-            assert made == [images * views], f"{made} views instead of {images * views}"
+            counts: list[int] = []
+            taken = spent(lambda: counts.append(run()), core_clock=tree_seconds)
+            assert counts == [images * views], f"{counts} views instead of {images * views}"
             return taken
 
         taken = interleaved(running, args.rounds, measure)
@@ -220,15 +220,15 @@ def costs(case: Case, counts: list[int]) -> list[dict[str, Any]]:
 
 def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """core-ms an image = a + b V for each pipeline: decode once means that V does not touch `a`."""
-    found = []
+    laws = []
     for (pipeline, name, size), mine in output.by(rows, "pipeline", "policy", "size").items():
         if len(mine) >= 3:
             line = stats.linregress([r["views"] for r in mine], [r["core_ms_per_image"] for r in mine])
             a, b, r2 = (
                 round(float(x), digits) for x, digits in ((line.intercept, 4), (line.slope, 4), (line.rvalue**2, 5))
             )
-            found.append({"pipeline": pipeline, "policy": name, "size": size, "a": a, "b": b, "r2": r2})
-    return found
+            laws.append({"pipeline": pipeline, "policy": name, "size": size, "a": a, "b": b, "r2": r2})
+    return laws
 
 
 def parity(case: Case) -> dict[str, Any]:
@@ -236,12 +236,12 @@ def parity(case: Case) -> dict[str, Any]:
     store, result = case.store, {}
     ids = np.arange(min(32, len(store)))
     every = policy(case.policy, 4, case.size, {"solarize": 0.2, "blur": 0.5})  # views that use every step
-    drawn = parameters(every, 0, 0 * ids, ids, store.heights[ids], store.widths[ids])
-    truth = reference.engine(store, ids, drawn)[0].double()
+    views_of = parameters(every, 0, 0 * ids, ids, store.heights[ids], store.widths[ids])
+    truth = reference.engine(store, ids, views_of)[0].double()
     for name in dict.fromkeys(one.engine for one in case.contenders if one.engine):
         engine, _ = engines.create(name, store, case.args.device, threads=case.args.threads)
         before = engine.decoded if name != "resident" else engine.decoded - len(ids)
-        views = engine(ids, drawn)[0].cpu().double()
+        views = engine(ids, views_of)[0].cpu().double()
         psnr = 10 * torch.log10(255**2 / ((views - truth) ** 2).mean((2, 3, 4)).clamp_min(1e-9))
         result[f"manyview {name} {case.size} px"] = {
             "min_db": round(float(psnr.min()), 1), "mean_db": round(float(psnr.mean()), 1),

@@ -97,11 +97,11 @@ def replay(cluster: Cluster, epochs: int = 2, seed: int = 0, limit: int = LIMIT)
     order = Plan(c.images, seed, c.batch, c.nodes, c.nodes // 2, c.order)
     an_epoch = max(1, c.images // c.batch)
     steps = min(an_epoch, max(order.ahead, limit * c.nodes // c.batch))
-    cache, found = LRU(c.limit), []
+    cache, history = LRU(c.limit), []
     for epoch in range(epochs):
         ahead, late = run(order, cache, c.per_piece, epoch * an_epoch, epoch * an_epoch + steps)
-        found.append(Epoch(steps * (c.batch // c.nodes), ahead + late, late, steps / an_epoch))
-    return found
+        history.append(Epoch(steps * (c.batch // c.nodes), ahead + late, late, steps / an_epoch))
+    return history
 
 
 def run(order: Plan, cache: LRU, per_piece: int, start: int, stop: int) -> tuple[int, int]:

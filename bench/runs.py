@@ -46,11 +46,11 @@ def summary(folder: Path) -> dict[str, Any]:
     threads = int(config.get("threads") or 0) or cores
     engine = {k: 1e3 * v / images for k, v in timings.items() if k not in OF_THE_LOOP}
     per_image = 1e3 * seconds / images
-    wait, drawn = (1e3 * timings.get(k, 0.0) / images for k in ("wait", "parameters"))
+    wait, parameters = (1e3 * timings.get(k, 0.0) / images for k in ("wait", "parameters"))
     return {
         "steps": total["steps"], "batch": config["batch_size"], "views": config["views"], "seconds": seconds, "ms": per_image,
         "images_per_s": images / seconds, "engine_ms": engine, "engine_budget_ms": per_image * threads, "threads": threads,
-        "wait_ms": wait, "data_wait": wait / per_image, "parameters_ms": drawn, "training_ms": per_image - wait - drawn,
+        "wait_ms": wait, "data_wait": wait / per_image, "parameters_ms": parameters, "training_ms": per_image - wait - parameters,
         "core_ms": 1e3 * total["core_seconds"] / images, "cores": cores, "cores_used": total["core_seconds"] / seconds,
     }  # fmt: skip
 

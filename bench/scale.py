@@ -107,15 +107,15 @@ def startup(n: int, args: Args) -> dict[str, Any]:
                 " name a larger disk with --scratch, or fewer --images"
             )
         image_bytes, per_shard = round(1e3 * args.image_kb), max(1, round(1e3 * args.shard_mb / args.image_kb))
-        made = spent(lambda: large_index.generate(Path(folder), n, image_bytes, per_shard)).wall
-        found: dict[str, Any] = {"generated_s": made, "index_bytes": (Path(folder) / "train.index").stat().st_size}
+        seconds = spent(lambda: large_index.generate(Path(folder), n, image_bytes, per_shard)).wall
+        times: dict[str, Any] = {"generated_s": seconds, "index_bytes": (Path(folder) / "train.index").stat().st_size}
         world = args.gpus * max(args.nodes)
         for order in ORDERS:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                found[order] = fresh.submit(
+                times[order] = fresh.submit(
                     large_index.started, folder, order, args.batch_per_gpu * world, world
                 ).result()
-    return found
+    return times
 
 
 def qualities(n: int) -> dict[str, float]:

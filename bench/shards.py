@@ -124,10 +124,10 @@ def conversion(args: Args, scratch: Path, n: int) -> list[dict[str, Any]]:
         target = scratch / "target"
         target.mkdir()
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            found = process.submit(convert, name, args.source, target, args.jobs).result()
+            run = process.submit(convert, name, args.source, target, args.jobs).result()
         shutil.rmtree(target)
         os.sync()  # nobody starts with another's unwritten pages
-        return found
+        return run
 
     rows = []
     taken = interleaved({name: partial(fresh, name) for name in CONTENDERS}, args.rounds, lambda call: call())
@@ -178,8 +178,8 @@ def statistics(args: Args, scratch: Path) -> dict[str, list[list[float]]]:
     data = next(iter(stores.values()))
     total = sum((moments.of_pixels(codec.decode(data.read(i))) for i in range(len(data))), moments.nothing())
     mean, square = moments.average(total)
-    found = {f"--check {check}": [list(store.mean), list(store.std)] for check, store in stores.items()}
-    return {"all pixels": [mean.tolist(), np.sqrt(square - mean**2).tolist()], **found}
+    of_checks = {f"--check {check}": [list(store.mean), list(store.std)] for check, store in stores.items()}
+    return {"all pixels": [mean.tolist(), np.sqrt(square - mean**2).tolist()], **of_checks}
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -245,14 +245,14 @@ def index(args: Args, scratch: Path) -> dict[str, float]:
     """A store of `rows` samples (its shards are holes of the right size), opened by a fresh process."""
     out = scratch / "large"
     out.mkdir()
-    made = spent(lambda: large_index.generate(out, args.rows, SAMPLE, A_SHARD)).wall
-    found = []
+    seconds = spent(lambda: large_index.generate(out, args.rows, SAMPLE, A_SHARD)).wall
+    runs = []
     for _ in range(args.rounds):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            found.append(process.submit(large_index.opened, str(out)).result())
+            runs.append(process.submit(large_index.opened, str(out)).result())
     size = (out / "train.index").stat().st_size
     shutil.rmtree(out)
-    return {key: median(row[key] for row in found) for key in found[0]} | {"made_s": made, "file_bytes": size}
+    return {key: median(row[key] for row in runs) for key in runs[0]} | {"made_s": seconds, "file_bytes": size}
 
 
 # --- results --------------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ def points(work: Workload, base: Point) -> list[Point]:
         ladder["views"] = {3, 4, 6, base["views"]}
     if work.engine.name != "cpu":
         ladder["threads"] = {base["threads"]}
-    found = [base | {name: value} for name, values in ladder.items() for value in sorted(values)]
-    return [dict(point) for point in dict.fromkeys(tuple(p.items()) for p in found)]
+    every = [base | {name: value} for name, values in ladder.items() for value in sorted(values)]
+    return [dict(point) for point in dict.fromkeys(tuple(p.items()) for p in every)]
 
 
 class Sweep:

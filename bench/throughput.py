@@ -66,16 +66,16 @@ def main(argv: list[str]) -> None:
 
 def profile(args: Args, checkout: Path, name: str, repeat: str, data: Path, flags: str) -> None:
     """One run of `stages` in its own process; its JSON and picture go to the folder."""
-    made = args.out / "made"
+    fresh = args.out / "made"
     command = [sys.executable, "tools/profile.py", "stages", "--data", str(data.resolve()), *flags.split()]
-    subprocess.run([*command, "--seconds", str(args.seconds), "--out", str(made.resolve())], cwd=checkout, check=True)
-    report = (made / "profile.json").read_text()
-    for path, short in ((data, f"shards/{data.name}"), (made, "made")):  # where this machine keeps them says nothing
+    subprocess.run([*command, "--seconds", str(args.seconds), "--out", str(fresh.resolve())], cwd=checkout, check=True)
+    report = (fresh / "profile.json").read_text()
+    for path, short in ((data, f"shards/{data.name}"), (fresh, "made")):  # where this machine keeps them says nothing
         report = report.replace(str(path.resolve()), short)
     (args.out / f"{slug(name)}-{repeat}.json").write_text(report)
     if repeat != "2":
-        shutil.move(made / "waterfall.png", args.out / f"{slug(name)}-{repeat}.png")
-    shutil.rmtree(made)
+        shutil.move(fresh / "waterfall.png", args.out / f"{slug(name)}-{repeat}.png")
+    shutil.rmtree(fresh)
 
 
 def slug(name: str) -> str:

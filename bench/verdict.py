@@ -40,8 +40,8 @@ def shape_of(report: dict[str, Any]) -> Shape:
 
 def sentence(report: dict[str, Any]) -> str:
     """The verdict: what holds the run back, how far from expected it is, what removing the bottleneck would bring."""
-    together, found = report["composed"], report["bottleneck"]
-    stage, resource = found["stage"], found["resource"]
+    together, bottleneck = report["composed"], report["bottleneck"]
+    stage, resource = bottleneck["stage"], bottleneck["resource"]
     share = expected.loads(costs_of(report), shape_of(report))[resource][stage] / report["loads"][resource]
     gone = next(row for row in report["what_if"] if row["stage"] == stage)
     rate, n_views = together["images_per_s"], report["shape"]["views"]

@@ -102,17 +102,17 @@ def law(report: Report) -> str:
 def tiles(report: Report) -> list[tuple[str, str, str]]:
     """(what, value, detail) of the numbers that sum a run up."""
     c, n_views = report["composed"], report["shape"]["views"]
-    found = [
+    shown = [
         ("observed", number(c["images_per_s"]), f"images/s, {number(c['images_per_s'] * n_views)} views/s"),
         ("of expected", f"{c['efficiency']:.0%}", f"{number(c['expected_images_per_s'])} images/s from the stages"),
         ("cost", number(c["core_ms"]), f"core-ms an image, {number(c['core_ms'] / n_views)} a view"),
         ("waiting for data", f"{c['data_wait']:.0%}", f"{c['ready']:.0%} of batches were ready"),
     ]
     if c["device_idle"] is not None:
-        found.append(("GPU idle", f"{c['device_idle']:.0%}", "of the time, between steps"))
+        shown.append(("GPU idle", f"{c['device_idle']:.0%}", "of the time, between steps"))
     elif c["engine_busy"] is not None:
-        found.append(("engine busy", f"{c['engine_busy']:.0%}", f"{report['data']['threads']} threads"))
-    return [*found, ("peak memory", f"{report['peak_bytes'] / 2**30:.2f}", "GiB")]
+        shown.append(("engine busy", f"{c['engine_busy']:.0%}", f"{report['data']['threads']} threads"))
+    return [*shown, ("peak memory", f"{report['peak_bytes'] / 2**30:.2f}", "GiB")]
 
 
 def end_to_end(report: Report) -> list[str]:

@@ -138,9 +138,9 @@ def section(title: str, *parts: str) -> Lines:
     return [line for part in (title, *parts) for line in (part, "")]
 
 
-def band(axis: Any, x: list[float], found: list[BySeed], label: str, marker: str, shaded: bool = False) -> None:
+def band(axis: Any, x: list[float], samples: list[BySeed], label: str, marker: str, shaded: bool = False) -> None:
     """Means with each one's own interval: as bars, or for curves of many points as a shade."""
-    points = [(a, estimate(list(f.values()))) for a, f in zip(x, found) if f]
+    points = [(a, estimate(list(f.values()))) for a, f in zip(x, samples) if f]
     at, means = [a for a, _ in points], [e.mean for _, e in points]
     if not shaded:
         half = [e.half if np.isfinite(e.half) else 0 for _, e in points]
@@ -348,7 +348,7 @@ def data(rows: list[Row], spread: Spread, picture: Path) -> Lines:
 def instead(rows: list[Row], spread: Spread) -> Lines:
     """More views of fewer images, in proportion: at an equal budget of views, so at equal epochs too."""
     first, *others = values(rows, "views")
-    found: Lines = []
+    lines: Lines = []
     for v, f in ((v, f) for v in others for f in values(rows, "fraction")):
         share = float(f * v / first)
         whole, part = (
@@ -357,8 +357,8 @@ def instead(rows: list[Row], spread: Spread) -> Lines:
         )
         if whole and part:
             text = f"V = {v} on {f:.2%} against V = {first} on {share:.2%}, within {POINT:g} point"
-            found.append(Claim(text, spread.difference(part, whole), -POINT, POINT))
-    return found
+            lines.append(Claim(text, spread.difference(part, whole), -POINT, POINT))
+    return lines
 
 
 def equal_steps(fewer: list[Row], rows: list[Row], spread: Spread) -> Lines:
@@ -393,14 +393,12 @@ def longer(rows: list[Row], shorter: list[Row], spread: Spread) -> Lines:
     every, vs, fractions = [*shorter, *rows], values(rows, "views"), values(rows, "fraction")
     body, lost = [], []
     for budget in values(every, "budget"):
-        found = {(f, v): by_seed(every, "linear", views=v, fraction=f, budget=budget) for f in fractions for v in vs}
-        for f in (f for f in fractions if any(found[f, v] for v in vs)):
-            gap = spread.difference(found[f, vs[-1]], found[f, vs[0]]) or "-"
-            body.append(
-                [f"{budget:,} views, {100 * f:g}% of the images", *(cell(spread, found[f, v]) for v in vs), gap]
-            )
+        at = {(f, v): by_seed(every, "linear", views=v, fraction=f, budget=budget) for f in fractions for v in vs}
+        for f in (f for f in fractions if any(at[f, v] for v in vs)):
+            gap = spread.difference(at[f, vs[-1]], at[f, vs[0]]) or "-"
+            body.append([f"{budget:,} views, {100 * f:g}% of the images", *(cell(spread, at[f, v]) for v in vs), gap])
         for v in vs if len(fractions) > 1 else []:
-            if change := spread.difference(found[fractions[0], v], found[fractions[-1], v]):
+            if change := spread.difference(at[fractions[0], v], at[fractions[-1], v]):
                 lost.append(
                     f"- {budget:,} views, V = {v}, {100 * fractions[0]:g}% of the images instead of all: {change} points"
                 )

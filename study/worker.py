@@ -72,12 +72,12 @@ def scores(
         engine.close()
     (x, queries), (y, truth) = embedded, [torch.from_numpy(s.labels[i]).to(device) for s, i in zip((bank, test), ids)]
     classes = len(bank.classes)
-    found = linear.sweep(x, y, queries, classes, bn=True, epochs=epochs, seed=cfg.seed)
+    probe = linear.sweep(x, y, queries, classes, bn=True, epochs=epochs, seed=cfg.seed)
     votes = knn.cosine_exp(x, y, queries, k=20, classes=classes)
     environment = monitor.environment(device)
     return {
-        "held_out": max(found.held_out), "linear": score(found.scores, truth).top1, "knn": score(votes, truth).top1,
-        "probe": f"linear-sweep bn, {epochs} epochs, rate {found.rate:g}, {len(x)} images",
+        "held_out": max(probe.held_out), "linear": score(probe.scores, truth).top1, "knn": score(votes, truth).top1,
+        "probe": f"linear-sweep bn, {epochs} epochs, rate {probe.rate:g}, {len(x)} images",
         "machine": f"{environment['device']}, {threads} threads",
     }  # fmt: skip
 
@@ -87,8 +87,8 @@ def untrained(cfg: config.Config, store: Store) -> encoders.Encoder:
     size = cfg.size or store.default_size()
     fresh = partial(backbone.create, cfg.backbone, image_size=size, stem=cfg.stem)
     (r, g, b), (dr, dg, db) = store.mean, store.std
-    made = encoders.Encoder(fresh().eval(), fresh, "untrained", cfg.backbone, size, (r, g, b), (dr, dg, db))
-    return encoders.untrained(made, cfg.seed, f"{store.name}'s training images")
+    network = encoders.Encoder(fresh().eval(), fresh, "untrained", cfg.backbone, size, (r, g, b), (dr, dg, db))
+    return encoders.untrained(network, cfg.seed, f"{store.name}'s training images")
 
 
 def some(store: Store, n: int) -> np.ndarray:

@@ -67,6 +67,7 @@ def command(study: Path, tmp_path: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # seven runs of train.py, and their server twice
 def test_a_killed_study_goes_on_and_the_page_is_written(study: Path, tmp_path: Path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command(study, tmp_path), cwd=ROOT, env=environment, start_new_session=True)
