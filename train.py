@@ -59,7 +59,9 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
 
     # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
     store = Store(cfg.data, training_split(cfg.data))
-    labelled = store if store.split == "train" else Store(cfg.data)
+    labelled = (
+        Store(cfg.data) if store.split != "train" and "train" in store.manifest["splits"] else store
+    )  # for probes
     size = cfg.size or store.default_size()
     policy = setup.policy(cfg, size, store.grey)
     order = plan(
