@@ -131,13 +131,10 @@ def train(name: str, data: Path, folder: Path, core_seconds: float, seed: int, p
     optimizer = recipe.optimizer(model)
     peak = [group["lr"] for group in optimizer.param_groups]
     step, before, views = _resume(folder, model, optimizer)
-    begun, saved = time.process_time(), before
+    begun, used, saved = time.process_time(), before, before
     for batch in recipe.views(store, recipe, seed, step):
-        used = before + time.process_time() - begun
-        if used >= core_seconds:
-            break
         for group, lr in zip(optimizer.param_groups, peak):
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * used / core_seconds))
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * min(1.0, used / core_seconds)))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             z = model(torch.cat(batch)).chunk(len(batch)) if recipe.pooled else [model(x) for x in batch]
         loss = recipe.loss([view.float() for view in z])
@@ -145,10 +142,13 @@ def train(name: str, data: Path, folder: Path, core_seconds: float, seed: int, p
         loss.backward()
         optimizer.step()
         step, views = step + 1, views + sum(len(x) for x in batch)
+        used = before + time.process_time() - begun
         if used - saved > SAVE_EVERY:
             saved = used
             state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.save(folder / "checkpoints", state | {"core_seconds": used, "views": views}, 1, 0)
+        if used >= core_seconds:
+            break
     result = {"views": views, "steps": step, "core_seconds": used, "loss": float(loss.detach())}
     about = {"backbone": "resnet18", "stem": "small", "image_size": str(SIZE), "source": name}
     about |= {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
