@@ -248,19 +248,6 @@ def test_full_disk_keeps_training_and_the_old_checkpoint(digits, tmp_path):
     assert weights(out)
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(digits, tmp_path):
-    """torchrun, gloo, the same global batch: the same losses to 1e-5."""
-    words = ["--steps", 10, "--fraction", 0.25, "--warmup", 0.25]
-    assert train(digits, tmp_path / "one", *words) == 0
-    line = ["--data", digits, "--out", tmp_path / "two", *SMALL.split(), *words]
-    done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *line)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert [step for step, _ in two] == list(range(1, 11))
-    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-5)
-
-
 def test_non_finite_losses_stop_the_run_with_advice(digits, tmp_path, capsys):
     out = tmp_path / "nan"
     words = ["--steps", 60, "--lr", 1e30, "--warmup", 0, "--optimizer", "sgd", "--save-every", 1, "--eval-every", 5]
