@@ -59,7 +59,9 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
 
     # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
     store = Store(cfg.data, training_split(cfg.data))
-    labelled = store if store.split == "train" else Store(cfg.data)
+    labelled = (
+        Store(cfg.data) if store.split != "train" and "train" in store.manifest["splits"] else store
+    )  # for probes
     size = cfg.size or store.default_size()
     policy = setup.policy(cfg, size, store.grey)
     order = plan(
@@ -145,7 +147,10 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
             )
     final: Any = average.module.backbone if average else model.backbone  # what is probed and exported
     eval_every = cfg.eval_every or max(1, steps // 10)
-    probe = online.Probe(labelled, size, seed=cfg.seed) if rank == 0 and cfg.eval_every >= 0 else None
+    probe = None
+    if rank == 0 and cfg.eval_every >= 0:
+        with log.aside("probes"):
+            probe = online.Probe(labelled, size, seed=cfg.seed)
 
     def save(step: int) -> bool:
         about = {"step": step, "skipped": int(skipped), "identity": identity}

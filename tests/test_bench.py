@@ -55,7 +55,7 @@ def test_there_are_lines():
 def pending() -> list[list[str]]:
     """The words of each profiling command that waits for other hardware."""
     calls = re.findall(r"`python (tools/profile\.py [^`]*)`", (ROOT / "results" / "PENDING.md").read_text())
-    assert len(calls) >= 5
+    assert len(calls) >= 3
     return [shlex.split(call) for call in calls]
 
 

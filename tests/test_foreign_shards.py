@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import encoded, jpeg, pixels
+from PIL import Image
 from test_sources import official
 
-from manyview.pipeline import beton, tar
+from manyview.pipeline import beton, codec, tar
 from manyview.pipeline.convert.index_foreign import index_foreign
 from manyview.pipeline.convert.sources import Reading, datasets, imagenet
 from manyview.pipeline.convert.verify import verify
@@ -476,3 +477,24 @@ def test_imagenets_own_archives_are_whole_or_refused(tmp_path):
     path.write_bytes(data[: inner[-1].offset + 700])
     with pytest.raises(UserError, match=f"{imagenet.TRAIN} is no whole tar archive"):
         imagenet.imagenet(tmp_path)
+
+
+def grey_of_sampling(luma: int) -> bytes:
+    """A JPEG of one grey, of a chroma sampling that no encoder at hand writes: its only MCU, code by code."""
+    across, down = luma >> 4, luma & 15
+    data = encoded(Image.new("RGB", (8 * across, 8 * down), (128, 128, 128)), subsampling=0)
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda") + 14
+    bits = "001010" * (across * down) + "0000" * 2  # DC 0 and end of block, of luma and of both chromas
+    codes = int(bits.ljust(-(-len(bits) // 8) * 8, "1"), 2).to_bytes(-(-len(bits) // 8), "big")
+    return data[: frame + 11] + bytes([luma]) + data[frame + 12 : scan] + codes + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("luma", [0x42, 0x24, 0x31])
+def test_kinds_of_jpeg_that_only_import_reads_are_not_damaged(tmp_path, luma):
+    tar_of(tmp_path / "in" / "x.tar", [("a.jpg", grey_of_sampling(luma)), ("a.cls", b"0"), ("b.jpg", SMALL)])
+    write_shards(Options("shards"), tmp_path / "in", tmp_path / "out", quiet=True)
+    store = Store(tmp_path / "out")
+    image = codec.decode(store.read([store.key(i) for i in range(2)].index("a")))
+    assert image.shape == (8 * (luma & 15), 8 * (luma >> 4), 3) and np.abs(image.astype(int) - 128).max() <= 1
+    with pytest.raises(UserError, match=r"1 images cannot be read where they are.*: a; .* import "):
+        index_foreign(tmp_path / "in", tmp_path / "index", quiet=True)

@@ -139,7 +139,8 @@ class Config:
     device: str = "auto"
     """cpu, cuda, auto."""
     precision: str = "auto"
-    """bf16, fp16, fp32; auto = bf16 where the GPU has it, fp16 on older ones, fp32 on the CPU."""
+    """bf16, fp16, fp32; auto = bf16 where the GPU or the processor (AMX, AVX-512) multiplies it itself, fp16 on older GPUs,
+    else fp32."""
     compile: bool = False
     """torch.compile the encoder: off, as it takes its time first and pays for some networks only (results/trainer.md)."""
     threads: int = 0
@@ -160,7 +161,8 @@ class Config:
     overwrite: bool = False
     """Empty a used --out first."""
     init_from: Path | None = None
-    """Weights to start a new run from: a run's or anybody's file (FILE, or FILE:teacher), timm:NAME or torchvision:NAME."""
+    """Weights to start a new run from: a run's backbone.safetensors or checkpoint (with its projector), a file of someone
+    else's (FILE, or FILE:teacher of several networks), timm:NAME or torchvision:NAME."""
     dry_run: bool = False
     """Print the plan with memory and time estimates, then stop."""
     log: tuple[str, ...] = ()

@@ -1,7 +1,9 @@
 """Views on the CPU: each image is decoded once, its views are made in threads that do not hold Python's lock.
 
-JPEGs are decoded at full size. Decoding at half the size needs every crop of a photo to be twice the view's size: at
-224 px and 8 views that is one ImageNet photo in 200, and the pixels would not be the same.
+JPEGs are decoded whole. Half the size would do where every crop of a photo is twice the view's size, which at 224 px is one
+ImageNet photo in 70 with 2 views and one in 200 with 8, and the pixels would not be the same. What lies below the last crop is
+8 % of the rows with 2 views and 2 % with 8; beside and above all crops only the inverse transform could be left out, a
+third of the work, since 70 % is reading the entropy codes. No library with a wheel decodes a part and reports damage.
 """
 
 from __future__ import annotations
