@@ -1,4 +1,4 @@
-"""What a node fetches from a bucket: the real plan, step by step, against the cache that `pipeline/storage.py` keeps.
+"""What a node fetches from a bucket: the real plan, step by step, against the cache that `pipeline/bucket.py` keeps.
 
 A node announces images as the loader does (`Plan.reading`, a window ahead of need) and reads them as they come
 (`Plan.batch`). What its cache does not hold is fetched, a piece of a shard at a time; what was announced longest ago goes.

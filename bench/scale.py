@@ -4,7 +4,7 @@
 
 Measured: an index of that many samples is generated, and a fresh process opens it, plans and takes its first batch.
 Replayed: what one node fetches from a bucket into its cache, step by step, through the plan of pipeline/plan.py and the
-policy of pipeline/storage.py. Computed from that: bandwidths, and where more nodes stop helping. Writes scale.md, .json,
+policy of pipeline/bucket.py. Computed from that: bandwidths, and where more nodes stop helping. Writes scale.md, .json,
 .csv and .png.
 """
 

@@ -55,7 +55,7 @@ class Setup:
     compile: bool = False
     """torch.compile the encoder."""
     engine: str = "auto"
-    """What makes the views: dali, cpu, resident or auto."""
+    """What makes the views: dali, cpu, resident, fused or auto."""
     device: str = "auto"
     """cpu, cuda or auto."""
     threads: int = 0

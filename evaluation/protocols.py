@@ -1,7 +1,7 @@
 """The protocols: each yields its results with a name, the scaling of the features, and a text that says what was done.
 
 Each looks at the test labels once, to score. `PROTOCOLS`, at the end, is the one list of them: a new one is a function that
-yields results, a row there, and a line in the README.
+yields results, and a row there.
 """
 
 from __future__ import annotations
