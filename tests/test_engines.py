@@ -281,10 +281,10 @@ def test_what_fails_twice_is_no_images_fault(photos, monkeypatch):
 
     def broken(self):
         batch = self.waiting.popleft()
-        batch.views = RuntimeError("out of memory")
+        batch.outputs = RuntimeError("out of memory")
         tried.append(batch)
 
-    monkeypatch.setattr("manyview.pipeline.engines.dali._Graph.collect_oldest", broken)
+    monkeypatch.setattr("manyview.pipeline.engines.dali.Graph.collect_oldest", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         engine(np.arange(4), drawn(store, np.arange(4)))
     assert len(tried) == 2

@@ -116,8 +116,8 @@ def views(options: Options, _: float) -> list[list[str]]:
     words = ["tools/profile.py", "peers", "--json", options.out / "views.json", "--device", device(options)]
     if options.rehearse:
         toy = ["--views", "1,2", "--size", "16", "--batch-size", "16", "--images", "64", "--rounds", "1"]
-        return [python(*words, "--small", data(options), *toy, "--only", "manyview")]
-    photos = ["--data", options.photos] if options.photos else []
+        return [python(*words, "--data", "None", "--small", data(options), *toy, "--only", "manyview")]
+    photos = ["--data", options.photos or "None"]
     small = ["--small", data(options)] if not no_cifar(options) else []
     return [python(*words, *photos, *small, "--views", "2,4,8,16", "--batch-size", "256")]
 
