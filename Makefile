@@ -16,7 +16,7 @@ help: ## print this
 setup: ## make .venv and install what is missing (nothing to do: under 3 s)
 	@bash tools/setup.sh
 
-demo: setup ## shards -> training -> evaluation -> report on Fashion-MNIST, 4 minutes on 2 cores [SOURCE=dir]
+demo: setup ## shards -> training -> evaluation -> report on Fashion-MNIST, 5 minutes on 2 cores [SOURCE=dir]
 	@bash tools/demo.sh "$(SOURCE)"
 
 shards: setup ## convert images: DATASET= [SOURCE= LABELS=table FORMAT=webdataset|ffcv SIZE= ENCODING= JOBS= OUT= EXECUTOR=local|ray DOWNLOAD=1]
