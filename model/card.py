@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from manyview.model import backbone
+from manyview.pipeline import files
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.views import crop_ratio
 
@@ -55,7 +56,7 @@ def card(file: Path, header: dict[str, str], lines: str) -> str:
     """The model card in Markdown. What is not known (no eval.json, no config.json) is said to be so."""
     run, size = file.parent, int(header["image_size"])
     wanted = backbone.images(header)
-    trained = facts(run / "config.json")
+    trained = files.facts(run / "config.json")
     named = trained.get("dataset") or header.get("source", "images")
     by_timm = " `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` does it."
     parts = [
@@ -74,7 +75,7 @@ def card(file: Path, header: dict[str, str], lines: str) -> str:
 
 def scores(file: Path) -> str:
     """A table of the accuracies in the run's eval.json, if it is of these very weights."""
-    results = facts(file.parent / "eval.json")
+    results = files.facts(file.parent / "eval.json")
     if not results.get("table"):
         return "These weights were not evaluated."
     if results.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
@@ -107,7 +108,7 @@ def training(run: Path, config: dict[str, Any]) -> str:
             f"- seen: {last['images']:,} images, {last['views']:,} views, in {last['seconds'] / 3600:.2f} h and "
             f"{last['core_seconds'] / 3600:.2f} core-hours"
         )
-    if environment := facts(run / "env.json"):
+    if environment := files.facts(run / "env.json"):
         words = environment["command"].split(" ", 1)
         command = " ".join([Path(words[0]).name, *words[1:]])
         lines.append(
@@ -128,17 +129,6 @@ def last_metrics(path: Path) -> dict[str, Any]:
         if "images" in values and "core_seconds" in values:
             return values
     return {}
-
-
-def facts(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; {} if there is no such file. UserError where it holds something else."""
-    try:
-        values = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
-    return values
 
 
 def push(folder: Path, repository: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from manyview.pipeline.errors import UserError
 
@@ -187,3 +188,14 @@ def raise_limit() -> int:
     with contextlib.suppress(OSError, ValueError):  # macOS has another limit beside
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """A JSON object in a file; {} if there is no such file. UserError where it holds something else."""
+    try:
+        values = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return values

@@ -21,7 +21,7 @@ from typing import Any
 import tyro
 from jinja2 import Environment, FileSystemLoader
 
-from manyview.pipeline import errors
+from manyview.pipeline import errors, files
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.files import write
 
@@ -89,9 +89,9 @@ def read(folder: Path) -> Run:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no run of train.py (no config.json)")
     rows = metrics(folder / "metrics.jsonl")
-    scores = facts(folder / "eval.json").get("table", [])
+    scores = files.facts(folder / "eval.json").get("table", [])
     steps, probes = ([row for row in rows if key in row] for key in ("loss", "knn"))
-    return Run(folder, facts(folder / "config.json"), facts(folder / "env.json"), steps, probes, scores)
+    return Run(folder, files.facts(folder / "config.json"), files.facts(folder / "env.json"), steps, probes, scores)
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
@@ -105,16 +105,6 @@ def metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
     return rows
-
-
-def facts(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
-    return values
 
 
 def find(paths: list[Path]) -> list[Run]:
