@@ -160,7 +160,8 @@ def main() -> None:
     text = page(args, samples)
     print(text)
     if args.out:
-        write(args.out, text)
+        _, mark, below = args.out.read_text().partition("\n## ") if args.out.exists() else ("", "", "")
+        write(args.out, text + mark + below)  # what was written by hand stays
 
 
 if __name__ == "__main__":

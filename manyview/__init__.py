@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from manyview.api import Batch as Batch
     from manyview.api import Views as Views
     from manyview.api import encode as encode
-    from manyview.api import probe as probe
+    from manyview.evaluation.probe import probe as probe
     from manyview.model.objective import Loss as Loss
     from manyview.model.objective import barlow as barlow
     from manyview.model.objective import paper as paper
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from manyview.model.projector import Projector as Projector
     from manyview.pipeline.errors import UserError as UserError
 
-_HOME = dict.fromkeys(("Batch", "Views", "encode", "probe"), "manyview.api")
+_HOME = dict.fromkeys(("Batch", "Views", "encode"), "manyview.api")
 _HOME |= dict.fromkeys(("Loss", "barlow", "paper", "spectral", "vicreg"), "manyview.model.objective")
-_HOME |= {"Projector": "manyview.model.projector", "UserError": "manyview.pipeline.errors"}
+_HOME |= {"Projector": "manyview.model.projector", "UserError": "manyview.pipeline.errors",
+          "probe": "manyview.evaluation.probe"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

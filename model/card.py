@@ -133,10 +133,8 @@ def last_metrics(path: Path) -> dict[str, Any]:
 
 def push(folder: Path, repository: str) -> str:
     """Upload a folder that `write` filled to the Hugging Face hub, as the account that is logged in; returns the address."""
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise UserError("--push needs: pip install huggingface_hub, and `hf auth login` once") from None
+    from huggingface_hub import HfApi  # comes with timm; slow
+
     api = HfApi()
     readme = (folder / "README.md").read_text().replace(f"local-dir:{folder}", f"hf-hub:{repository}")
     (folder / "README.md").write_text(readme)

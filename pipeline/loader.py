@@ -16,7 +16,7 @@ import torch
 from manyview.pipeline.engines import Engine, Pending
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.machine import Memory
-from manyview.pipeline.plan import Plan
+from manyview.pipeline.plan import InOrder, Plan
 from manyview.pipeline.store import Corrupt, Store
 from manyview.pipeline.views import Policy, clean, parameters
 
@@ -46,7 +46,7 @@ class Loader:
     def __init__(
         self,
         store: Store,
-        plan: Plan,
+        plan: Plan | InOrder,
         policy: Policy,
         engine: Engine,
         *,
@@ -130,9 +130,10 @@ class Loader:
         return ids
 
     def _quarantine(self, error: Corrupt) -> None:
-        if error.id not in self.bad:
-            print(f"bad sample {error.key} ({error.reason}): replaced from now on", file=sys.stderr)
+        known = error.id in self.bad
         self.learn({error.id: f"{error.key} ({error.reason})"})
+        if not known:
+            print(f"bad sample {error.key} ({error.reason}): replaced from now on", file=sys.stderr)
 
     def learn(self, bad: dict[int, str]) -> None:
         """Replace these samples too, which another process found; UserError above `max_bad`."""
@@ -140,7 +141,7 @@ class Loader:
         if len(self.bad) > self.max_bad * self.plan.n:
             raise UserError(
                 f"{self.store.name}: {len(self.bad)} bad samples are more than --max-bad {self.max_bad:g} of "
-                f"{self.plan.n}; the last one is {list(self.bad.values())[-1]}"
+                f"{self.plan.n}; the last one is {list(self.bad.values())[-1]}: write the shards again"
             )
         if len(self.bad) >= self.plan.n:
             raise UserError(f"{self.store.name}: not one of {self.plan.n} samples can be read")

@@ -8,6 +8,7 @@ all ranks, so who takes which part of a batch changes no result; a rank takes th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,6 +107,42 @@ class Plan:
         for first in range(start, stop, self.ahead):
             steps = range(first, min(first + self.ahead, stop))
             yield from np.sort(np.concatenate([self.batch(step)[0] for step in steps])).reshape(len(steps), -1)
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """Every sample once an epoch, in storage order: this rank's part of them, in batches of `size`, of which the last ones are
+    short. All ranks have as many batches, and none is empty."""
+
+    n: int
+    size: int
+    world: int = 1
+    rank: int = 0
+    ahead = 4
+
+    def __post_init__(self) -> None:
+        if self.n < self.world:
+            raise UserError(f"{self.n} images are too few for {self.world} processes")
+
+    def steps(self, epochs: int) -> int:
+        return epochs * math.ceil(math.ceil(self.n / self.world) / self.size)
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's (ids, epochs) of a step, as `Plan.batch`; every epoch is the first one again, with the same views."""
+        share, more = divmod(self.n, self.world)
+        first, share = self.rank * share + min(self.rank, more), share + (self.rank < more)
+        steps = self.steps(1)
+        step %= steps
+        start, stop = (
+            min(k * self.size, share - (steps - k)) for k in (step, step + 1)
+        )  # one is left for each later batch
+        return np.arange(first + start, first + stop), np.zeros(stop - start, np.int64)
+
+    def reading(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        return (self.batch(step)[0] for step in range(start, stop))
+
+    def after(self, id: int) -> int:
+        return (id + 1) % self.n
 
 
 def plan(

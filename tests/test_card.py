@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
+from hub import serving
 from pictures import pixels
 from PIL import Image
 from test_backbone import header, trained
@@ -95,24 +96,20 @@ def test_weights_without_statistics_are_refused(tmp_path):
         export(tmp_path, "hub")
 
 
-def test_pushing_uploads_three_files_and_names_what_failed(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    sent = {}
-
-    class Hub:
-        def create_repo(self, repository, exist_ok):
-            return f"https://hub/{repository}"
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns):
-            sent[repo_id] = {name: (Path(folder_path) / name).read_bytes() for name in allow_patterns}
-
-    run_directory(tmp_path, "resnet10-narrow", 80)
-    out = export(tmp_path, "hub")[0]
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    assert card.push(out, "me/net") == "https://hub/me/net"
-    assert sent["me/net"].keys() == {"config.json", "model.safetensors", "README.md"}
-    assert b"create_model('hf-hub:me/net'" in sent["me/net"]["README.md"]
-    monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: 1 / 0)
-    with pytest.raises(UserError, match=r"is written, but not pushed to me/net: division by zero; `hf auth login`"):
+def test_what_is_pushed_is_what_timm_fetches(tmp_path, monkeypatch):
+    model = run_directory(tmp_path, "resnet10-narrow", 80)
+    out, _, _ = export(tmp_path, "hub")
+    with serving(tmp_path / "hub", monkeypatch) as hub:
+        assert card.push(out, "me/net") == f"{hub.url}/me/net"
+        there = tmp_path / "hub/me/net"
+        assert sorted(path.name for path in there.iterdir()) == sorted(card.FILES)
+        assert "timm.create_model('hf-hub:me/net', pretrained=True)" in (there / "README.md").read_text()
+        theirs = timm.create_model("hf-hub:me/net", pretrained=True).eval()
+    images = torch.randn(2, 3, 80, 80)
+    assert torch.allclose(theirs(images), model(images), atol=1e-5)
+    assert timm.data.resolve_model_data_config(theirs)["mean"] == pytest.approx(
+        [value / 255 for value in MEAN], abs=1e-4
+    )
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    with pytest.raises(UserError, match=r"is written, but not pushed to me/net: .*; `hf auth login`, and try again"):
         card.push(out, "me/net")

@@ -134,16 +134,16 @@ def test_the_page_in_a_browser(three, tmp_path, monkeypatch, capsys):
     assert not re.findall(r"""(?:src|href)=["'](?!data:)|url\(|@import|https?://""", page)
     said = browse(page, tmp_path, """
       const names = () => all("#runs tbody tr").filter(r => !r.hidden).map(r => r.cells[0].textContent.trim());
-      const click = text => [...heads].find(h => h.textContent.startsWith(text)).click();
+      const click = text => [...heads].find(h => h.textContent.split(",")[0] === text).click();
       const box = document.getElementById("filter");
       const type = text => { box.value = text; box.dispatchEvent(new Event("input")); return names() };
-      const curves = () => chart.querySelectorAll("path").length, result = {};
-      result.first = names(); result.curves = curves();
+      const drawn = () => chart.querySelectorAll("path").length, result = {};
+      result.first = names(); result.curves = drawn();
       click("kNN"); result.best = names(); click("kNN"); result.worst = names();
       click("views"); result.views = names(); click("run"); result.run = names();
-      result.word = type("LARGE"); result.left = curves(); result.rule = type("views>2 barlow"); result.none = type("views>99");
+      result.word = type("LARGE"); result.left = drawn(); result.rule = type("views>2 barlow"); result.none = type("views>99");
       result.cards = all(".card").filter(c => !c.hidden).length; type("");
-      rows[0].click(); result.hidden = curves(); rows[0].click();
+      rows[0].click(); result.hidden = drawn(); rows[0].click();
       what.value = "loss"; what.dispatchEvent(new Event("change")); result.loss = chart.textContent.includes("10");
       result.bold = all(".best").map(c => c.closest("tr").cells[0].textContent.trim());
       result.pictures = [...document.images].filter(i => i.complete && i.naturalWidth > 50).length;

@@ -130,6 +130,47 @@ def test_hugging_faces_metadata_are_labels_where_they_have_such_a_column(tmp_pat
     assert load(root, f"train/{name}", ("", "text")).classes == ["a cat", "a dog"]  # asked for
 
 
+METADATA = {
+    "one table above all splits": (
+        {"metadata.csv": "file_name,label\ntrain/1.jpg,cat\ntrain/2.jpg,cat\ntrain/a/1.jpg,dog\nvalidation/1.jpg,dog\n"},
+        {"train/1.jpg": "cat", "train/2.jpg": "cat", "train/a/1.jpg": "dog", "val/1.jpg": "dog"},
+        "labels of train and val from column 'label' of metadata.csv",
+    ),
+    "names are whole paths": (  # 1.jpg is not a/1.jpg
+        {"train/metadata.csv": "file_name,label\n1.jpg,cat\n2.jpg,cat\n"},
+        {"train/1.jpg": "cat", "train/2.jpg": "cat", "train/a/1.jpg": None, "val/1.jpg": None},
+        "1 images have no row",
+    ),
+    "rows that come twice": (
+        {"train/metadata.csv": "file_name,labels\n1.jpg,cat\n1.jpg,cat\n2.jpg,cat\n./a/1.jpg,dog\n9.jpg,dog\n"},
+        {"train/1.jpg": "cat", "train/2.jpg": "cat", "train/a/1.jpg": "dog", "val/1.jpg": None},
+        "'labels' of metadata.csv; 1 rows have no image",
+    ),
+    "a caption of several lines": (
+        {"train/metadata.csv": 'file_name,text,label\n1.jpg,"one\ntwo, ""three""",cat\n2.jpg,a\u2028b,cat\na/1.jpg,,dog\n',
+         "validation/metadata.jsonl": '{"file_name": "1.jpg", "text": "a\u2028b\x85c", "label": "dog"}\r\n\n'},
+        {"train/1.jpg": "cat", "train/2.jpg": "cat", "train/a/1.jpg": "dog", "val/1.jpg": "dog"},
+        "labels of val from column 'label' of metadata.jsonl",
+    ),
+    "a test split of one image a class": (
+        {"train/metadata.jsonl": '{"file_name": "1.jpg", "label": 1, "labels": 7}\n{"file_name": "2.jpg", "label": null}\n',
+         "validation/metadata.jsonl": '{"file_name": "1.jpg", "label": 1}'},
+        {"train/1.jpg": "1", "train/2.jpg": None, "train/a/1.jpg": None, "val/1.jpg": "1"},
+        "labels of train from column 'label' of metadata.jsonl; 1 images have no row",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", METADATA)
+def test_hugging_faces_metadata_as_people_write_them(tmp_path, case):
+    tables, expected, note = METADATA[case]
+    root = images(tmp_path, "train/1.jpg", "train/2.jpg", "train/a/1.jpg", "validation/1.jpg")
+    for name, text in tables.items():
+        (root / name).write_bytes(text.encode())
+    source = load(root)
+    assert by_name(source) == expected and any(note in line for line in source.notes), source.notes
+
+
 REFUSED = {
     "captions": ("id,label\na,a cat on a mat\nb,a dog in fog\nc,one more\n", "no two images have the same 'label'"),
     "no label column": ("id,sex,age\na,f,1\nb,m,2\n", "which column of .* holds the labels"),

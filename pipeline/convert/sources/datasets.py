@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,8 @@ from manyview.pipeline.convert.sources import (
 )
 from manyview.pipeline.errors import UserError, nearest
 
+FETCHES = 16  # requests at once: small images wait for the network's answer, not for its width
+
 
 def load(dataset: str, source: Path | None, reading: Reading = AS_IT_IS) -> Source:
     """Open a dataset. UserError: unknown name, nothing there, no source given where one is needed, labels that cannot be
@@ -31,7 +36,9 @@ def load(dataset: str, source: Path | None, reading: Reading = AS_IT_IS) -> Sour
     if source is None and dataset not in WITHOUT_SOURCE and not reading.download:
         raise UserError(f"dataset {dataset} needs SOURCE, the folder it lies in (--source DIRECTORY)")
     if source is not None and (url := storage.address(source)):
-        raise UserError(f"source {url} is an address: a source is a folder or an archive of this machine, copy it here")
+        if not reading.download:
+            raise UserError(f"source {url} is an address: --download (DOWNLOAD=1) fetches it into {_place(url)}")
+        source, reading = fetched(url), replace(reading, download=False)
     if source is not None and not source.exists() and not reading.download:
         raise UserError(f"source {source} does not exist")
     if reading.labels and dataset not in WITH_TABLE:
@@ -55,6 +62,36 @@ def load(dataset: str, source: Path | None, reading: Reading = AS_IT_IS) -> Sour
         result.classes, {split.name: split.labels for split in result.splits}, reading.disjoint
     )
     return result
+
+
+def _place(url: str) -> Path:
+    return Path("data") / url.partition("://")[2].strip("/")
+
+
+def fetched(url: str) -> Path:
+    """The folder in `data/` with the objects under an address (hf://datasets/OWNER/NAME, s3://..., whatever fsspec knows). What
+    is there already, of the same size, is not fetched again."""
+    remote, folder = storage.Storage(url), _place(url)
+    sizes = remote.sizes()
+    if not sizes or "" in sizes:
+        raise UserError(f"{url} is no folder with files")
+    if wrong := next((name for name in sizes if {"", ".."} & set(name.split("/")) or ".." in folder.parts), None):
+        raise UserError(f"{url} holds {wrong!r}, which would lead out of {folder}")
+    missing = [name for name, size in sizes.items() if not _has(folder / name, size)]
+    if missing:
+        total = sum(sizes[name] for name in missing) / 1e6
+        print(
+            f"fetching {len(missing):,} of {len(sizes):,} files, {total:,.1f} MB, from {url} into {folder}",
+            file=sys.stderr,
+        )
+    with ThreadPoolExecutor(FETCHES) as pool:
+        for _ in pool.map(lambda name: remote.fetch(name, folder / name), missing):
+            pass
+    return folder
+
+
+def _has(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 WITHOUT_SOURCE = {"digits", "fashion-mnist"}

@@ -166,7 +166,8 @@ def folder(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = No
     result = Source([], [], watch=[str(source.resolve())])
     roots = _split_folders(source, result.notes) or {"train": source}
     listings = {split: listing(root) for split, root in sorted(roots.items())}
-    by_table = tables.labels({split: (roots[split], files.names) for split, files in listings.items()}, reading, result)
+    splits = {split: (roots[split], files.names) for split, files in listings.items()}
+    by_table = tables.labels(source, splits, reading, result)
     named = {split: by_table.get(split) or _by_folder(files, reading) for split, files in listings.items()}
     by_folder = {split for split in listings if split not in by_table and any(named[split])}
     result.classes = _classes(source, named, {split: listings[split].classes for split in by_folder}, only)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,44 +16,15 @@ from manyview.pipeline.convert.sources import Reading, Source
 from manyview.pipeline.errors import UserError
 
 FILE_COLUMNS = [
-    "file_name",
-    "filename",
-    "file",
-    "file_path",
-    "filepath",
-    "path",
-    "image",
-    "image_name",
-    "image_path",
-    "image_id",
-    "imageid",
-    "img",
-    "img_name",
-    "img_path",
-    "name",
-    "id",
-]
+    "file_name", "filename", "file", "file_path", "filepath", "path", "image", "image_name", "image_path", "image_id", "imageid",
+    "img", "img_name", "img_path", "name", "id",
+]  # fmt: skip
 LABEL_COLUMNS = [
-    "label",
-    "labels",
-    "class",
-    "class_name",
-    "classname",
-    "class_id",
-    "category",
-    "category_id",
-    "target",
-    "cls",
-    "wnid",
-    "species",
-    "breed",
-    "y",
-]
-BESIDE = (
-    "val_annotations.txt",
-    "metadata.csv",
-    "metadata.jsonl",
-)  # Tiny-ImageNet's, Hugging Face's: in a split's folder
+    "label", "labels", "class", "class_name", "classname", "class_id", "category", "category_id", "target", "cls", "wnid",
+    "species", "breed", "y",
+]  # fmt: skip
+METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's: names are paths from its folder
+BESIDE = ("val_annotations.txt", *METADATA)  # in a split's folder, as Tiny-ImageNet has it, or above
 LARGEST = 10_000_000  # a number beyond is an id, and to name as many classes would take gigabytes
 
 
@@ -62,7 +35,6 @@ class Table:
 
     path: Path
     column: str
-    guessed: bool
     labels: list[str | None] = field(default_factory=list)
     paths: list[tuple[str, ...]] = field(default_factory=list)
     by_name: dict[str, list[int]] = field(default_factory=dict)
@@ -74,65 +46,74 @@ class Table:
             self.paths.append(parts)
             self.labels.append(_text(label, self))
 
-    def row(self, parts: tuple[str, ...]) -> int | None:
-        """The row that names an image, by as many folders as both tell. UserError: two that give it different labels."""
+    def row(self, root: Path, name: str) -> int | None:
+        """The row that names the image `name` below a split's folder: of Hugging Face's metadata by its whole path, of others by
+        as many folders as both tell. UserError: two rows that give it different labels."""
+        metadata = self.path.name in METADATA
+        parts = _parts(os.path.relpath(root / name, self.path.parent) if metadata else f"{root.name}/{name}")
         candidates = [*self.by_name.get(parts[-1], ()), *self.by_name.get(PurePosixPath(parts[-1]).stem, ())]
-        rows = [i for i in candidates if _same_folders(self.paths[i], parts)]
+        rows = [
+            i for i in candidates if self.paths[i] == parts or (not metadata and _same_folders(self.paths[i], parts))
+        ]
         if len(different := {self.labels[i] for i in rows}) > 1:
             first, second = sorted(map(str, different))[:2]
             raise UserError(f"{self.path} gives {'/'.join(parts)} two labels, {first!r} and {second!r}")
         return rows[0] if rows else None
 
 
-def labels(splits: dict[str, tuple[Path, list[str]]], reading: Reading, result: Source) -> dict[str, list[str | None]]:
+Splits = dict[str, tuple[Path, list[str]]]  # the folder of each, and its images' names
+
+
+def labels(source: Path, splits: Splits, reading: Reading, result: Source) -> dict[str, list[str | None]]:
     """Class names of the images, None where there is none, of those splits that a table names: {split: one for each name}.
 
-    `splits`: their folders and their images' names. UserError: a table that cannot be read, or of which it is not clear
-    what it means.
+    The table is `reading.labels`, or lies in a split's folder or above, up to `source`. UserError: a table that cannot be
+    read, or of which it is not clear what it means.
     """
-    if reading.labels:
-        table = read(reading.labels, reading.columns)
-        if table is None:
-            raise UserError(f"which column of {reading.labels} holds the labels? --label-column NAME says it")
-        return _apply(table, splits, result)
+    by_table: dict[Path, Splits] = {reading.labels: splits} if reading.labels else {}
+    if not reading.labels and not reading.unlabelled:
+        for split, (root, names) in splits.items():
+            folders = [root, *(folder for folder in root.parents if folder == source or source in folder.parents)]
+            if path := next(
+                (place for folder in folders for name in BESIDE if (place := folder / name).is_file()), None
+            ):
+                by_table.setdefault(path, {})[split] = root, names
     given: dict[str, list[str | None]] = {}
-    for split, (root, names) in splits.items():
-        path = next((root / name for name in BESIDE if (root / name).is_file()), None)
-        if path is None or reading.unlabelled:
-            continue
-        if (table := read(path, ("", ""))) is None:
-            result.notes.append(
-                f"{root.name}/{path.name} has no column of labels: --labels and --label-column NAME can take one"
-            )
+    for path, named in by_table.items():
+        if table := read(path, reading.columns if reading.labels else ("", "")):
+            given |= _apply(table, named, result)
+        elif reading.labels:
+            raise UserError(f"which column of {path} holds the labels? --label-column NAME says it")
         else:
-            given |= _apply(table, {split: (root, names)}, result)
+            place = f"{path.parent.name}/{path.name}"
+            result.notes.append(f"{place} has no column of labels: --labels and --label-column NAME can take one")
+    texts = [text for names in given.values() for text in names if text is not None]
+    if given and not reading.columns[1] and len(texts) > 1 and len(set(texts)) == len(texts):
+        raise UserError(
+            f"{', '.join(map(str, by_table))}: no two images have the same label, so it is no class: "
+            "--labels FILE --label-column NAME says what is"
+        )
     return given
 
 
-def _apply(table: Table, splits: dict[str, tuple[Path, list[str]]], result: Source) -> dict[str, list[str | None]]:
-    rows = {
-        split: [table.row(_parts(f"{root.name}/{name}")) for name in names] for split, (root, names) in splits.items()
-    }
+def _apply(table: Table, splits: Splits, result: Source) -> dict[str, list[str | None]]:
+    rows = {split: [table.row(root, name) for name in names] for split, (root, names) in splits.items()}
     rows = {split: numbers for split, numbers in rows.items() if any(number is not None for number in numbers)}
-    used = [number for numbers in rows.values() for number in numbers if number is not None]
+    used = Counter(number for numbers in rows.values() for number in numbers if number is not None)
     if not used:
         raise UserError(
             f"{table.path} names no image: its first is {'/'.join(table.paths[0]) if table.paths else 'missing'}"
         )
-    if len(set(used)) < len(used):
-        twice = Counter(used).most_common(1)[0][0]
+    row, images = used.most_common(1)[0]
+    if images > 1:
         raise UserError(
-            f"{'/'.join(table.paths[twice])} in {table.path} names several images: put their folders before it"
-        )
-    texts = [text for number in set(used) if (text := table.labels[number]) is not None]
-    if table.guessed and len(texts) > 1 and len(set(texts)) == len(texts):
-        raise UserError(
-            f"{table.path}: no two images have the same {table.column!r}, so it is no class: --label-column NAME says what is"
+            f"{'/'.join(table.paths[row])} in {table.path} names several images: put their folders before it"
         )
     result.watch.append(str(table.path.resolve()))
+    named = {table.paths[row] for row in used}
     counts = {
         "images have no row": sum(number is None for numbers in rows.values() for number in numbers),
-        "rows have no image": len(table.paths) - len(used),
+        "rows have no image": sum(path not in named for path in table.paths),
     }
     more = "".join(f"; {count} {what}" for what, count in counts.items() if count)
     result.notes.append(f"labels of {' and '.join(rows)} from column {table.column!r} of {table.path.name}{more}")
@@ -178,7 +159,7 @@ def read(path: Path, columns: tuple[str, str]) -> Table | None:
             raise UserError(f"{path} has no column {wanted or 'of file names'}; it has {', '.join(names)}: {flag} NAME")
     if not label_column:
         return None
-    table = Table(path, label_column, guessed=not columns[1])
+    table = Table(path, label_column)
     for row in rows:
         table.add(str(row.get(file_column) or ""), row.get(label_column))
     return table
@@ -190,11 +171,8 @@ def _named(names: list[str], usual: list[str]) -> str:
 
 
 def _json(text: str) -> tuple[list[str], list[dict]]:
-    rows = (
-        json.loads(text)
-        if text.lstrip()[:1] == "["
-        else [json.loads(line) for line in text.splitlines() if line.strip()]
-    )
+    listed = text.lstrip()[:1] == "["
+    rows = json.loads(text) if listed else [json.loads(line) for line in text.split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("its rows are no objects")
     return list(dict.fromkeys(name for row in rows for name in row)), rows
@@ -204,7 +182,7 @@ def _lines(text: str, path: Path, columns: tuple[str, str]) -> tuple[list[str], 
     first = text.split("\n", 1)[0]
     separator = max(",;\t", key=first.count)
     if separator in first:
-        rows = [row for row in csv.reader(text.splitlines(), delimiter=separator) if row]
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if row]
     else:
         rows = [line.split() for line in text.splitlines() if line.strip()]
     names = rows[0] if rows else []
