@@ -1,12 +1,14 @@
 """What each framework gains by `manyview.Views`: python examples/measure.py shards/photos --out results/frontdoor.md
 
-Each framework trains the same small network on the same photos, once fed as its own documentation has it (a DataLoader with
-torchvision's or its own transforms) and once by `Views`; one epoch each, in turn, round after round. Network and data share
-the cores, as they do in training: a larger network leaves less to gain.
+Each framework trains the same network on the same photos, once fed as its own documentation has it (a DataLoader with
+torchvision's or its own transforms) and once by `Views`; one epoch each, in turn, round after round. On a CPU network and data
+share the cores, so the larger the network, the less there is to gain. A network that costs nothing (`none`: pooled pixels and
+one linear layer) shows what is left where another chip trains.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import tempfile
@@ -38,6 +40,7 @@ from manyview.pipeline.store import Store
 
 OWN = dict.fromkeys(("torch", "lightning", "accelerate"), "torchvision")  # whose transforms a framework is used with
 OWN |= {"lightly": "lightly", "timm": "timm"}
+Name = tuple[str, str, str]  # network, framework, who feeds it
 CLASSES = 1000  # of the classifier; which class an image has does not matter here
 
 
@@ -52,7 +55,7 @@ class Args:
     workers: int = 2
     rounds: int = 5
     frameworks: tuple[str, ...] = tuple(OWN)
-    network: str = "resnet10-narrow"
+    networks: tuple[str, ...] = ("resnet10-narrow", "none")
     out: Path | None = None
 
 
@@ -110,42 +113,52 @@ def epoch(framework: str, network: nn.Module, batches: Iterable) -> None:
         optimizer.zero_grad()
 
 
-def contenders(args: Args, folder: Path) -> dict[tuple[str, str], Callable[[], None]]:
+def contenders(args: Args, folder: Path) -> dict[Name, Callable[[], None]]:
     (folder / "photos").mkdir()
     store = Store(args.data, "train")
-    calls: dict[tuple[str, str], Callable[[], None]] = {}
+    calls: dict[Name, Callable[[], None]] = {}
     files = [folder / "photos" / f"{i}.jpg" for i in range(args.images)]
     for i, file in enumerate(files):
         file.write_bytes(store.read(i).tobytes())
     write_shards(Options("folder"), folder / "photos", folder / "shards", quiet=True)
-    for framework in args.frameworks:
+    for name, framework in itertools.product(args.networks, args.frameworks):
         views, policy = (1, "supervised") if framework == "timm" else (args.views, "simclr")
-        trunk: Any = backbone.create(args.network, image_size=args.size)
-        network = nn.Sequential(trunk, nn.Linear(trunk.num_features, CLASSES if framework == "timm" else 256))
+        network = network_of(name, args.size, CLASSES if framework == "timm" else 256)
         photos = Photos(files, pil, transform_of(framework, args.size), views)
         own = DataLoader(photos, args.batch, True, drop_last=True, num_workers=args.workers, persistent_workers=True)
         ours = manyview.Views(folder / "shards", views, args.batch, policy=policy, size=args.size, threads=args.workers)
-        calls[framework, OWN[framework]] = partial(epoch, framework, network, own)
-        calls[framework, "manyview.Views"] = partial(epoch, framework, network, ours)
+        calls[name, framework, OWN[framework]] = partial(epoch, framework, network, own)
+        calls[name, framework, "manyview.Views"] = partial(epoch, framework, network, ours)
     return calls
 
 
-def page(args: Args, samples: dict[tuple[str, str], list[Spent]]) -> str:
-    rows = []
-    for (framework, source), times in samples.items():
-        views = args.images // args.batch * args.batch * (1 if framework == "timm" else args.views)
-        ratios = [own.wall / mine.wall for own, mine in zip(samples[framework, OWN[framework]], times)]
-        low, high = interval(ratios)
-        gain = "1" if source == OWN[framework] else f"{median(ratios):.2f} [{low:.2f}, {high:.2f}]"
-        wall, core = median(time.wall for time in times), median(time.core for time in times)
-        rows.append([framework, source, f"{views / wall:,.0f}", f"{1e3 * core / views:.2f}", gain])
+def network_of(name: str, size: int, out: int) -> nn.Module:
+    if name == "none":
+        return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(3 * 8 * 8, out))
+    trunk: Any = backbone.create(name, image_size=size)
+    return nn.Sequential(trunk, nn.Linear(trunk.num_features, out))
+
+
+def page(args: Args, samples: dict[Name, list[Spent]]) -> str:
+    tables = []
+    for network in args.networks:
+        rows = []
+        for (_, framework, source), times in ((name, times) for name, times in samples.items() if name[0] == network):
+            views = args.images // args.batch * args.batch * (1 if framework == "timm" else args.views)
+            own = samples[network, framework, OWN[framework]]
+            ratios = [theirs.wall / mine.wall for theirs, mine in zip(own, times)]
+            low, high = interval(ratios)
+            gain = "1" if times is own else f"{median(ratios):.2f} [{low:.2f}, {high:.2f}]"
+            wall, core = median(time.wall for time in times), median(time.core for time in times)
+            rows.append([framework, source, f"{views / wall:,.0f}", f"{1e3 * core / views:.2f}", gain])
+        heads = ["framework", "fed by", "views/s", "core-ms a view", "faster by (95 %)"]
+        tables += [f"Network: {network}", output.table(heads, rows, left=2)]
     env = output.environment(torch.device("cpu"), "", [])
     about = f"""`python examples/measure.py {" ".join(sys.argv[1:])}` at commit {env["commit"]}, {output.hardware(env)},
 load {env["load"]:.1f}. {args.images} photos, {args.size} px, {args.views} views (timm: 1), batches of {args.batch},
-{args.workers} workers or threads, network {args.network}; medians of {args.rounds} interleaved epochs. A framework's own
-way is a DataLoader of PIL images with the transforms named. Frameworks differ in their loss."""
-    table = output.table(["framework", "fed by", "views/s", "core-ms a view", "faster by (95 %)"], rows, left=2)
-    return output.document("# The front door", str(__doc__).partition("\n\n")[2], about, table)
+{args.workers} workers or threads; medians of {args.rounds} interleaved epochs. A framework's own way is a DataLoader of PIL
+images with the transforms named. Frameworks differ in their loss."""
+    return output.document("# The front door", str(__doc__).partition("\n\n")[2], about, *tables)
 
 
 def main() -> None:

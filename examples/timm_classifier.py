@@ -22,11 +22,12 @@ def main() -> None:
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train = manyview.Views(args.data, 1, args.batch_size, split="train", policy="supervised")
+    statistics = {}  # of the images, by default this data's own; weights want those that they were trained with
+    if args.pretrained:
+        weights = timm.get_pretrained_cfg(args.network)
+        statistics = {"mean": weights.mean, "std": weights.std}
+    train = manyview.Views(args.data, 1, args.batch_size, split="train", policy="supervised", **statistics)
     network = timm.create_model(args.network, pretrained=args.pretrained, num_classes=len(train.classes)).to(device)
-    if args.pretrained:  # what those weights were trained with, instead of this data's own mean and deviation
-        statistics = {name: network.pretrained_cfg[name] for name in ("mean", "std")}
-        train = manyview.Views(args.data, 1, args.batch_size, split="train", policy="supervised", **statistics)
     test = manyview.Views(
         args.data, split="val", batch_size=args.batch_size, size=train.size, mean=train.mean, std=train.std
     )

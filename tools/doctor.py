@@ -220,6 +220,7 @@ def main() -> int:
         if row.fix and not row.good:
             print(f"    {'':<{width}}  -> {row.fix}")
     engines = ["cpu", "resident", *(["dali"] if installed("nvidia.dali") else [])]
+    engines += ["fused"] if installed("triton") and any(row.name == "GPU 0" for row in everything) else []
     print(f"\nengines {', '.join(engines)}; formats webdataset and ffcv")
     return int(any(row.needed and not row.good for row in everything))
 
