@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,7 @@ from scipy import stats
 
 from manyview.bench import output
 from manyview.bench.contenders import CONTENDERS, Contender, Run, Setting
-from manyview.bench.harness import Spent, interleaved, spent, tree_seconds
+from manyview.bench.harness import Spent, interleaved, process_seconds, spent, tree_seconds
 from manyview.pipeline import engines
 from manyview.pipeline.codec import decode
 from manyview.pipeline.engines import reference
@@ -35,7 +36,6 @@ from manyview.pipeline.store import Store
 from manyview.pipeline.views import parameters, policy
 
 PLAIN = {"jitter": 0, "grey": 0, "blur": 0}  # crop, flip and normalize: what the stock ffcv loader can do
-FIT_SECONDS, FIT_ROUNDS = 0.15, 5  # of core time at the least number of views; passes over the numbers of views
 TICK = 0.01  # seconds, of the CPU clock that sees worker processes: a shorter pass may read 0
 PACKAGES = (
     "torch", "torchvision", "numpy", "numba", "simplejpeg", "opencv-python-headless", "pillow", "lightly", "kornia", "ffcv",
@@ -101,9 +101,7 @@ def main(argv: list[str]) -> None:
         result["parity"] |= parity(case)
         for views in counts:
             compare(case, views, result)
-        if args.device == "cpu":
-            add(result, "costs", costs(case, counts))
-    result["fits"] = fits(result["costs"])
+    result["fits"] = fits(result["rows"]) if args.device == "cpu" else []
     text = markdown(result)
     print(text, end="")
     output.write(args.json, result, text)
@@ -114,15 +112,7 @@ def begun(args: Args, env: dict[str, Any]) -> dict[str, Any]:
     alike = {"commit": env["commit"], "hardware": f"{output.hardware(env)} ({env['cores']} cores)", "rounds": args.rounds,
              "batch": args.batch_size, "threads": args.threads,
              "versions": {name: version for name in PACKAGES if (version := output.version(name))}}  # fmt: skip
-    empty = alike | {
-        "commands": [],
-        "environment": env,
-        "rows": [],
-        "ratios": [],
-        "costs": [],
-        "parity": {},
-        "does": {},
-    }
+    empty = alike | {"commands": [], "environment": env, "rows": [], "ratios": [], "parity": {}, "does": {}}
     there = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     result = there if alike.items() <= there.items() else empty
     result["commands"].append(f"python {env['command']}")
@@ -165,18 +155,12 @@ def compare(case: Case, views: int, result: dict[str, Any]) -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         files = extract(case.store, images, folder)
-        running: dict[Contender, Run] = {}
+        running: dict[Contender, Callable[[], Spent]] = {}
         for one in case.contenders:
-            running[one] = stack.enter_context(one.build(case.setting(one, views, files, folder)))
+            run = stack.enter_context(one.build(case.setting(one, views, files, folder)))
+            running[one] = partial(measure, run, images * views, process_seconds if one.engine else tree_seconds)
             running[one]()
-
-        def measure(run: Run) -> Spent:
-            counts: list[int] = []
-            taken = spent(lambda: counts.append(run()), core_clock=tree_seconds)
-            assert counts == [images * views], f"{counts} views instead of {images * views}"
-            return taken
-
-        taken = interleaved(running, args.rounds, measure)
+        taken = interleaved(running, args.rounds, lambda call: call())
     rows = []
     for one, times in taken.items():
         walls, core = [t.wall for t in times], [t.core for t in times]
@@ -190,6 +174,14 @@ def compare(case: Case, views: int, result: dict[str, Any]) -> None:
               f"{row['core_ms_per_image']:8.3f} core-ms/image", file=sys.stderr)  # fmt: skip
     add(result, "rows", rows)
     add(result, "ratios", ratios(case, views, taken))
+
+
+def measure(run: Run, count: int, core_clock: Callable[[], float]) -> Spent:
+    """A pass that makes `count` views. Ours has no worker processes and is read in nanoseconds, peers in ticks of 10 ms."""
+    counts: list[int] = []
+    taken = spent(lambda: counts.append(run()), core_clock=core_clock)
+    assert counts == [count], f"{counts} views instead of {count}"
+    return taken
 
 
 def ratios(case: Case, views: int, taken: dict[Contender, list[Spent]]) -> list[dict[str, Any]]:
@@ -208,38 +200,11 @@ def ratios(case: Case, views: int, taken: dict[Contender, list[Spent]]) -> list[
     return rows
 
 
-def costs(case: Case, counts: list[int]) -> list[dict[str, Any]]:
-    """core-ms an image of each of our pipelines at every number of views, to fit a + b V to.
-
-    Of the same images at every V, because photos differ in size; enough of them that the least V takes `FIT_SECONDS`,
-    the numbers of views in turn, and the median of `FIT_ROUNDS`. Our pipelines have no worker processes, so the clock is
-    the process's own, in nanoseconds: the one that sees children ticks every 10 ms.
-    """
-    rows, n, batch = [], len(case.store), case.args.batch_size
-    for one in (one for one in case.contenders if one.engine):
-        with contextlib.ExitStack() as stack:
-
-            def built(images: int, views: int) -> Run:
-                run = stack.enter_context(one.build(case.setting(one, views, [Path()] * images)))  # noqa: B023
-                run()
-                return run
-
-            few = min(n, 4 * batch) // batch * batch
-            once = spent(built(few, min(counts))).core / few
-            images = int(np.clip(FIT_SECONDS / once, few, n)) // batch * batch
-            taken = interleaved({v: built(images, v) for v in counts}, FIT_ROUNDS, spent)
-        for v, times in taken.items():
-            cost = round(1e3 * median(t.core for t in times) / images, 5)
-            rows.append({"pipeline": one.name, "policy": case.title(one), "size": case.size, "views": v,
-                         "core_ms_per_image": cost, "images": images, "rounds": FIT_ROUNDS})  # fmt: skip
-    return rows
-
-
 def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """core-ms an image = a + b V for each pipeline: decode once means that V does not touch `a`."""
-    laws = []
+    """core-ms an image = a + b V for each of our pipelines: decode once means that V does not touch `a`."""
+    laws, ours = [], {one.name for one in CONTENDERS if one.engine}
     for (pipeline, name, size), mine in output.by(rows, "pipeline", "policy", "size").items():
-        if len(mine) >= 3:
+        if pipeline in ours and len(mine) >= 3:
             line = stats.linregress([r["views"] for r in mine], [r["core_ms_per_image"] for r in mine])
             law = {"a": round(line.intercept, 4), "b": round(line.slope, 4), "r2": round(line.rvalue**2, 5)}
             laws.append({"pipeline": pipeline, "policy": name, "size": size, **law})
@@ -305,8 +270,6 @@ def markdown(result: dict[str, Any]) -> str:
         "Views a second of ours over the peer's, and in brackets the peer's core time over ours, of the same rounds.",
         output.table(("ours", "peer", "policy", "px", *(f"V={v}" for v in counts)), ratios, left=3),
         "## Cost is a + b V core-ms an image",
-        f"Of the same images at every V, the numbers of views in turn, median of {FIT_ROUNDS} passes of at least "
-        f"{FIT_SECONDS:g} s of core time.",
         output.table(("pipeline", "policy", "px", "a", "b", "R2"), laws, left=2),
         "## Pixels against the slow reference",
         output.table(("engine", "least PSNR", "mean PSNR", "decodes an image"), pixels),

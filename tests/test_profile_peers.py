@@ -21,7 +21,8 @@ def test_the_fit_finds_what_was_put_in():
         {"pipeline": "manyview cpu", "policy": "p", "size": 8, "views": v, "core_ms_per_image": 1.5 + 0.25 * v}
         for v in (1, 2, 4, 8)
     ]
-    (fit,) = peers.fits([*rows, {**rows[0], "pipeline": "another"}])  # of one number of views: nothing to fit
+    others = [{**row, "pipeline": "stock ffcv Loader"} for row in rows]  # decodes a view, not an image
+    (fit,) = peers.fits([*rows, *others, {**rows[0], "policy": "q"}])  # of one number of views: nothing to fit
     assert (fit["a"], fit["b"], fit["r2"]) == (1.5, 0.25, 1.0)
 
 
@@ -83,7 +84,6 @@ def test_the_command_measures_and_writes_its_tables(tmp_path):
     assert all(row["views_per_s"] > 0 and np.isfinite(row["core_ms_per_image"]) for row in result["rows"])
     assert result["parity"]["manyview cpu 48 px"]["min_db"] > 40
     assert result["parity"]["manyview cpu 48 px"]["decodes_per_image"] == 1
-    assert {row["images"] for row in result["costs"]} == {24}  # the same at every number of views
     assert {row["images"] for row in result["rows"]} == {24}  # whole batches, as many for both workers
     ratios = {(ratio["peer"], ratio["policy"]) for ratio in result["ratios"]}
     assert ratios == {("torchvision v2 PIL + DataLoader", "simclr")}  # what makes the same, float32
