@@ -263,8 +263,8 @@ def markdown(result: dict[str, Any]) -> str:
         "pipeline makes normalized float32, as a network takes it, except in the tables `uint8 out`: what is sent to a GPU and "
         "normalized there. Nothing is made ahead of a pass, so DALI's stock graph runs without prefetching.",
         *(
-            speeds(*name, rows, counts, result["hardware"])
-            for name, rows in output.by(result["rows"], "policy", "size").items()
+            speeds(policy, size, rows, counts, result["hardware"])
+            for (policy, size), rows in output.by(result["rows"], "policy", "size").items()
         ),
         "## How many times as fast",
         "Views a second of ours over the peer's, and in brackets the peer's core time over ours, of the same rounds.",

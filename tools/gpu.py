@@ -113,7 +113,7 @@ def tests(options: Options, _: float) -> list[list[str]]:
 def views(options: Options, _: float) -> list[list[str]]:
     words = ["tools/profile.py", "peers", "--json", options.out / "views.json", "--device", device(options)]
     if options.rehearse:
-        toy = ["--views", "1,2", "--size", "16", "--batch-size", "16", "--images", "64", "--rounds", "1"]
+        toy = ["--views", "2", "--size", "16", "--batch-size", "16", "--images", "64", "--rounds", "1"]
         return [python(*words, "--data", "None", "--small", data(options), *toy, "--only", "manyview")]
     photos = ["--data", options.photos or "None"]
     small = ["--small", data(options)] if not no_cifar(options) else []
@@ -128,9 +128,11 @@ def step(options: Options, _: float) -> list[list[str]]:
 
 
 def objective(options: Options, _: float) -> list[list[str]]:
-    views, dims = ("2", "16") if options.rehearse else ("2,4,8,16", "256,2048,8192")
-    where = ["--json", options.out / "objective.json", "--device", device(options)]
-    return [python("tools/profile.py", "objective", "--views", views, "--dim", dims, *where)]
+    words = ["tools/profile.py", "objective", "--json", options.out / "objective.json", "--device", device(options)]
+    if options.rehearse:
+        toy = ["--rounds", "1", "--batch-size", "16", "--backbone", "resnet10-narrow", "--sizes", "32"]
+        return [python(*words, "--views", "2", "--dim", "16", *toy)]
+    return [python(*words, "--views", "2,4,8,16", "--dim", "256,2048,8192")]
 
 
 def probes(options: Options, _: float) -> list[list[str]]:

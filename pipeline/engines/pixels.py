@@ -167,8 +167,7 @@ def triangle(n, size, mirror):
     return first, weight
 
 
-@intrinsic
-def high(typing, a, b):
+def _high(typing, a, b):
     """The upper half of a product of two uint16. numba has no such thing, and LLVM makes one instruction for many of it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -177,6 +176,9 @@ def high(typing, a, b):
         return builder.call(product, [*args, bits(16)])
 
     return types.uint16(types.uint16, types.uint16), generate
+
+
+high: Any = intrinsic(_high)
 
 
 @njit
@@ -210,9 +212,9 @@ def blur(image, sigma, out):
                 padded[3 * (reach - x) + c] = middle[3 * _reflect(-x, size) + c]
                 padded[3 * (reach + size - 1 + x) + c] = middle[3 * _reflect(size - 1 + x, size) + c]
         before, after = padded[3 * (reach - 1) :], padded[3 * (reach + 1) :]
+        rounded = even + UNITS // 2
         for j in range(n):
-            sides = high(np.uint16(before[j] + after[j]), parts[1])
-            line[j] = even + UNITS // 2 + high(middle[j], parts[0]) + sides
+            line[j] = rounded + high(middle[j], parts[0]) + high(np.uint16(before[j] + after[j]), parts[1])
         for k in range(2, reach + 1):
             before, after, p = padded[3 * (reach - k) :], padded[3 * (reach + k) :], parts[k]
             for j in range(n):
