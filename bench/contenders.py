@@ -155,8 +155,8 @@ def kernel(g: Group) -> int:
     return max(3, g.size // 10 // 2 * 2 + 1)
 
 
-def _torchvision(s: Setting, load: Callable, first: list[Any]) -> AbstractContextManager[Run]:
-    """The policy in torchvision's own transforms."""
+def torchvision(load: Callable, first: list[Any], s: Setting) -> AbstractContextManager[Run]:
+    """The policy in torchvision's own transforms, behind what makes the image one that they take."""
     g = s.group
     steps: list[Any] = [v2.RandomResizedCrop(g.size, g.scale, g.ratio, antialias=True), v2.RandomHorizontalFlip(g.flip)]
     if g.jitter:
@@ -166,14 +166,6 @@ def _torchvision(s: Setting, load: Callable, first: list[Any]) -> AbstractContex
         steps.append(v2.RandomApply([v2.GaussianBlur(kernel(g), g.sigma)], max(g.blur)))
     finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*UNIT)]
     return _dataloader(s, load, v2.Compose(steps + first + finish))
-
-
-def torchvision_pil(s: Setting) -> AbstractContextManager[Run]:
-    return _torchvision(s, pil, [v2.ToImage()])
-
-
-def torchvision_tensor(s: Setting) -> AbstractContextManager[Run]:
-    return _torchvision(s, tensor, [])
 
 
 def lightly(s: Setting) -> AbstractContextManager[Run]:
@@ -350,15 +342,13 @@ def decode_ceiling(s: Setting) -> Iterator[Run]:
     pipeline.build()
 
     def run() -> int:
-        waiting = 0
-        for rows in s.batches:
-            if waiting == dali.DEPTH:
+        batches = list(s.batches)
+        for step, rows in enumerate(batches):
+            if step >= dali.DEPTH:
                 pipeline.outputs()
-                waiting -= 1
             pipeline.feed_input("images", [data[i] for i in rows])
             pipeline.schedule_run()
-            waiting += 1
-        for _ in range(waiting):
+        for _ in batches[-dali.DEPTH :]:
             pipeline.outputs()
         torch.cuda.synchronize()
         return len(s.files) * s.views
@@ -465,8 +455,10 @@ CONTENDERS = [  # ours first in each kind
     _CPU,
     replace(_CPU, floats=False),
     Contender("decode ceiling (nvJPEG)", decode_ceiling, images=PHOTOS, devices=("cuda",), packages=DALI),
-    Contender("torchvision v2 PIL + DataLoader", torchvision_pil, "one decode an image, in worker processes"),
-    Contender("torchvision v2 tensor + DataLoader", torchvision_tensor, "the same on tensors, decoded by libjpeg-turbo"),
+    Contender("torchvision v2 PIL + DataLoader", partial(torchvision, pil, [v2.ToImage()]),
+              "one decode an image, in worker processes"),
+    Contender("torchvision v2 tensor + DataLoader", partial(torchvision, tensor, []),
+              "the same on tensors, decoded by libjpeg-turbo"),
     Contender("lightly + DataLoader", lightly, "its SimCLR transform", packages=("lightly",)),
     Contender("stock DALI CPU graph", stock_dali, "one decode an image", images=PHOTOS, packages=DALI),
     replace(_VARIOPINTA, plain=False),

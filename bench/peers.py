@@ -3,7 +3,7 @@
 All contenders get the same photos: ours as shards, the peers as files in a temporary folder (ffcv as a .beton, TurboLoader
 as a tar). For each number of views all are built and warmed, then measured in turn, round after round, so that a noisy
 neighbour hits all. Wall time and the core time of the process tree are both kept; ratios are medians over rounds of the
-same round's ratio. `--table FILE.json` only prints the Markdown of an earlier run. On CUDA: `--device cuda`.
+same round's ratio. Another call with the same `--json` adds its rows, if commit and machine are the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import contextlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +26,7 @@ from scipy import stats
 
 from manyview.bench import output
 from manyview.bench.contenders import CONTENDERS, Contender, Run, Setting
-from manyview.bench.harness import Spent, interleaved, spent, tree_seconds
+from manyview.bench.harness import Spent, interleaved, process_seconds, spent, tree_seconds
 from manyview.pipeline import engines
 from manyview.pipeline.codec import decode
 from manyview.pipeline.engines import reference
@@ -34,7 +36,6 @@ from manyview.pipeline.store import Store
 from manyview.pipeline.views import parameters, policy
 
 PLAIN = {"jitter": 0, "grey": 0, "blur": 0}  # crop, flip and normalize: what the stock ffcv loader can do
-FIT_SECONDS, FIT_ROUNDS = 0.15, 5  # of core time at the least number of views; passes over the numbers of views
 TICK = 0.01  # seconds, of the CPU clock that sees worker processes: a shorter pass may read 0
 PACKAGES = (
     "torch", "torchvision", "numpy", "numba", "simplejpeg", "opencv-python-headless", "pillow", "lightly", "kornia", "ffcv",
@@ -63,8 +64,6 @@ class Args:
     device: str = "cpu"
     json: Path | None = None
     """Where the result goes; the same name with .md gets the tables."""
-    table: Path | None = None
-    """Print the tables of this earlier result and measure nothing."""
 
 
 @dataclass(frozen=True)
@@ -95,29 +94,35 @@ class Case:
 
 def main(argv: list[str]) -> None:
     args = output.parse(Args, argv, __doc__, "peers", rounds=1, batch_size=1, threads=1, images=1, size=1)
-    if args.table:
-        if not args.table.is_file():
-            raise UserError(f"--table {args.table}: no such file")
-        print(markdown(json.loads(args.table.read_text())), end="")
-        return
     counts = output.whole_numbers("--views", args.views, 1)
-    env = output.environment(engines.device_of(args.device), "peers", argv)
-    result: dict[str, Any] = {
-        "command": f"python {env['command']}", "environment": env,
-        "versions": {name: found for name in PACKAGES if (found := output.version(name))}, "rounds": args.rounds,
-        "batch": args.batch_size, "threads": args.threads, "rows": [], "ratios": [], "costs": [], "parity": {}, "does": {},
-    }  # fmt: skip
+    result = begun(args, output.environment(engines.device_of(args.device), "peers", argv))
     for case in cases(args):
         result["does"] |= {one.name: one.does for one in case.contenders if one.does}
         result["parity"] |= parity(case)
         for views in counts:
             compare(case, views, result)
-        if args.device == "cpu":
-            result["costs"] += costs(case, counts)
-    result["fits"] = fits(result["costs"])
+    result["fits"] = fits(result["rows"]) if args.device == "cpu" else []
     text = markdown(result)
     print(text, end="")
     output.write(args.json, result, text)
+
+
+def begun(args: Args, env: dict[str, Any]) -> dict[str, Any]:
+    """What `--json` holds of this commit, machine and settings, to be added to, or an empty result."""
+    alike = {"commit": env["commit"], "hardware": f"{output.hardware(env)} ({env['cores']} cores)", "rounds": args.rounds,
+             "batch": args.batch_size, "threads": args.threads,
+             "versions": {name: version for name in PACKAGES if (version := output.version(name))}}  # fmt: skip
+    empty = alike | {"commands": [], "environment": env, "rows": [], "ratios": [], "parity": {}, "does": {}}
+    there = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    result = there if alike.items() <= there.items() else empty
+    result["commands"].append(f"python {env['command']}")
+    return result
+
+
+def add(result: dict[str, Any], kind: str, rows: list[dict[str, Any]]) -> None:
+    """Rows, instead of those of the same pipelines, policy and views."""
+    same = ("pipeline", "ours", "peer", "policy", "size", "views")
+    result[kind] = list({tuple(row.get(key) for key in same): row for row in [*result[kind], *rows]}.values())
 
 
 def cases(args: Args) -> list[Case]:
@@ -150,18 +155,13 @@ def compare(case: Case, views: int, result: dict[str, Any]) -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         files = extract(case.store, images, folder)
-        running: dict[Contender, Run] = {}
+        running: dict[Contender, Callable[[], Spent]] = {}
         for one in case.contenders:
-            running[one] = stack.enter_context(one.build(case.setting(one, views, files, folder)))
+            run = stack.enter_context(one.build(case.setting(one, views, files, folder)))
+            running[one] = partial(measure, run, images * views, process_seconds if one.engine else tree_seconds)
             running[one]()
-
-        def measure(run: Run) -> Spent:
-            counts: list[int] = []
-            taken = spent(lambda: counts.append(run()), core_clock=tree_seconds)
-            assert counts == [images * views], f"{counts} views instead of {images * views}"
-            return taken
-
-        taken = interleaved(running, args.rounds, measure)
+        taken = interleaved(running, args.rounds, lambda call: call())
+    rows = []
     for one, times in taken.items():
         walls, core = [t.wall for t in times], [t.core for t in times]
         row = {
@@ -169,10 +169,19 @@ def compare(case: Case, views: int, result: dict[str, Any]) -> None:
             "views_per_s": round(images * views / median(walls), 1), "core_ms_per_image": round(1e3 * median(core) / images, 4),
             "spread": round((max(walls) - min(walls)) / median(walls), 3), "images": images,
         }  # fmt: skip
-        result["rows"].append(row)
+        rows.append(row)
         print(f"{row['policy']:20s} {case.size:4d} px  V={views:<3d} {one.name:40s} {row['views_per_s']:10,.0f} views/s  "
               f"{row['core_ms_per_image']:8.3f} core-ms/image", file=sys.stderr)  # fmt: skip
-    result["ratios"] += ratios(case, views, taken)
+    add(result, "rows", rows)
+    add(result, "ratios", ratios(case, views, taken))
+
+
+def measure(run: Run, count: int, core_clock: Callable[[], float]) -> Spent:
+    """A pass that makes `count` views. Ours has no worker processes and is read in nanoseconds, peers in ticks of 10 ms."""
+    counts: list[int] = []
+    taken = spent(lambda: counts.append(run()), core_clock=core_clock)
+    assert counts == [count], f"{counts} views instead of {count}"
+    return taken
 
 
 def ratios(case: Case, views: int, taken: dict[Contender, list[Spent]]) -> list[dict[str, Any]]:
@@ -191,43 +200,14 @@ def ratios(case: Case, views: int, taken: dict[Contender, list[Spent]]) -> list[
     return rows
 
 
-def costs(case: Case, counts: list[int]) -> list[dict[str, Any]]:
-    """core-ms an image of each of our pipelines at every number of views, to fit a + b V to.
-
-    Of the same images at every V, because photos differ in size; enough of them that the least V takes `FIT_SECONDS`,
-    the numbers of views in turn, and the median of `FIT_ROUNDS`. Our pipelines have no worker processes, so the clock is
-    the process's own, in nanoseconds: the one that sees children ticks every 10 ms.
-    """
-    rows, n, batch = [], len(case.store), case.args.batch_size
-    for one in (one for one in case.contenders if one.engine):
-        with contextlib.ExitStack() as stack:
-
-            def built(images: int, views: int) -> Run:
-                run = stack.enter_context(one.build(case.setting(one, views, [Path()] * images)))  # noqa: B023
-                run()
-                return run
-
-            few = min(n, 4 * batch) // batch * batch
-            once = spent(built(few, min(counts))).core / few
-            images = int(np.clip(FIT_SECONDS / once, few, n)) // batch * batch
-            taken = interleaved({v: built(images, v) for v in counts}, FIT_ROUNDS, spent)
-        for v, times in taken.items():
-            cost = round(1e3 * median(t.core for t in times) / images, 5)
-            rows.append({"pipeline": one.name, "policy": case.title(one), "size": case.size, "views": v,
-                         "core_ms_per_image": cost, "images": images, "rounds": FIT_ROUNDS})  # fmt: skip
-    return rows
-
-
 def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """core-ms an image = a + b V for each pipeline: decode once means that V does not touch `a`."""
-    laws = []
+    """core-ms an image = a + b V for each of our pipelines: decode once means that V does not touch `a`."""
+    laws, ours = [], {one.name for one in CONTENDERS if one.engine}
     for (pipeline, name, size), mine in output.by(rows, "pipeline", "policy", "size").items():
-        if len(mine) >= 3:
+        if pipeline in ours and len(mine) >= 3:
             line = stats.linregress([r["views"] for r in mine], [r["core_ms_per_image"] for r in mine])
-            a, b, r2 = (
-                round(float(x), digits) for x, digits in ((line.intercept, 4), (line.slope, 4), (line.rvalue**2, 5))
-            )
-            laws.append({"pipeline": pipeline, "policy": name, "size": size, "a": a, "b": b, "r2": r2})
+            law = {"a": round(line.intercept, 4), "b": round(line.slope, 4), "r2": round(line.rvalue**2, 5)}
+            laws.append({"pipeline": pipeline, "policy": name, "size": size, **law})
     return laws
 
 
@@ -265,56 +245,57 @@ def extract(store: Store, images: int, folder: Path) -> list[Path]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    env = result["environment"]
-    ratios = [[r["ours"], r["peer"], r["policy"], r["size"], r["views"], f"{r['times_the_views_per_s']:.3g}x",
-               f"{r['times_less_core_time']:.3g}x less"] for r in result["ratios"]]  # fmt: skip
-    lines = [
-        [f["pipeline"], f["policy"], f["size"], f"{f['a']:.3g}", f"{f['b']:.3g}", f"{f['r2']:.4f}"]
-        for f in result["fits"]
+    counts = sorted({row["views"] for row in result["rows"]})
+    ratios = by_views(result["ratios"], counts, ("ours", "peer", "policy", "size"),
+                      lambda r: f"{r['times_the_views_per_s']:.3g} ({r['times_less_core_time']:.3g})")  # fmt: skip
+    laws = [
+        [f["pipeline"], f["policy"], f["size"], *(f"{f[key]:.4g}" for key in ("a", "b", "r2"))] for f in result["fits"]
     ]
-    pixels = [
-        [name, f"{p['min_db']} dB", f"{p['mean_db']} dB", f"{p['decodes_per_image']:g}"]
-        for name, p in result["parity"].items()
-    ]
+    pixels = [[name, *(f"{p[key]} dB" for key in ("min_db", "mean_db")), f"{p['decodes_per_image']:g}"]
+              for name, p in result["parity"].items()]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return output.document(
         "# Views a second",
-        f"`{result['command']}`",
-        f"Commit {env['commit']}, {output.hardware(env)} ({env['cores']} cores); {result['rounds']} rounds in turn,"
+        "\n".join(f"    {command}" for command in result["commands"]),
+        f"Commit {result['commit']}, {result['hardware']}; {result['rounds']} rounds in turn,"
         f" batches of {result['batch']}, {result['threads']} threads or workers; {versions}.\n"
         "Core-ms is the time of all cores, worker processes included; it moves less than wall time on a shared machine. Every "
         "pipeline makes normalized float32, as a network takes it, except in the tables `uint8 out`: what is sent to a GPU and "
         "normalized there. Nothing is made ahead of a pass, so DALI's stock graph runs without prefetching.",
         *(
-            speeds(policy, size, rows, env)
+            speeds(policy, size, rows, counts, result["hardware"])
             for (policy, size), rows in output.by(result["rows"], "policy", "size").items()
         ),
-        "## Ratios",
-        output.table(("ours", "peer", "policy", "px", "V", "views/s", "core time"), ratios, left=3),
+        "## How many times as fast",
+        "Views a second of ours over the peer's, and in brackets the peer's core time over ours, of the same rounds.",
+        output.table(("ours", "peer", "policy", "px", *(f"V={v}" for v in counts)), ratios, left=3),
         "## Cost is a + b V core-ms an image",
-        f"Of the same images at every V, the numbers of views in turn, median of {FIT_ROUNDS} passes of at least "
-        f"{FIT_SECONDS:g} s of core time.",
-        output.table(("pipeline", "policy", "px", "a", "b", "R2"), lines, left=2),
+        output.table(("pipeline", "policy", "px", "a", "b", "R2"), laws, left=2),
         "## Pixels against the slow reference",
         output.table(("engine", "least PSNR", "mean PSNR", "decodes an image"), pixels),
-        *(
-            ["## What each does", output.table(("pipeline", ""), does.items(), left=2)]
-            if (does := result.get("does"))
-            else []
-        ),
+        "## What each does",
+        output.table(("pipeline", ""), result["does"].items(), left=2),
     )
 
 
-def speeds(policy: str, size: int, rows: list[dict[str, Any]], env: dict[str, Any]) -> str:
+def by_views(
+    rows: list[dict[str, Any]], counts: list[int], keys: tuple[str, ...], told: Callable[[dict], str]
+) -> list[list]:
+    """A line for each group of rows that agree in `keys`, a column for each number of views."""
+    lines = []
+    for name, group in output.by(rows, *keys).items():
+        at = {row["views"]: told(row) for row in group}
+        lines.append([*(name if len(keys) > 1 else [name]), *(at.get(v, "") for v in counts)])
+    return lines
+
+
+def speeds(policy: str, size: int, rows: list[dict[str, Any]], counts: list[int], hardware: str) -> str:
     """The table of those that make the same."""
-    counts, body = sorted({r["views"] for r in rows}), []
-    for label, group in output.by(rows, "pipeline").items():
-        at = {r["views"]: f"{r['views_per_s']:,.0f} ({r['core_ms_per_image']:.3g})" for r in group}
-        body.append([label, *(at.get(v, "") for v in counts)])
+    body = by_views(rows, counts, ("pipeline",), lambda r: f"{r['views_per_s']:,.0f} ({r['core_ms_per_image']:.3g})")
     widest = max(rows, key=lambda r: r["spread"])
     return output.document(
         f"## {policy}, {size} px",
         output.table(["pipeline", *(f"V={v}" for v in counts)], body),
-        f"views/s (core-ms an image) on {output.hardware(env)}, passes over {rows[0]['images']:,} images; the widest"
+        f"views/s (core-ms an image) on {hardware}, passes over {rows[0]['images']:,} images; the widest"
         f" spread over rounds is {widest['spread']:.0%} of the median ({widest['pipeline']}, V={widest['views']}).",
     )

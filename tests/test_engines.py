@@ -26,7 +26,7 @@ from manyview.pipeline.engines.cpu import CPUEngine
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import Options
 from manyview.pipeline.store import Corrupt, Store
-from manyview.pipeline.views import ViewParameters, clean, parameters, policy
+from manyview.pipeline.views import VIEW, ViewParameters, clean, parameters, policy
 
 HAS_DALI = engines.has_dali()
 
@@ -150,6 +150,33 @@ def test_blur_far_wider_than_the_image_is_finite(tiny):
     p = drawn(store, ids, count=1, size=5, changes={"blur": 1, "sigma": [6, 6]})
     made = [make(name, store)(ids, p)[0] for name in ("cpu", "resident")]
     assert all(x.float().std((-1, -2)).max() < 12 for x in made)  # all but flat
+
+
+@pytest.mark.parametrize(
+    ("size", "sigma"), [(1, 1), (2, 0.1), (5, 6), (16, 0.7), (33, 2), (40, 21.3), (40, 21.4), (9, 90)]
+)
+def test_the_cpus_blur_is_the_convolution(size, sigma):
+    """Also where it reaches beyond several images, and on both sides of where 16 bits end."""
+    image = np.concatenate([pixels(7, size, size), np.full((size, size, 3), 255, np.uint8)]).reshape(2, size, 3 * size)
+    reach = int(np.ceil(3 * sigma))
+    weight = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    for one in image:
+        exact = np.pad(one.reshape(size, size, 3).astype(float), [(reach, reach)] * 2 + [(0, 0)], mode="reflect")
+        for axis in (0, 1):
+            exact = np.apply_along_axis(np.convolve, axis, exact, weight / weight.sum(), "valid")
+        found = np.empty_like(one)
+        cpu_pixels.blur(one, np.float32(sigma), found)
+        assert abs(found.reshape(exact.shape) - exact).max() < 0.6
+
+
+def test_a_color_map_that_changes_nothing_is_left_out():
+    image, views = pixels(3, 40, 50).reshape(40, 150), np.zeros(2, VIEW)
+    views["box"], views["color"] = (3, 4, 33, 44), np.eye(3, 4)
+    views["color"][1, :, 3] = 1e-30
+    left_out, applied = np.empty((2, 24, 72), np.uint8)
+    cpu_pixels.resize(image, views[0], left_out)
+    cpu_pixels.resize(image, views[1], applied)
+    assert np.array_equal(left_out, applied) and left_out.std() > 5
 
 
 @pytest.mark.parametrize("name", ["cpu", DALI, "resident"])

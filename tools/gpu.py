@@ -56,9 +56,8 @@ class Step:
     name: str
     seconds: int  # at most
     shows: str
-    commands: Callable[
-        [Options, float], Iterable[list[str]]
-    ]  # for the seconds that there are; each when the last has ended
+    # For the seconds that there are; each is asked for when the last has ended.
+    commands: Callable[[Options, float], Iterable[list[str]]]
     lacks: Callable[[Options], str] = lambda options: ""  # what it needs and does not find
 
 
@@ -79,9 +78,8 @@ def prepare(options: Options, _: float) -> list[list[str]]:
         return [python("tools/shards.py", "write", "--dataset", "digits", "--out", data(options))]
     if (data(options) / "manifest.json").is_file():
         return []
-    return [
-        python("tools/shards.py", "write", "--dataset", "cifar10", "--source", options.cifar10, "--out", data(options))
-    ]
+    words = ["--dataset", "cifar10", "--source", options.cifar10, "--out", data(options)]
+    return [python("tools/shards.py", "write", *words)]
 
 
 def accuracy(options: Options, seconds: float) -> Iterator[list[str]]:
@@ -115,7 +113,7 @@ def tests(options: Options, _: float) -> list[list[str]]:
 def views(options: Options, _: float) -> list[list[str]]:
     words = ["tools/profile.py", "peers", "--json", options.out / "views.json", "--device", device(options)]
     if options.rehearse:
-        toy = ["--views", "1,2", "--size", "16", "--batch-size", "16", "--images", "64", "--rounds", "1"]
+        toy = ["--views", "2", "--size", "16", "--batch-size", "16", "--images", "64", "--rounds", "1"]
         return [python(*words, "--data", "None", "--small", data(options), *toy, "--only", "manyview")]
     photos = ["--data", options.photos or "None"]
     small = ["--small", data(options)] if not no_cifar(options) else []
@@ -130,18 +128,11 @@ def step(options: Options, _: float) -> list[list[str]]:
 
 
 def objective(options: Options, _: float) -> list[list[str]]:
-    sizes = ["2", "16"] if options.rehearse else ["2,4,8,16", "256,2048,8192"]
-    words = [
-        "--views",
-        sizes[0],
-        "--dim",
-        sizes[1],
-        "--json",
-        options.out / "objective.json",
-        "--device",
-        device(options),
-    ]
-    return [python("tools/profile.py", "objective", *words)]
+    words = ["tools/profile.py", "objective", "--json", options.out / "objective.json", "--device", device(options)]
+    if options.rehearse:
+        toy = ["--rounds", "1", "--batch-size", "16", "--backbone", "resnet10-narrow", "--sizes", "32"]
+        return [python(*words, "--views", "2", "--dim", "16", *toy)]
+    return [python(*words, "--views", "2,4,8,16", "--dim", "256,2048,8192")]
 
 
 def probes(options: Options, _: float) -> list[list[str]]:
@@ -166,13 +157,7 @@ def no_images(options: Options) -> str:
 STEPS = [
     Step("prepare", 60, "CIFAR-10 as shards", prepare, no_cifar),
     Step("tests", 60, "pixels, no waiting for the GPU, stop and resume", tests),
-    Step(
-        "accuracy",
-        480,
-        "CIFAR-10 after eight minutes: kNN and linear, one clean view, test split once",
-        accuracy,
-        no_cifar,
-    ),
+    Step("accuracy", 480, "CIFAR-10 after eight minutes: kNN and linear, one clean view", accuracy, no_cifar),
     Step("views", 120, "views/s: the fused kernels, DALI's graph, kornia, the decode alone", views, no_images),
     Step("step", 90, "the training step with data beside the bare one", step, no_cifar),
     Step("objective", 60, "what the objectives cost", objective),
@@ -260,18 +245,10 @@ def write_page(options: Options, about: dict) -> None:
     for one in STEPS:
         row = rows_of(options, about).get(one.name, {"status": "not begun"})
         log = options.out / f"{one.name}.txt"
-        tail = (
-            [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-2:] if log.exists() else []
-        )
+        said = log.read_text(errors="replace").splitlines() if log.exists() else []
+        tail = "<br>".join(line.replace("|", "/")[:160] for line in [line for line in said if line.strip()][-2:])
         ended = f"{row['status']}: {row['reason']}" if "reason" in row else row["status"]
-        cells = [
-            one.name,
-            one.shows,
-            ended,
-            row.get("seconds", ""),
-            "<br>".join(line.replace("|", "/")[:160] for line in tail),
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append(f"| {one.name} | {one.shows} | {ended} | {row.get('seconds', '')} | {tail} |")
     (options.out / "README.md").write_text("\n".join(lines) + "\n")
 
 
