@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from isal.isal_zlib import crc32
 
 from manyview.pipeline import index
@@ -17,7 +16,6 @@ from manyview.pipeline.store import Store
 
 KEY = 28  # bytes of a key, as ImageNet's
 CHUNK = 4_000_000  # rows of an index that are generated at a time
-READS = 1000
 
 
 def generate(out: Path, n: int, image_bytes: int, per_shard: int) -> None:
@@ -64,22 +62,6 @@ def column(name: str, row: np.ndarray, image_bytes: int, per_shard: int, crc: in
         "height": 300 + row % 201, "width": 500 - row % 101, "crc": crc, "kind": 0, "key_starts": row * KEY,
     }  # fmt: skip
     return np.broadcast_to(values[name], len(row))
-
-
-def opened(folder: str) -> dict[str, float]:
-    """In a process of its own: seconds and bytes that opening takes, then random reads and a pass over all labels."""
-    process = psutil.Process()
-    empty, begun = process.memory_info().rss, time.perf_counter()
-    store = Store(folder)
-    seconds, resident = time.perf_counter() - begun, process.memory_info().rss
-    begun = time.perf_counter()
-    for i in range(READS):
-        store.read(i * 9973 % len(store))
-    store.key(len(store) - 1)
-    read = time.perf_counter() - begun
-    store.labels.sum()
-    return {"open_s": seconds, "open_bytes": resident - empty, "rss_bytes": process.memory_info().rss,
-            "read_us": 1e6 * read / READS, "rows": len(store), "empty_bytes": empty}  # fmt: skip
 
 
 def started(folder: str, order: str, batch: int, world: int) -> dict[str, float]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from math import sqrt
 
 import numpy as np
 
 from manyview.pipeline.bucket import SLACK
-from manyview.pipeline.plan import BLOCK, MIXED, Plan
+from manyview.pipeline.plan import Plan
 from manyview.pipeline.storage import PIECE
 
 LIMIT = 2_500_000  # images of a node that are replayed an epoch; of a longer epoch the first so many
@@ -125,31 +124,3 @@ def _pieces(ids: np.ndarray | None, per_piece: int) -> list[int]:
         return []
     pieces = ids // per_piece
     return pieces[np.r_[True, pieces[1:] != pieces[:-1]]].tolist()
-
-
-def formula(cluster: Cluster) -> tuple[float, float]:
-    """Pieces that a node fetches in its first and in its third epoch, from averages.
-
-    In every visit (a window in `blocks` order, a batch in random order) the node asks for `asked` pieces, from a part of the
-    set that is its share and a margin of two standard deviations on both sides, since where a batch is cut is a matter of
-    chance, among `blocks` the more so. Of what it asks for, it has the share of its part that its cache holds.
-    """
-    c, p = cluster, 1 / cluster.nodes
-    margin = 2.0 if c.nodes > 1 else 0.0  # four standard deviations of a fair coin's share: a cut in the middle
-    if c.order == "blocks":
-        visit = min(c.images, max(MIXED, c.batch))
-        samples = visit * min(1.0, p + margin * sqrt(1 / c.batch - 1 / visit))
-        asked = samples / c.per_piece * (1 + (c.per_piece - 1) / BLOCK)
-        part = min(1.0, p + margin / sqrt(visit / BLOCK))
-        visits, held = c.images / visit, part * c.pieces
-        an_epoch = min(1.0, visits * asked / held)  # visits of an epoch have no block in common
-    else:
-        part = min(1.0, p + margin / sqrt(c.batch))
-        visits, held = c.images / c.batch, part * c.pieces
-        asked = held * (1 - (1 - 1 / held) ** (c.batch * p))
-        an_epoch = 1 - (1 - asked / held) ** visits
-    seen = [held * (1 - (1 - an_epoch) ** epochs) for epochs in (1, 2, 3)]
-    if c.limit >= held:
-        return seen[0], seen[2] - seen[1]
-    again = visits * asked * (1 - c.limit / held)
-    return max(again, min(c.limit, seen[0])), again

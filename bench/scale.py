@@ -4,8 +4,8 @@
 
 Measured: an index of that many samples is generated, and a fresh process opens it, plans and takes its first batch.
 Replayed: what one node fetches from a bucket into its cache, step by step, through the plan of pipeline/plan.py and the
-policy of pipeline/bucket.py. Computed from that: bandwidths, and where more nodes stop helping. Writes scale.md, .json,
-.csv and .png.
+policy of pipeline/bucket.py. Computed from that: bandwidths, and where more nodes stop helping. Writes scale.md, .json
+and .csv.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from manyview.bench import large_index, output
 from manyview.bench.harness import CPU, spent
 from manyview.bench.output import number, quantity, table
-from manyview.bench.replay import Cluster, Epoch, formula, replay
+from manyview.bench.replay import Cluster, Epoch, replay
 from manyview.pipeline import index
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.plan import MIXED, ORDERS, permutation, shuffle_quality
@@ -63,7 +63,7 @@ class Args:
     scratch: Path | None = None
     """Where the generated index lies for a moment (75 bytes a sample); a temporary folder if not given."""
     out: Path = Path("results")
-    """Where scale.md, scale.json, scale.csv and scale.png go."""
+    """Where scale.md, scale.json and scale.csv go."""
 
 
 def main(argv: list[str]) -> None:
@@ -89,7 +89,6 @@ def main(argv: list[str]) -> None:
     result = {"settings": output.settings(args), "environment": output.environment(CPU, "plan", argv), "sets": sets}
     rows, text = [{"images": one["images"]} | row for one in sets for row in one["rows"]], page(result)
     output.write(args.out / "scale.json", result, text, rows)
-    draw(result, args.out / "scale.png")
     print(text)
 
 
@@ -130,15 +129,13 @@ def qualities(n: int) -> dict[str, float]:
 
 
 def scaled(n: int, nodes: int, order: str, args: Args) -> dict[str, Any]:
-    """One row: what a node fetches by replay and by formula, and what follows for bandwidths."""
+    """One row: what a node fetches, and what follows for bandwidths."""
     cluster = Cluster(n, nodes, nodes * args.gpus * args.batch_per_gpu, 1e3 * args.image_kb, 1e9 * args.cache_gb, order)
     first, _, later = replay(cluster, 3)
     gb = cluster.piece_bytes / 1e9
-    guessed = [pieces * gb for pieces in formula(cluster)]
     return {
         "nodes": nodes, "order": order, "batch": cluster.batch, "share": first.share, "own_gb": n * args.image_kb / 1e6 / nodes,
         "first_gb": first.fetched / first.share * gb, "later_gb": later.fetched / later.share * gb,
-        "formula_first_gb": guessed[0], "formula_later_gb": guessed[1],
         "first_hits": first.hits, "later_hits": later.hits, "late": later.late / later.images,
         **bandwidth(cluster, first, later, args),
     }  # fmt: skip
@@ -189,7 +186,7 @@ STARTED = [
     "own memory",
     "peak",
 ]
-REPLAYED = ("set", "order", "nodes", "own", "first", "formula", "later", "formula", "hits", "late", "replayed")
+REPLAYED = ("set", "order", "nodes", "own", "first", "later", "hits", "late", "replayed")
 COMPUTED = ("set", "order", "nodes", "into a node, GB/s: first", "later", "from the storage: first", "later",
             "speed: first", "later", "images/s, later", "steps an epoch", "global batch")  # fmt: skip
 
@@ -231,7 +228,7 @@ def page(result: dict[str, Any]) -> str:
         " ahead; what was announced longest ago goes). GB a node and epoch; `own` is its images' bytes, the least there is"
         " without a cache. The third epoch stands for all later ones. `hits`: announced images that were there, later."
         " `late`: images whose piece was fetched and gone again before it was read. Where `replayed` is below 100 %, that"
-        " much of each epoch was, and the rest is in proportion. `formula`: from averages alone, what one would have guessed.",
+        " much of each epoch was, and the rest is in proportion.",
         table(REPLAYED, [replayed(one, row) for one, row in every], left=2),
         "## Computed: bandwidth, and where it stops",
         f"At {s['images_per_s']:g} images/s a GPU, from the bytes above. Taken as given: {s['node_gb_s']:g} GB/s into a node,"
@@ -240,7 +237,6 @@ def page(result: dict[str, Any]) -> str:
         "The number of nodes (of those above, or exactly) from which on something is the limit. Fewer shards than GPUs stop"
         " loaders that give each worker shards of its own; here samples are dealt, not shards, and it is no limit.",
         table(["set", "order", *bounds(sets[0], ORDERS[0], s)], limits, left=2),
-        "![share of full speed by nodes](scale.png)",
     )
 
 
@@ -262,7 +258,7 @@ def started(one: dict[str, Any], order: str) -> list[str]:
 
 
 def replayed(one: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    sizes = [number(row[f"{key}_gb"]) for key in ("own", "first", "formula_first", "later", "formula_later")]
+    sizes = [number(row[f"{key}_gb"]) for key in ("own", "first", "later")]
     shares = [f"{row[key]:.1%}" for key in ("later_hits", "late")]
     return [name_of(one["images"]), row["order"], f"{row['nodes']}", *sizes, *shares, f"{row['share']:.0%}"]
 
@@ -272,30 +268,3 @@ def computed(one: dict[str, Any], row: dict[str, Any]) -> list[str]:
     speeds = [f"{row[key]:.0%}" for key in ("first_speed", "later_speed")]
     counts = [f"{row['images_per_s']:,.0f}", number(row["steps"]), f"{row['batch']:,}"]
     return [name_of(one["images"]), row["order"], f"{row['nodes']}", *rates, *speeds, *counts]
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """The share of full speed against the number of nodes, a panel a set."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    nodes, sets = sorted(result["settings"]["nodes"]), result["sets"]
-    figure, axes = plt.subplots(1, len(sets), figsize=(4.2 * len(sets), 3.8), sharey=True, squeeze=False)
-    for axis, one in zip(axes[0], sets):
-        for order, color, width in zip(ORDERS, ("tab:blue", "tab:orange"), (5, 2)):  # both are seen where they coincide
-            rows = sorted((row for row in one["rows"] if row["order"] == order), key=lambda row: row["nodes"])
-            for epoch, style, label in (("first", "--", "first epoch"), ("later", "-", "later epochs")):
-                y = [100 * row[f"{epoch}_speed"] for row in rows]
-                look: Any = {"color": color, "linewidth": width, "marker": "o", "markersize": width + 2}
-                axis.plot(nodes, y, style, label=f"{order}, {label}", **look)
-        axis.set(xscale="log", xlabel="nodes", title=name_of(one["images"]), ylim=(0, 105), xticks=nodes)
-        axis.set_xticklabels(nodes)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("% of full speed that storage and network allow")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

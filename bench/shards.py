@@ -6,9 +6,9 @@ looks at nothing cannot be compared with one that decodes every image:
 `checked`  no image comes in whose data do not decode to their end
 `copied`   bytes are moved as they are
 In both, `webdataset.ShardWriter` is there twice: as it is, and doing by hand all that ours does, so that only the writers differ.
-Pieces: what each part of that work costs alone. Statistics: how far ours are from those of all pixels.
+Pieces: what each part of that work costs alone.
 Reading: random reads through `Store` (map, checksum, array) against plain `pread` of the same ranges in the same order.
-Index: 14 million samples made, opened and read. Writes results/shards.md, .json and .csv.
+Writes results/shards.md, .json and .csv.
 """
 
 from __future__ import annotations
@@ -28,20 +28,19 @@ from typing import Any
 
 import numpy as np
 
-from manyview.bench import large_index, output
+from manyview.bench import output
 from manyview.bench.harness import CPU, Call, interleaved, spent, tree_seconds
 from manyview.bench.limits import forget
 from manyview.bench.writers import CONTENDERS, photos
 from manyview.pipeline import codec
 from manyview.pipeline.convert import moments
 from manyview.pipeline.convert.sources import read_bytes
-from manyview.pipeline.convert.write import CHECKS, FORMATS, write_shards
+from manyview.pipeline.convert.write import FORMATS, write_shards
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import Options
 from manyview.pipeline.store import Store
 
 PACKAGES = ("webdataset", "ffcv", "litdata", "simplejpeg", "isal", "numpy", "torch", "opencv-python-headless")
-SAMPLE, A_SHARD = 100_000, 2500  # of the large index: bytes a sample, samples a shard
 
 
 @dataclass
@@ -56,12 +55,10 @@ class Args:
     """Interleaved rounds of every contender."""
     jobs: int = 2
     """Processes of every contender."""
-    rows: int = 14_000_000
-    """Samples of the large index."""
 
 
 def main(argv: list[str]) -> None:
-    args = output.parse(Args, argv, __doc__, "shards", rounds=1, jobs=1, rows=1)
+    args = output.parse(Args, argv, __doc__, "shards", rounds=1, jobs=1)
     if not args.source.is_dir() or not photos(args.source):
         raise UserError(f"--source {args.source} {'holds no photos' if args.source.is_dir() else 'is no folder'}")
     if args.scratch is not None and not args.scratch.is_dir():
@@ -76,8 +73,8 @@ def main(argv: list[str]) -> None:
             "environment": output.environment(CPU, "shards", argv),
             "packages": {name: output.version(name) or "none" for name in PACKAGES},
             "images": len(files), "megabytes": sum(os.path.getsize(path) for path, _ in files) / 1e6,
-            "index": index(args, scratch), "reading": reading(args, scratch), "encodings": encodings(args, scratch),
-            "statistics": statistics(args, scratch), "pieces": pieces(args), "conversion": conversion(args, scratch, len(files)),
+            "reading": reading(args, scratch), "encodings": encodings(args, scratch), "pieces": pieces(args),
+            "conversion": conversion(args, scratch, len(files)),
         }  # fmt: skip
     text = page(result)
     output.write(args.out / "shards.json", result, text, result["conversion"])
@@ -172,16 +169,6 @@ def each(work: Callable, items: list) -> None:
         work(item)
 
 
-def statistics(args: Args, scratch: Path) -> dict[str, list[list[float]]]:
-    """Mean and standard deviation a channel: of all pixels, and as each kind of check has them."""
-    stores = {check: written(args, scratch / check, Options("folder", check=check)) for check in CHECKS}
-    data = next(iter(stores.values()))
-    total = sum((moments.of_pixels(codec.decode(data.read(i))) for i in range(len(data))), moments.nothing())
-    mean, square = moments.average(total)
-    of_checks = {f"--check {check}": [list(store.mean), list(store.std)] for check, store in stores.items()}
-    return {"all pixels": [mean.tolist(), np.sqrt(square - mean**2).tolist()], **of_checks}
-
-
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
@@ -241,20 +228,6 @@ def psnr(reference: Store, data: Store) -> float | None:
     return 10 * float(np.log10(255**2 / mean)) if mean else None
 
 
-def index(args: Args, scratch: Path) -> dict[str, float]:
-    """A store of `rows` samples (its shards are holes of the right size), opened by a fresh process."""
-    out = scratch / "large"
-    out.mkdir()
-    seconds = spent(lambda: large_index.generate(out, args.rows, SAMPLE, A_SHARD)).wall
-    runs = []
-    for _ in range(args.rounds):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            runs.append(process.submit(large_index.opened, str(out)).result())
-    size = (out / "train.index").stat().st_size
-    shutil.rmtree(out)
-    return {key: median(row[key] for row in runs) for key in runs[0]} | {"made_s": seconds, "file_bytes": size}
-
-
 # --- results --------------------------------------------------------------------------------------------------------
 
 TEXTS = {
@@ -268,7 +241,7 @@ TEXTS = {
 
 def page(result: dict[str, Any]) -> str:
     """results/shards.md"""
-    large, env = result["index"], result["environment"]
+    env = result["environment"]
     versions = ", ".join(
         f"{name} {version}" for name, version in {"python": env["python"], **result["packages"]}.items()
     )
@@ -285,7 +258,7 @@ def page(result: dict[str, Any]) -> str:
     reads = [[name, state, f"{row[f'store {state}']:.0f}", f"{row[f'pread {state}']:.0f}", f"{row[f'rate of pread {state}']:.0%}"]
              for name, row in result["reading"].items() for state in ("warm", "cold")]  # fmt: skip
     return output.document(
-        "# Shards: conversion, reading, index",
+        "# Shards: conversion and reading",
         f"`python {env['command']}`, commit {env['commit']}, {env['device']}, no GPU; load when it began {env['load']:.1f}.\n"
         f"Versions: {versions}.",
         f"## Conversion of {result['images']} photos, {result['megabytes']:.0f} MB",
@@ -296,10 +269,6 @@ def page(result: dict[str, Any]) -> str:
         output.table(["ENCODING", "kB/image", "read and decode, core-ms/image", "PSNR, dB"], encoded),
         "## Random reads through the store, checksum included",
         output.table(["format", "files", "Store.read, µs", "os.pread, µs", "rate of pread"], reads, left=2),
-        f"## An index of {large['rows']:,.0f} samples",
-        f"{large['file_bytes'] / 1e9:.2f} GB on disk; opens in {large['open_s']:.3f} s and {large['open_bytes'] / 1e6:.0f} MB."
-        f" After 1000 random reads and a pass over all labels the whole process has {large['rss_bytes'] / 1e6:.0f} MB resident,"
-        f" {large['empty_bytes'] / 1e6:.0f} MB of them Python and its modules.",
     )
 
 
@@ -314,8 +283,6 @@ def parts(result: dict[str, Any]) -> list[str]:
                          f" {second[what]:.4g}")  # fmt: skip
     extra = cost["SHA-256"] + cost["CRC-32"] + cost["parse the header"]
     extra += (cost["decode completely"] + cost["statistics of all pixels"]) / 16
-    channels = [[name, *("/".join(f"{value:.2f}" for value in values) for values in pair)]
-                for name, pair in result["statistics"].items()]  # fmt: skip
     return [
         "## What it consists of",
         output.table(
@@ -327,8 +294,4 @@ def parts(result: dict[str, Any]) -> list[str]:
         " the writing differs. Tried: libjpeg's fast transform and upsampling (no faster than the exact ones, which have vector"
         " code too); one system call a sample or a megabyte (no difference in the sum); fewer, larger hash updates and a header"
         " in one piece (a few microseconds each, kept).",
-        "## Statistics",
-        "Mean and deviation a channel, from thumbnails of all photos and the pixels of a sixteenth (`decode`), and from a"
-        " sixteenth alone (`headers`).",
-        output.table(["from", "mean", "standard deviation"], channels),
     ]

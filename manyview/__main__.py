@@ -22,7 +22,6 @@ COMMANDS = {
     "sweep": "a grid of training runs",
     "report": "the page about the paper's claims",
     "submit": "train on SLURM",
-    "theory": "draw what the objective's terms do",
     "doctor": "what there is on this machine, and what is lost without the rest",
 }
 

@@ -33,8 +33,6 @@ def parse(words: list[str]) -> Any:
     if tool == "tools/profile.py":
         name = profile.MODULES.get(rest[0], rest[0])
         return tyro.cli(importlib.import_module(f"manyview.bench.{name}").Args, args=rest[1:])
-    if tool == "tools/theory.py":
-        return tyro.cli(importlib.import_module("manyview.bench.theory").Args, args=rest)
     spec = importlib.util.spec_from_file_location("tool", ROOT / tool)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -121,18 +121,6 @@ def test_a_part_of_an_epoch_stands_for_it():
     assert part.fetched / part.share == pytest.approx(whole.fetched, rel=0.15)  # it begins with an empty cache
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("nodes", [1, 4, 32])
-@pytest.mark.parametrize("cache", [0.25, 1.1])
-def test_the_formula_is_near(order, nodes, cache):
-    c = cluster(400_000, nodes, cache, order, batch=2048)
-    first = replay.replay(c, 1)[0]
-    guessed = replay.formula(c)
-    assert guessed[0] == pytest.approx(first.fetched - first.late, rel=0.05 if order == "random" else 0.3)
-    if cache > 1 and nodes == 1:
-        assert guessed == (pytest.approx(c.pieces, rel=0.02), pytest.approx(0, abs=1))
-
-
 def test_the_generated_index_is_an_index(tmp_path):
     large_index.generate(tmp_path, 10_007, 1000, 300)
     store = Store(tmp_path)
@@ -145,7 +133,7 @@ def test_the_generated_index_is_an_index(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_writes_page_table_and_picture(tmp_path, capsys):
+def test_the_command_writes_page_and_table(tmp_path, capsys):
     scale.main(["--images", "1e5", "2e5", "--nodes", "1", "16", "--out", str(tmp_path)])
     text = (tmp_path / "scale.md").read_text()
     assert text in capsys.readouterr().out and text.index("## Measured") < text.index("## Replayed") < text.index(
@@ -163,7 +151,6 @@ def test_the_command_writes_page_table_and_picture(tmp_path, capsys):
     )
     assert one["first_node_gb_s"] == pytest.approx(0.44, rel=0.01)  # 4,000 images/s of 110 kB
     assert len((tmp_path / "scale.csv").read_text().splitlines()) == 1 + 2 * 2 * 2
-    assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
 def test_bandwidth_and_where_it_stops():

@@ -13,8 +13,5 @@ done
 [[ -n ${PHOTOS:-} ]] && $python tools/profile.py shards --source "$PHOTOS"
 $python tools/profile.py peers --data shards/photos --small "$small" --views 1,2,4,8,16 --json results/pipeline.json
 $python tools/profile.py objective --views 2,4,8,16 --dim 256,2048,8192 --json results/objective.json
-$python tools/theory.py
 $python tools/profile.py trainer --data "$small"
-$python tools/profile.py throughput --photos shards/photos --cifar "$small"
-$python tools/profile.py jitter --data shards/photos --small "$small" --seeds 8 --json results/jitter.json
 $python tools/profile.py plan

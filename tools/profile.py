@@ -24,8 +24,6 @@ MEASUREMENTS = {  # name: what it measures
     "step": "the training step beside a bare one",
     "memory": "peak memory by views and chunks",
     "trainer": "the last two, as results/trainer.md",
-    "jitter": "the one color map beside torchvision's chain",
-    "throughput": "this project under its own profiler",
     "shards": "conversion and reading beside their peers",
     "plan": "what many machines ask of the storage",
     "bucket": "what a bucket gives, cold and warm",
