@@ -1,7 +1,7 @@
 """What the rows of a study say about the paper's claims, as numbers with intervals. Nothing here draws.
 
 A row is a dict of one run's settings and results (study/sweep.py). Accuracies are shares of 1 in it and percent from
-`by_seed` on. Where the spread between seeds is the same in all settings, it is pooled: three seeds a setting then give an
+`percent` on. Where the spread between seeds is the same in all settings, it is pooled: three seeds a setting then give an
 interval with the degrees of freedom of all of them. Verdicts are tests against a margin, with Holm's correction for all
 verdicts of a page.
 """
@@ -9,6 +9,7 @@ verdicts of a page.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from manyview.study.sweep import RESULTS, Settings, Study, name_of, run_of
+from manyview.study.sweep import RESULTS, Settings, Study, finished, name_of
 
 Row = dict[str, Any]
 Sample = list[float]  # one value a seed
@@ -28,11 +29,16 @@ LEVEL = 0.05  # of tests; intervals are the other 95 %
 # --- rows
 
 
-def rows_of(study: Study, path: Path, grid: str) -> list[Row]:
-    """The finished rows of one grid, numbers as numbers, `beta` as a number too and `c` = beta x D beside it."""
-    with path.open(newline="") as file:
-        done = {run_of(study, row): row for row in csv.DictReader(file)}
-    return [typed({**study.train, **done[name_of(s)]}) for s in study.grids.get(grid, []) if name_of(s) in done]
+def rows_of(study: Study, path: Path, *grids: str) -> list[Row]:
+    """The finished rows of these grids, each once, numbers as numbers, `beta` as a number too and `c` = beta x D beside it."""
+    done = finished(study, path)
+    names = {name_of(settings): None for grid in grids for settings in study.grids.get(grid, [])}
+    return [typed({**study.train, **done[name]}) for name in names if name in done]
+
+
+def curves(path: Path) -> list[Row]:
+    """The online probe on held-out training images while training; none where the file is not there."""
+    return [typed(row) for row in csv.DictReader(io.StringIO(path.read_text()))] if path.exists() else []
 
 
 def typed(row: Settings) -> Row:
@@ -65,6 +71,11 @@ def percent(rows: list[Row], score: str = "linear", **settings: Any) -> Sample:
 
 def values(rows: list[Row], key: str) -> list[Any]:
     return sorted({row[key] for row in rows})
+
+
+def cost(rows: list[Row]) -> float:
+    """Core-seconds a view, of the fastest run: neighbours on the machine can only slow one."""
+    return min(row["core_seconds"] / row["views_seen"] for row in rows)
 
 
 # --- estimates
@@ -133,11 +144,11 @@ class Spread:
 
 def spread(rows: list[Row], score: str = "linear") -> Spread:
     """Of this accuracy over all settings that have several seeds."""
-    by_setting: dict[str, dict[int, float]] = {}  # a run that several grids hold counts once
+    by_setting: dict[str, Sample] = {}
     for row in rows:
         settings = name_of({k: v for k, v in row.items() if k not in (*RESULTS, "seed")})
-        by_setting.setdefault(settings, {})[row["seed"]] = 100 * row[score]
-    groups = [list(group.values()) for group in by_setting.values() if len(group) > 1]
+        by_setting.setdefault(settings, []).append(100 * row[score])
+    groups = [group for group in by_setting.values() if len(group) > 1]
     if len(groups) < 2:
         return Spread()
     dof = sum(len(group) - 1 for group in groups)

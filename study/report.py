@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import EngFormatter, LogLocator
 
 from manyview.bench.output import table
 from manyview.pipeline.errors import UserError
-from manyview.study import claims, sweep
+from manyview.study import claims, figures, sweep
 from manyview.study.claims import Claim, Row, Sample, Spread, estimate, percent, select, values
-from manyview.study.sweep import Study
-from manyview.training.plots import STYLE
+from manyview.study.sweep import Settings, Study
 
 POINT = 1.0  # percentage points within which two accuracies count as the same, as the paper's claims are worded
 MARGIN = 0.05  # of accuracy, by which anything trained must beat the untrained network
 LOSS = 5.0  # points that a beta which suits the largest D should cost a small one
 LEVEL = 0.5  # points that "at least level" may be below
-MARKERS = "osD^v<>"
 Lines = list[str | Claim]
 
 
@@ -39,7 +30,7 @@ def main(studies: list[Path], out: Path, must_hold: bool = False) -> int:
     for path in studies:
         rows = out.parent / f"{path.stem}.csv"
         if rows.exists():
-            lines += Page(sweep.read(path), path, rows, out.parent / "paper").lines()
+            lines += page(path, rows, out.parent / "paper")
             wrong += check(sweep.read(path), rows) if must_hold else []
         else:
             lines += [f"## {path.stem}", "", f"Not run yet: `python tools/sweep.py {path.as_posix()}`.", ""]
@@ -70,67 +61,63 @@ def check(study: Study, table: Path) -> list[str]:
     return wrong
 
 
-@dataclass
-class Page:
+def page(path: Path, rows_csv: Path, pictures: Path) -> Lines:
     """One study's part of the page; its pictures are written beside."""
+    study = sweep.read(path)
+    spread = claims.spread(claims.rows_of(study, rows_csv, *study.grids))
+    untrained, strong, forms = (claims.rows_of(study, rows_csv, grid) for grid in ("untrained", "projector", "forms"))
+    views = claims.rows_of(study, rows_csv, "views", "steps", "scarce", "longer")
+    scarce = claims.rows_of(study, rows_csv, "scarce")
+    pictures.mkdir(parents=True, exist_ok=True)
+    picture = {what: pictures / f"{study.name}-{what}.png" for what in ("projector", "convergence", "data")}
+    lines: Lines = [
+        f"## {study.name}",
+        "",
+        *setup(study, path, sweep.finished(study, rows_csv), percent(untrained), spread),
+    ]
+    if len(values(strong, "projector_dim")) > 1:
+        lines += [*projector(strong, percent(untrained), spread, picture["projector"]), *law(claims.gridded(strong))]
+    if views:
+        lines += convergence(views, claims.curves(rows_csv.with_suffix(".curves.csv")), spread, picture["convergence"])
+        lines += [*images(views, scarce, spread, picture["data"]), *costs(views)]
+    if forms:
+        lines += off_diagonals(forms, spread)
+    reading = path.with_suffix(".md")  # what a person makes of it
+    return [*lines, *(section("### What this says", reading.read_text().strip()) if reading.exists() else [])]
 
-    study: Study
-    path: Path  # of the study
-    table: Path  # its rows
-    pictures: Path  # folder
 
-    def lines(self) -> Lines:
-        self.pictures.mkdir(parents=True, exist_ok=True)
-        rows = {grid: claims.rows_of(self.study, self.table, grid) for grid in self.study.grids}
-        spread = claims.spread([row for grid in rows.values() for row in grid])
-        views = [row for grid in ("views", "steps", "scarce", "longer") for row in rows.get(grid, [])]
-        lines: Lines = [f"## {self.study.name}", "", *self.setup(rows, spread)]
-        with plt.rc_context(STYLE):
-            if rows.get("projector"):
-                lines += projector(rows["projector"], rows.get("untrained", []), spread, self.picture("projector"))
-            if rows.get("views"):
-                lines += convergence(views, self.points(), spread, self.picture("convergence"))
-                lines += images(views, rows.get("scarce", []), spread, self.picture("data"))
-                lines += costs(views)
-        if rows.get("forms"):
-            lines += forms(rows["forms"], spread)
-        reading = self.path.with_suffix(".md")  # what a person makes of it
-        return [*lines, "### What this says", "", reading.read_text().strip(), ""] if reading.exists() else lines
+def setup(study: Study, path: Path, done: dict[str, Settings], untrained: Sample, spread: Spread) -> Lines:
+    """Who made the numbers: command, commits, machines, what all runs share; what is pending; how they are judged."""
+    commits, machines = (", ".join(sorted({row[key] for row in done.values()})) for key in ("commit", "machine"))
+    train = {k: v for k, v in study.train.items() if not k.endswith("every")}
+    shared, probe = (", ".join(f"{k} {v}" for k, v in settings.items()) for settings in (train, study.probe))
+    return [
+        f"`python tools/sweep.py {path.as_posix()}`: {len(done)} of {len(study.runs)} runs,"
+        f" {total(done, 'core_seconds') / 3600:.1f} core-hours of training; commit {commits}; {machines}. All runs: {shared}."
+        f" Probe: evaluation's linear-sweep (bn), {probe or 'as it is'}. Untrained: {cell(spread, untrained)} % linear.",
+        "",
+        *pending(study, done),
+        *([pooling(spread), ""] if spread.dof else []),
+    ]
 
-    def picture(self, what: str) -> Path:
-        return self.pictures / f"{self.study.name}-{what}.png"
 
-    def points(self) -> list[Row]:
-        """Of the curves: the online probe on held-out training images while training."""
-        path = self.table.with_suffix(".curves.csv")
-        if not path.exists():
-            return []
-        with path.open(newline="") as file:
-            return [claims.typed(row) for row in csv.DictReader(file)]
+def pending(study: Study, done: dict[str, Settings]) -> Lines:
+    """What is missing, and the core-hours that it needs at the pace of what is there."""
+    missing = [run for run in study.runs if sweep.name_of(run) not in done]
+    if not missing:
+        return []
+    counts = {grid: sum(run in missing for run in runs) for grid, runs in study.grids.items()}
+    parts = ", ".join(f"{count} of {len(study.grids[grid])} in {grid}" for grid, count in counts.items() if count)
+    pace = total(done, "core_seconds") / max(1, total(done, "views_seen"))
+    hours = pace * sum(run["budget"] for run in missing) / 3600
+    return [
+        f"**Pending**: {parts}; {hours:.1f} core-hours of training. The same command does only what is missing.",
+        "",
+    ]
 
-    def setup(self, rows: dict[str, list[Row]], spread: Spread) -> Lines:
-        """Who made the numbers: command, commits, machines, what all runs share; what is pending; how they are judged."""
-        with self.table.open(newline="") as file:
-            stored = list(csv.DictReader(file))
-        commits, machines = (", ".join(sorted({row[key] for row in stored})) for key in ("commit", "machine"))
-        core = sum(float(row["core_seconds"] or 0) for row in stored) / 3600
-        train = {k: v for k, v in self.study.train.items() if not k.endswith("every")}
-        shared, probe = (", ".join(f"{k} {v}" for k, v in settings.items()) for settings in (train, self.study.probe))
-        untrained = percent(rows.get("untrained", []))
-        done, total = len({sweep.run_of(self.study, row) for row in stored}), len(self.study.runs)
-        return [
-            f"`python tools/sweep.py {self.path.as_posix()}`: {done} of {total} runs, {core:.1f} core-hours of training;"
-            f" commit {commits}; {machines}. All runs: {shared}. Probe: evaluation's linear-sweep (bn),"
-            f" {probe or 'as it is'}. The untrained network: {cell(spread, untrained)} % linear.",
-            "",
-            *([self.pending(rows, done, total), ""] if done < total else []),
-            *([pooling(spread), ""] if spread.dof else []),
-        ]
 
-    def pending(self, rows: dict[str, list[Row]], done: int, total: int) -> str:
-        parts = [f"{len(runs) - len(rows[grid])} of {len(runs)} in {grid}"
-                 for grid, runs in self.study.grids.items() if len(rows[grid]) < len(runs)]  # fmt: skip
-        return f"**Pending: {total - done} runs** ({', '.join(parts)}), by the same command, which does only what is missing."
+def total(done: dict[str, Settings], key: str) -> float:
+    return sum(float(row[key] or 0) for row in done.values())
 
 
 def pooling(spread: Spread) -> str:
@@ -149,43 +136,11 @@ def cell(spread: Spread, sample: Sample) -> str:
     return str(spread.estimate(sample)) if sample else "-"
 
 
-def band(axis: Any, x: list[float], samples: list[Sample], label: str, marker: str, shaded: bool = False) -> None:
-    """Means with each one's own interval: as bars, or for curves of many points as a shade."""
-    points = [(a, estimate(sample)) for a, sample in zip(x, samples) if sample]
-    at, means = [a for a, _ in points], [e.mean for _, e in points]
-    if not shaded:
-        half = [e.half if np.isfinite(e.half) else 0 for _, e in points]
-        axis.errorbar(at, means, half, marker=marker, capsize=3, label=label)
-        return
-    (line,) = axis.plot(at, means, marker=marker, label=label)
-    if all(np.isfinite(e.half) for _, e in points):
-        low, high = [e.low for _, e in points], [e.high for _, e in points]
-        axis.fill_between(at, low, high, color=line.get_color(), alpha=0.12, lw=0)
-
-
-def ticks(axis: Any, at: list[float] | None = None, labels: list[str] | None = None) -> None:
-    """Of a logarithmic axis: where asked for, or plain numbers at 1, 2 and 5."""
-    if at is not None:
-        axis.set_xticks(at, labels, minor=False)
-    else:
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.minorticks_off()
-
-
-def save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
-    plt.close(figure)
-
-
 # --- claims 1 and 2
 
 
-def projector(rows: list[Row], untrained: list[Row], spread: Spread, picture: Path) -> Lines:
+def projector(rows: list[Row], untrained: Sample, spread: Spread, picture: Path) -> Lines:
     dims, cs = values(rows, "projector_dim"), values(rows, "c")
-    if len(dims) < 2:
-        return section("### 1. and 2. Small projectors", "Too few runs yet to compare two D.")
     most = dims[-1]
     tuned = {d: claims.tuned(select(rows, projector_dim=d), "c") for d in dims}
     weak = min(values(select(rows, projector_dim=most), "beta"))
@@ -199,22 +154,7 @@ def projector(rows: list[Row], untrained: list[Row], spread: Spread, picture: Pa
     losses = [(f"At {name}, D = {d}", spread.difference(at[most], at[d])) for name, at in fixed.items() for d in small]
     body = [[d, *(cell(spread, percent(rows, projector_dim=d, c=c)) for c in cs), f"{tuned[d]:g}"] for d in dims]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    for marker, (name, at) in zip(MARKERS, {"beta best for each D": scaled, **fixed}.items()):
-        band(left, dims, list(at.values()), name, marker)
-    if untrained:
-        left.axhline(float(np.mean(percent(untrained))), color="grey", ls=":", label="untrained")
-    left.set(xscale="log", xlabel="projector dimensions D", ylabel="linear, % (test)", title="1. Accuracy against D")
-    ticks(left, dims, [str(d) for d in dims])
-    for marker, d in zip(MARKERS, dims):
-        x = values(select(rows, projector_dim=d), "beta")
-        band(right, x, [percent(rows, "held_out", projector_dim=d, beta=b) for b in x], f"D = {d}", marker)
-    right.set(
-        xscale="log", xlabel="beta", ylabel="linear, % (held-out training)", title="2. The best beta falls with D"
-    )
-    left.legend()
-    right.legend()
-    save(figure, picture)
+    figures.projector(rows, {"beta best for each D": scaled, **fixed}, untrained, spread, picture)
     return [
         *section(
             "### 1. Small projectors suffice",
@@ -227,7 +167,6 @@ def projector(rows: list[Row], untrained: list[Row], spread: Spread, picture: Pa
                 -POINT, POINT) for d in dims[:-1] if 64 <= d <= 256),
         *(Claim(f"{name} loses at least {LOSS:g} points against D = {most}", loss, LOSS) for name, loss in losses if loss),
         "",
-        *law(claims.gridded(rows)),
     ]  # fmt: skip
 
 
@@ -274,9 +213,8 @@ def convergence(rows: list[Row], points: list[Row], spread: Spread, picture: Pat
     whole = select(rows, fraction=max(values(rows, "fraction")))
     first, *others = values(whole, "views")
     lines = section("### 3. More views converge faster")
-    if points := select(points, fraction=max(values(points, "fraction"))) if points else []:
-        curves(points, whole, picture)
-        lines += [f"![convergence](paper/{picture.name})", ""]
+    figures.convergence(select(points, fraction=whole[0]["fraction"]), whole, picture)
+    lines += [f"![convergence](paper/{picture.name})", ""]
     body, equal = [], []
     for batch, alike in batches(whole).items():
         for budget in values(alike, "budget"):
@@ -304,27 +242,6 @@ def convergence(rows: list[Row], points: list[Row], spread: Spread, picture: Pat
     ]
 
 
-def curves(points: list[Row], rows: list[Row], picture: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
-    for marker, (v, b) in zip(MARKERS, sorted({(p["views"], p["batch_size"]) for p in points})):
-        mine = select(points, views=v, batch_size=b)
-        steps = values(mine, "step")
-        samples = [percent(mine, step=s) for s in steps]
-        for axis, scale in zip(axes, (v * b, 1, v * b * cost(select(rows, views=v, batch_size=b)))):
-            band(axis, [s * scale for s in steps], samples, f"V = {v}, {b} images", marker, shaded=True)
-    for axis, label in zip(axes, ("views seen", "steps", "core-seconds of training")):
-        axis.set(xlabel=label, xscale="log")
-        ticks(axis)
-    axes[0].set(ylabel="online linear, % (held-out training)", title="3. More views, faster?")
-    axes[0].legend()
-    save(figure, picture)
-
-
-def cost(rows: list[Row]) -> float:
-    """Core-seconds a view, of the fastest run: neighbours on the machine can only slow one."""
-    return min(row["core_seconds"] / row["views_seen"] for row in rows)
-
-
 def images(rows: list[Row], scarce: list[Row], spread: Spread, picture: Path) -> Lines:
     """Views against images at an equal number of views; the halves of the claim where images are worth something."""
     first, *others = values(rows, "views")
@@ -338,7 +255,7 @@ def images(rows: list[Row], scarce: list[Row], spread: Spread, picture: Path) ->
     ]
     lines = section("### 4. More views replace data")
     if len(values(rows, "fraction")) > 1:
-        pareto(rows, picture)
+        figures.images(rows, spread, picture)
         lines += [f"![views against images](paper/{picture.name})", ""]
     return [
         *lines,
@@ -372,51 +289,12 @@ def instead(rows: list[Row], spread: Spread) -> Lines:
     return lines
 
 
-def pareto(rows: list[Row], picture: Path) -> None:
-    """Accuracy against images, and error against time, of the budget that has most shares of the images."""
-    rows = max((select(rows, budget=b) for b in values(rows, "budget")), key=lambda at: len(values(at, "fraction")))
-    fractions, means = values(rows, "fraction"), []
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    for color, (marker, (v, b)) in enumerate(zip(MARKERS, sorted({(r["views"], r["batch_size"]) for r in rows}))):
-        mine = select(rows, views=v, batch_size=b)
-        shares = values(mine, "fraction")
-        samples = [percent(mine, fraction=f) for f in shares]
-        band(left, shares, samples, f"V = {v}, {b} images a step", marker)
-        spent = cost(mine) * mine[0]["views_seen"]
-        errors = [100 - float(np.mean(sample)) for sample in samples]
-        sizes = [12 + 40 * math.sqrt(f / fractions[-1]) for f in shares]
-        right.scatter(
-            [spent] * len(errors), errors, s=sizes, marker=marker, color=f"C{color}", label=f"V = {v}, {b} images"
-        )
-        means += [(spent, error) for error in errors]
-    # Of means: a front over single runs would be one over lucky seeds.
-    right.step(*zip(*front(means)), where="post", color="0.4", linewidth=1, zorder=0, label="Pareto front")
-    left.set(
-        xscale="log", xlabel="share of the training images", ylabel="linear, % (test)", title="4. Views against images"
-    )
-    ticks(left, fractions, [f"{100 * f:g}%" for f in fractions])
-    right.set(xlabel="core-seconds of training", ylabel="error, %", title="Error against time (larger: more images)")
-    left.legend()
-    right.legend()
-    save(figure, picture)
-
-
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (time, error) points that no other is better than in both, in order of time."""
-    best: list[tuple[float, float]] = []
-    for time, error in sorted(points):
-        if not best or error < best[-1][1]:
-            best.append((time, error))
-    return best
-
-
 def costs(rows: list[Row]) -> Lines:
-    groups = [select(rows, views=v, batch_size=b) for v, b in sorted({(r["views"], r["batch_size"]) for r in rows})]
-    body = [
-        [f"V = {g[0]['views']}, {g[0]['batch_size']} images a step", f"{1e3 * cost(g):.3g}",
-         f"{1e3 * cost(g) * g[0]['views'] * g[0]['batch_size']:.3g}", f"{np.median([r['peak_bytes'] for r in g]) / 2**20:.0f}"]
-        for g in groups
-    ]  # fmt: skip
+    body = []
+    for v, b in sorted({(row["views"], row["batch_size"]) for row in rows}):
+        mine = select(rows, views=v, batch_size=b)
+        peak, ms = np.median([row["peak_bytes"] for row in mine]) / 2**20, 1e3 * claims.cost(mine)
+        body.append([f"V = {v}, {b} images a step", f"{ms:.3g}", f"{ms * v * b:.3g}", f"{peak:.0f}"])
     return section(
         "### 5. What it costs",
         "Whole step (data, backbone, projector, loss, optimizer) of the fastest run, since neighbours on the machine can only"
@@ -425,7 +303,7 @@ def costs(rows: list[Row]) -> Lines:
     )
 
 
-def forms(rows: list[Row], spread: Spread) -> Lines:
+def off_diagonals(rows: list[Row], spread: Spread) -> Lines:
     """Barlow's three off-diagonals."""
     vs, names = values(rows, "views"), values(rows, "form")
     body = [[name, *(cell(spread, percent(rows, form=name, views=v)) for v in vs)] for name in names]
