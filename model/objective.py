@@ -209,8 +209,8 @@ def barlow(
     - `pairs`: the mean of the loss over pairs of views, quadratic in V in time and, at V^2 D^2, in memory. Barlow
       Twins itself at V = 2; for reference.
 
-    `mean` is the default by measured accuracy: on CIFAR-10, three seeds, it is ahead of `pairs` by 1.7 +- 1.3 points at
-    V = 2 and no form is behind another at V = 4 and 8 (results/paper.md); it is also the cheapest (results/objective.md).
+    `mean` is the default by its cost (results/objective.md); in accuracy it is behind no other form at V = 2, 4 and 8
+    (results/paper.md).
     `standardize` per view is the textbook's, and lets no shift between views hide; pooled is the paper's.
     `local` marks views (multi-crop) that are pulled to the mean of the global ones and enter nothing else.
     """

@@ -1,7 +1,7 @@
 """What the rows of a study say about the paper's claims, as numbers with intervals. Nothing here draws.
 
 A row is a dict of one run's settings and results (study/sweep.py). Accuracies are shares of 1 in it and percent from
-`by_seed` on. Where the spread between seeds is the same in all settings, it is pooled: three seeds a setting then give an
+`percent` on. Where the spread between seeds is the same in all settings, it is pooled: three seeds a setting then give an
 interval with the degrees of freedom of all of them. Verdicts are tests against a margin, with Holm's correction for all
 verdicts of a page.
 """
@@ -9,8 +9,9 @@ verdicts of a page.
 from __future__ import annotations
 
 import csv
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,26 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from manyview.study.sweep import RESULTS, Settings, Study, name_of
+from manyview.study.sweep import RESULTS, Settings, Study, finished, name_of
 
 Row = dict[str, Any]
-BySeed = dict[int, float]
+Sample = list[float]  # one value a seed
 LEVEL = 0.05  # of tests; intervals are the other 95 %
 
 
 # --- rows
 
 
-def rows_of(study: Study, path: Path, grid: str) -> list[Row]:
-    """The finished rows of one grid, numbers as numbers, `beta` as a number too and `c` = beta x D beside it."""
-    with path.open(newline="") as file:
-        done = {name_of({c: r[c] for c in study.columns if r[c] != ""}): r for r in csv.DictReader(file)}
-    return [typed({**study.train, **done[name_of(s)]}) for s in study.grids.get(grid, []) if name_of(s) in done]
+def rows_of(study: Study, path: Path, *grids: str) -> list[Row]:
+    """The finished rows of these grids, each once, numbers as numbers, `beta` as a number too and `c` = beta x D beside it."""
+    done = finished(study, path)
+    names = {name_of(settings): None for grid in grids for settings in study.grids.get(grid, [])}
+    return [typed({**study.train, **done[name]}) for name in names if name in done]
+
+
+def curves(path: Path) -> list[Row]:
+    """The online probe on held-out training images while training; none where the file is not there."""
+    return [typed(row) for row in csv.DictReader(io.StringIO(path.read_text()))] if path.exists() else []
 
 
 def typed(row: Settings) -> Row:
@@ -40,7 +46,7 @@ def typed(row: Settings) -> Row:
     if isinstance(beta := converted.get("beta"), str) and beta.endswith("/D"):
         converted["beta"] = float(beta.removesuffix("/D")) / converted["projector_dim"]
     if isinstance(converted.get("beta"), float | int):
-        converted["c"] = converted["beta"] * converted["projector_dim"]
+        converted["c"] = round(converted["beta"] * converted["projector_dim"], 6)
     return converted
 
 
@@ -58,14 +64,18 @@ def select(rows: list[Row], **settings: Any) -> list[Row]:
     return [row for row in rows if all(close(row.get(k), v) for k, v in settings.items())]
 
 
-def by_seed(rows: list[Row], value: str, **settings: Any) -> BySeed:
-    """{seed: percent or number} of the rows with these settings; accuracies in percent."""
-    scale = 100 if value in ("linear", "knn", "held_out") else 1
-    return {row["seed"]: scale * row[value] for row in select(rows, **settings)}
+def percent(rows: list[Row], score: str = "linear", **settings: Any) -> Sample:
+    """This accuracy of the rows with these settings."""
+    return [100 * row[score] for row in select(rows, **settings)]
 
 
 def values(rows: list[Row], key: str) -> list[Any]:
     return sorted({row[key] for row in rows})
+
+
+def cost(rows: list[Row]) -> float:
+    """Core-seconds a view, of the fastest run: neighbours on the machine can only slow one."""
+    return min(row["core_seconds"] / row["views_seen"] for row in rows)
 
 
 # --- estimates
@@ -111,17 +121,16 @@ class Spread:
     dof: int = 0
     settings: int = 0
     p_equal: float = 0.0
-    correlation: float = math.nan  # of seeds over settings (intraclass): what pairing by seed would take away
 
     @property
     def pooled(self) -> bool:
         return self.dof > 0 and self.p_equal >= LEVEL
 
-    def estimate(self, found: BySeed) -> Estimate:
-        own = estimate(list(found.values()))
-        return Estimate(own.mean, self.deviation / math.sqrt(len(found)), self.dof) if self.pooled else own
+    def estimate(self, sample: Sample) -> Estimate:
+        own = estimate(sample)
+        return Estimate(own.mean, self.deviation / math.sqrt(len(sample)), self.dof) if self.pooled else own
 
-    def difference(self, a: BySeed, b: BySeed) -> Estimate | None:
+    def difference(self, a: Sample, b: Sample) -> Estimate | None:
         """a - b; None where one of them was not measured."""
         if not a or not b:
             return None
@@ -133,35 +142,20 @@ class Spread:
         return Estimate(one.mean - other.mean, error, dof)
 
 
-def spread(rows: list[Row], value: str) -> Spread:
-    """Of `value` over all settings that have several seeds."""
-    cells: dict[str, BySeed] = {}
+def spread(rows: list[Row], score: str = "linear") -> Spread:
+    """Of this accuracy over all settings that have several seeds."""
+    by_setting: dict[str, Sample] = {}
     for row in rows:
-        cells.setdefault(name_of({k: v for k, v in row.items() if k not in (*RESULTS, "seed")}), {}).update(
-            by_seed([row], value)
-        )
-    groups = [list(cell.values()) for cell in cells.values() if len(cell) > 1]
+        settings = name_of({k: v for k, v in row.items() if k not in (*RESULTS, "seed")})
+        by_setting.setdefault(settings, []).append(100 * row[score])
+    groups = [group for group in by_setting.values() if len(group) > 1]
     if len(groups) < 2:
         return Spread()
     dof = sum(len(group) - 1 for group in groups)
-    squares = [np.var(group, ddof=1) for group in groups]
-    deviation = math.sqrt(sum((len(group) - 1) * s for group, s in zip(groups, squares)) / dof)
-    p_equal = float(stats.bartlett(*groups).pvalue) if min(squares) > 0 else 1.0
-    return Spread(deviation, dof, len(groups), p_equal, seeds_agree([cell for cell in cells.values() if len(cell) > 1]))
-
-
-def seeds_agree(cells: list[BySeed]) -> float:
-    """Intraclass correlation of seeds: the share of the spread within settings that a seed brings to all of them alike."""
-    common = sorted(set.intersection(*(set(cell) for cell in cells)))
-    table = np.array([[cell[seed] for seed in common] for cell in cells])
-    if len(common) < 2:
-        return math.nan
-    table -= table.mean(1, keepdims=True)
-    n = len(table)
-    between = n * table.mean(0).var(ddof=1)
-    within = ((table - table.mean(0)) ** 2).sum() / ((n - 1) * (len(common) - 1))
-    total = between + (n - 1) * within
-    return float((between - within) / total) if total else math.nan
+    variances = [np.var(group, ddof=1) for group in groups]
+    deviation = math.sqrt(sum((len(group) - 1) * v for group, v in zip(groups, variances)) / dof)
+    p_equal = float(stats.bartlett(*groups).pvalue) if min(variances) > 0 else 1.0
+    return Spread(deviation, dof, len(groups), p_equal)
 
 
 # --- verdicts
@@ -222,10 +216,11 @@ def holm(ps: Sequence[float]) -> list[float]:
 # --- the best strength of decorrelation
 
 
-def complete(rows: list[Row]) -> list[Row]:
-    """Without the D whose grid of beta and seeds is not done: a best beta among two of five says nothing."""
-    counts = {d: len(select(rows, projector_dim=d)) for d in values(rows, "projector_dim")}
-    return [r for r in rows if counts[r["projector_dim"]] == max(counts.values())]
+def gridded(rows: list[Row]) -> list[Row]:
+    """The D and seeds with at least four beta, of the D that have most such seeds: a best beta among two says nothing."""
+    full = [r for r in rows if len(select(rows, projector_dim=r["projector_dim"], seed=r["seed"])) > 3]
+    seeds = {d: len(values(select(full, projector_dim=d), "seed")) for d in values(full, "projector_dim")}
+    return [r for r in full if seeds[r["projector_dim"]] == max(seeds.values())]
 
 
 def best_beta(rows: list[Row], dim: int, seed: int) -> float:
@@ -248,9 +243,6 @@ def slope(rows: list[Row]) -> Estimate:
     return estimate([float(np.polyfit(np.log(dims), betas, 1)[0]) for betas in best.values()])
 
 
-def tuned(rows: list[Row], of: Callable[[Row], float]) -> float:
-    """The value of `of` (c, or beta at one D) whose held-out accuracy, averaged over all rows that have it, is best."""
-    groups: dict[float, list[float]] = {}
-    for row in rows:
-        groups.setdefault(round(of(row), 9), []).append(row["held_out"])
-    return max(groups, key=lambda value: float(np.mean(groups[value])))
+def tuned(rows: list[Row], setting: str) -> float:
+    """The value of a setting whose accuracy on held-out training images, averaged over its rows, is best."""
+    return max(values(rows, setting), key=lambda value: float(np.mean(percent(rows, "held_out", **{setting: value}))))

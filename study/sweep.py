@@ -121,6 +121,7 @@ def run(study: Study, out: Path, folder: Path, jobs: int) -> int:
     """Do what is missing in the CSV `out`, `jobs` runs at a time; the number of runs that failed."""
     rows = finished(study, out)
     todo = [s for s in study.runs if name_of(s) not in rows]
+    todo.sort(key=lambda settings: settings.get("seed", 0))  # every setting once before any twice
     print(f"{study.name}: {len(study.runs)} runs, {len(study.runs) - len(todo)} done; {jobs} at a time", flush=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["manyview.study.worker"])
@@ -191,16 +192,15 @@ def finished(study: Study, out: Path) -> dict[str, Settings]:
     if not out.exists():
         return {}
     rows = list(csv.DictReader(io.StringIO(out.read_text())))
-    missing = [c for c in study.columns if rows and c not in rows[0]]
-    if missing or any(row["shared"] != study.shared for row in rows):
-        what = f"no column {missing[0]!r}" if missing else "rows made with other shared settings"
-        raise UserError(f"{out}: {what}: of another study, or of an earlier state of it; move it away, or give --out")
+    if any(row["shared"] != study.shared for row in rows):
+        what = "rows made with other shared settings: of another study, or of an earlier state of it"
+        raise UserError(f"{out}: {what}; move it away, or give --out")
     return {run_of(study, row): row for row in rows}
 
 
 def run_of(study: Study, row: Settings) -> str:
     """The name of the run that a row of a CSV is of."""
-    return name_of({column: row[column] for column in study.columns if row[column] != ""})
+    return name_of({column: row[column] for column in study.columns if row.get(column, "") != ""})
 
 
 def write(study: Study, out: Path, rows: dict[str, Settings]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,28 +57,38 @@ def scores(
 ) -> dict[str, Any]:
     """Top-1 of evaluation's kNN (`knn-cosine-exp k=20`) and linear probe (`linear-sweep bn`), by one clean view of each image.
 
-    held_out: the probe on a tenth of the training images, by which anything may be tuned; linear and knn: on the test
-    split. `images`: of the training images, and half as many of the test split's (0 = all of both).
+    linear and knn: on the test split; held_out, by which anything may be tuned: the probe on the training images that are
+    not in its bank, or where it has all of them on the tenth that its rate was chosen on. `images`: of the training images
+    in the bank, and half as many of the test split's (0 = all of both).
     """
-    bank, test = Store(cfg.data, "train"), Store(cfg.data, "val")
-    ids = [some(store, n) for store, n in ((bank, images), (test, images // 2))]
+    train_split, test = Store(cfg.data, "train"), Store(cfg.data, "val")
+    bank = some(train_split, images)
+    others = np.setdiff1d(some(train_split, 0), bank)
     device = engines.device_of(cfg.device)
-    network = encoders.load(str(folder)) if is_trained else untrained(cfg, bank)
-    embedded = []
-    for store, chosen in zip((bank, test), ids):
-        engine = CPUEngine(store, threads=threads)
-        if not is_trained and store is bank:
-            features.calibrate(network, store, chosen, engine, device=device)
-        embedded.append(features.embed(network, store, chosen, engine, device=device)[:, 0].to(device))
-        engine.close()
-    (x, queries), (y, truth) = embedded, [torch.from_numpy(s.labels[i]).to(device) for s, i in zip((bank, test), ids)]
-    classes = len(bank.classes)
-    probe = linear.sweep(x, y, queries, classes, bn=True, epochs=epochs, seed=cfg.seed)
-    votes = knn.cosine_exp(x, y, queries, k=20, classes=classes)
+    network = encoders.load(str(folder)) if is_trained else untrained(cfg, train_split)
+    if not is_trained:
+        with closing(CPUEngine(train_split, threads=threads)) as engine:
+            features.calibrate(network, train_split, bank, engine, device=device)
+
+    def embed(store: Store, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        with closing(CPUEngine(store, threads=threads)) as engine:
+            x = features.embed(network, store, ids, engine, device=device)[:, 0]
+        return x.to(device), torch.from_numpy(store.labels[ids]).to(device)
+
+    x, y = embed(train_split, bank)
+    queries, truth = embed(test, some(test, images // 2))
+    more, labels = embed(train_split, others) if len(others) else (queries[:0], truth[:0])
+    probe = linear.sweep(
+        x, y, torch.cat((queries, more)), len(train_split.classes), bn=True, epochs=epochs, seed=cfg.seed
+    )
+    votes = knn.cosine_exp(x, y, queries, k=20, classes=len(train_split.classes))
+    tested, tuned = probe.scores.split([len(queries), len(more)])
     environment = monitor.environment(device)
     return {
-        "held_out": max(probe.held_out), "linear": score(probe.scores, truth).top1, "knn": score(votes, truth).top1,
-        "probe": f"linear-sweep bn, {epochs} epochs, rate {probe.rate:g}, {len(x)} images",
+        "held_out": score(tuned, labels).top1 if len(others) else max(probe.held_out),
+        "linear": score(tested, truth).top1, "knn": score(votes, truth).top1,
+        "probe": f"linear-sweep bn, {epochs} epochs, rate {probe.rate:g}, {len(x)} images"
+                 f", held out {len(others) or len(x) // 10}",
         "machine": f"{environment['device']}, {threads} threads",
     }  # fmt: skip
 

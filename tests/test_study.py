@@ -16,7 +16,8 @@ import pytest
 from scipy import stats
 
 from manyview.pipeline.errors import UserError
-from manyview.study import claims, report, sweep
+from manyview.pipeline.store import Store
+from manyview.study import claims, figures, report, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = """
@@ -85,6 +86,8 @@ def test_a_killed_study_goes_on_and_the_page_is_written(study: Path, tmp_path: P
     rows = list(csv.DictReader(table.open()))
     assert len(rows) == 7 and all(row in rows for row in before)  # what was done is not done again
     assert all(0 <= float(row["linear"]) <= 1 for row in rows)
+    others = len(Store(sweep.read(study).train["data"], "train").labels) - 200  # training images that the probe has not
+    assert all(row["probe"].endswith(f"200 images, held out {others}") for row in rows)
     trained = [row for row in rows if row["budget"] != "0"]
     assert all(int(row["views_seen"]) == 640 and float(row["core_seconds"]) > 0 for row in trained)
     assert (tmp_path / "tiny.curves.csv").read_text().count("\n") == 1 + 2 * (10 // 5) + 2 * (
@@ -93,7 +96,8 @@ def test_a_killed_study_goes_on_and_the_page_is_written(study: Path, tmp_path: P
     report.main([study], tmp_path / "paper.md")
     page = (tmp_path / "paper.md").read_text()
     assert (
-        "8 of 8 runs" in page
+        "7 of 7 runs" in page
+        and "Pending" not in page
         and "Which off-diagonal" in page
         and "More views replace data" in page
         and (tmp_path / "paper" / "tiny-data.png").exists()
@@ -127,26 +131,25 @@ def rows(cells: dict[int, list[float]]) -> list[claims.Row]:
 
 def test_equal_spreads_are_pooled_and_a_difference_has_all_their_degrees_of_freedom():
     cells = {v: [10.0 * v, 10.0 * v + 1, 10.0 * v + 3] for v in (1, 2, 3, 4)}
-    found = claims.spread(rows(cells), "linear")
+    found = claims.spread(rows(cells))
     own = stats.ttest_ind(cells[2], cells[1], equal_var=True)  # of two cells alone: 4 degrees of freedom
     assert found.pooled and (found.dof, found.settings) == (8, 4)
     assert math.isclose(found.deviation, math.sqrt(7 / 3), rel_tol=1e-9)
-    assert math.isclose(found.correlation, 1, rel_tol=1e-9)  # the seeds do the same in every cell
-    a, b = (claims.by_seed(rows(cells), "linear", views=v) for v in (2, 1))
+    a, b = (claims.percent(rows(cells), views=v) for v in (2, 1))
     gap = found.difference(a, b)
     assert gap is not None and gap.dof == 8 and math.isclose(gap.error, 10 / own.statistic, rel_tol=1e-9)
-    assert found.difference(a, {}) is None
+    assert found.difference(a, []) is None
 
 
 def test_unequal_spreads_are_not_pooled_and_a_difference_is_welchs():
     generator = np.random.default_rng(0)
     cells = {v: (50 + generator.normal(0, 0.01 if v < 3 else 5, 6)).tolist() for v in range(1, 5)}
-    found = claims.spread(rows(cells), "linear")
-    gap = found.difference(*(claims.by_seed(rows(cells), "linear", views=v) for v in (4, 1)))
+    found = claims.spread(rows(cells))
+    gap = found.difference(*(claims.percent(rows(cells), views=v) for v in (4, 1)))
     welch = stats.ttest_ind(cells[4], cells[1], equal_var=False).confidence_interval(0.95)
     assert not found.pooled and gap is not None
     assert math.isclose(gap.low, welch.low, rel_tol=1e-6) and math.isclose(gap.high, welch.high, rel_tol=1e-6)
-    assert "Welch" in report.pooling(found) and not claims.spread(rows({1: [1.0, 2.0]}), "linear").pooled
+    assert "Welch" in report.pooling(found) and not claims.spread(rows({1: [1.0, 2.0]})).pooled
 
 
 @pytest.mark.parametrize("sample", [[0.1, 0.3, -0.2, 0.2], [1.5, 1.9, 1.2, 2.1], [-1.2, 0.8, 0.1, -0.4]])
@@ -187,23 +190,23 @@ def planted(c: float = 5.0) -> list[claims.Row]:
 
 
 def projector(rows: list[claims.Row], folder: Path) -> str:
-    untrained = [{"linear": 0.2, "seed": 0}]
-    return "\n".join(claims.decide(report.projector(rows, untrained, claims.spread(rows, "linear"), folder / "x.png")))
+    lines = report.projector(rows, [20.0], claims.spread(rows), folder / "x.png")
+    return "\n".join(claims.decide([*lines, *report.law(claims.gridded(rows))]))
 
 
 def test_a_planted_law_is_found():
     rows = planted(c=7.0)
     assert math.isclose(claims.best_beta(rows, 256, 0), 7 / 256, rel_tol=1e-6)
     assert math.isclose(claims.slope(rows).mean, -1.0, rel_tol=1e-6)
-    assert claims.tuned(rows, lambda r: r["c"]) == 5.0
+    assert claims.tuned(rows, "c") == 5.0
 
 
 def test_the_page_says_what_a_planted_law_implies(tmp_path: Path):
     text = projector(planted(), tmp_path)
-    assert "D = 64 within 1 point of D = 1024 at 5/D: holds" in text
+    assert "D = 64, tuned, within 1 point of D = 1024, tuned: holds" in text
     assert "between -1.3 and -0.7, as claimed: holds" in text
     loss = 1.0 * math.log(16) ** 2  # points lost at D = 64 with D = 1024's beta
-    assert f"D = 64 loses more than 1 point: holds ({loss:.2f} ± 0.00)" in text
+    assert f"best at D = 1024, D = 64 loses at least 5 points against D = 1024: holds ({loss:.2f} ± 0.00)" in text
 
 
 def test_a_best_beta_at_the_edge_of_the_grid_is_marked(tmp_path: Path):
@@ -226,25 +229,43 @@ def test_a_study_that_is_none_is_one_line(tmp_path: Path, content: str | None):
         assert not (tmp_path / "page.md").exists()
 
 
-def test_what_a_longer_training_does_to_the_difference():
-    def row(v: int, fraction: float, budget: int, seed: int, linear: float) -> claims.Row:
-        return {"views": v, "fraction": fraction, "budget": budget, "seed": seed, "linear": linear}
+def run_of(v: int, b: int, fraction: float, budget: int, seed: int, linear: float) -> claims.Row:
+    return {"views": v, "batch_size": b, "fraction": fraction, "budget": budget, "seed": seed, "linear": linear + 0.01 * seed,
+            "steps": budget // b // v, "views_seen": budget, "core_seconds": budget / 1e4 / v, "peak_bytes": 2**20}  # fmt: skip
 
-    short = [row(v, f, 500, s, 0.3 + 0.01 * s - 0.01 * v) for v in (2, 8) for f in (0.1, 1.0) for s in (0, 1)]
-    long = [row(v, 0.1, 4000, s, 0.5 + 0.01 * s + 0.01 * v) for v in (2, 8) for s in (0, 1)]
-    text = "\n".join(claims.decide(report.longer(long, short, claims.spread(short, "linear"))))
-    assert "500 views, 10% of the images | 28.50 ± 1.39 | 22.50 ± 1.39 | -6.00 ± 1.96" in text
-    assert "| 6.00 ± 1.96 |" in text and "instead" not in text
-    assert report.longer([], short, claims.spread(short, "linear")) == []
 
-    more = [row(2, 0.4, 4000, s, 0.6 + 0.01 * s) for s in (0, 1)]
-    text = "\n".join(claims.decide(report.longer([*long, *more], short, claims.spread(short, "linear"))))
-    assert "4,000 views, 40% of the images | 60.50 ± 1.39 | - | - |" in text and "500 views, 40%" not in text
-    assert "4,000 views, V = 2, 10% of the images instead of all: -8.00 ± 1.96 points" in text
+def text_of(lines: report.Lines) -> str:
+    return "\n".join(claims.decide(lines))
+
+
+def test_views_are_compared_at_equal_views_and_at_equal_epochs_by_both_batches(tmp_path: Path):
+    cells = [(2, 100, 500, 0.30), (2, 100, 1000, 0.36), (4, 100, 1000, 0.33), (4, 50, 1000, 0.37), (8, 25, 1000, 0.38)]
+    rows = [run_of(v, b, 1.0, budget, s, linear) for v, b, budget, linear in cells for s in (0, 1)]
+    text = text_of(report.convergence(rows, [], claims.spread(rows), tmp_path / "x.png"))
+    assert "| 1,000 | 100 images a step | 36.50 ± 1.29 | 33.50 ± 1.29 (-3.00) | - |" in text
+    assert "| 1,000 | 200 views a step | 36.50 ± 1.29 | 37.50 ± 1.29 (+1.00) | 38.50 ± 1.29 (+2.00) |" in text
+    assert "| 500 |" not in text  # nothing to compare with
     assert (
-        "V = 8 on 10.00% against V = 2 on 40.00%, within 1 point: undecided (-2.00 ± 1.96, no difference larger than 3.96)"
+        "100 images a step, V = 4 at least level (0.5 below at most) with V = 2: 1,000 views against 500: holds (3.00"
         in text
     )
+    assert (
+        "200 views a step, V = 4 at least level (0.5 below at most) with V = 2: 1,000 views against 500: holds (7.00"
+        in text
+    )
+
+
+def test_views_replace_images_only_where_images_are_worth_something(tmp_path: Path):
+    cells = [(2, 100, 0.2, 0.30), (2, 100, 0.4, 0.36), (4, 50, 0.2, 0.355), (4, 50, 0.4, 0.40)]
+    rows = [run_of(v, b, f, 1000, s, linear) for v, b, f, linear in cells for s in range(8)]
+    text = text_of(report.images(rows, rows, claims.spread(rows), tmp_path / "x.png"))
+    assert "V = 4 on 20% against V = 2 on 40%, within 1 point: undecided (-0.50" in text
+    assert (
+        "V = 2 on 20% loses against 40%: holds (6.00" in text
+        and "V = 4 on 20% gains over V = 2 on 20%: holds (5.50" in text
+    )
+    assert (tmp_path / "x.png").exists()
+    assert "against V" not in text_of(report.images(rows, [], claims.spread(rows), tmp_path / "x.png"))
 
 
 def test_numbers_come_back_as_they_were(tmp_path: Path, study: Path):
@@ -252,15 +273,19 @@ def test_numbers_come_back_as_they_were(tmp_path: Path, study: Path):
     rows = {sweep.name_of(s): {**s, "linear": 0.25, "shared": found.shared} for s in found.runs}
     sweep.write(found, tmp_path / "tiny.csv", rows)
     back = claims.rows_of(found, tmp_path / "tiny.csv", "views")
+    assert len(claims.rows_of(found, tmp_path / "tiny.csv", "views", "again")) == 4  # a run of two grids counts once
     assert len(back) == 4 and np.mean([row["linear"] for row in back]) == 0.25
     assert {row["fraction"] for row in back} == {0.5, 1.0} and back[0]["views"] == 2
 
 
 def test_the_front_is_what_nothing_beats():
     points = [(1.0, 9.0), (2.0, 9.5), (2.0, 7.0), (3.0, 8.0), (4.0, 7.0), (5.0, 1.0)]
-    assert report.front(points) == [(1.0, 9.0), (2.0, 7.0), (5.0, 1.0)]
+    assert figures.front(points) == [(1.0, 9.0), (2.0, 7.0), (5.0, 1.0)]
 
 
-def test_a_projector_whose_grid_is_not_done_is_left_out():
+def test_a_best_beta_among_too_few_is_left_out():
     rows = [r for r in planted() if r["projector_dim"] != 1024 or r["c"] < 2]
-    assert claims.values(claims.complete(rows), "projector_dim") == [64, 256]
+    extra = [{**planted()[0], "seed": 7}]  # more seeds of one cell, for its accuracy
+    kept = claims.gridded([*rows, *extra])
+    assert claims.values(kept, "projector_dim") == [64, 256] and claims.values(kept, "seed") == [0, 1, 2]
+    assert claims.gridded(extra) == [] and report.law([]) == []

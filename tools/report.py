@@ -19,7 +19,9 @@ from manyview.study import report
 class Options:
     """Write the page about the paper's claims from the studies' CSVs."""
 
-    studies: tyro.conf.Positional[tuple[Path, ...]] = (Path("study/paper-cpu.yaml"), Path("study/paper-cuda.yaml"))
+    studies: tyro.conf.Positional[tuple[Path, ...]] = tuple(
+        Path(f"study/paper-{name}.yaml") for name in ("cpu", "muon", "ladder", "cuda")
+    )
     """Study files; the rows of NAME.yaml are read from NAME.csv beside --out."""
     out: Path = Path("results/paper.md")
     """The page; pictures go into paper/ beside it."""
