@@ -92,8 +92,8 @@ def detection(scores: Tensor, labels: Tensor, positive: int) -> tuple[float, flo
     bootstrap over the samples. Scores (N, 2) as of `score`: votes count by their share; labels (N,)."""
     s = scores.double().nan_to_num(-torch.inf).clamp(-1e30, 1e30).cpu().numpy()
     ahead = s[:, positive] - s[:, 1 - positive]
-    if (s >= 0).all():
-        ahead = ahead / np.maximum(s.sum(1), 1e-300)
+    if (s >= 0).all():  # equal shares stay equal, whatever they were rounded from
+        ahead = np.round(ahead / np.maximum(s.sum(1), 1e-300), 9)
     order = np.argsort(-ahead, kind="stable")
     ahead, is_positive = ahead[order], labels.cpu().numpy()[order] == positive
     ends = np.flatnonzero(np.append(ahead[1:] != ahead[:-1], True))  # of each step

@@ -221,7 +221,7 @@ def console(content: dict) -> str:
         for row, line in zip(aligned([HEADER, *map(cells, own)]), [None, *own]):
             text += [row, f"      {line.text}"] if line else [row]
         text += aligned(two_classes(rows, dataset))
-        text += filter(None, [below_pixels(content, dataset)])
+        text += filter(None, [headline(content, dataset), below_pixels(content, dataset)])
         for r in others(rows, dataset):
             text.append(f"  {r['protocol']} ({r['weights']}) {r['value']:.4g} {r['metric']}\n      {r['text']}")
     return "\n".join(text)
@@ -269,18 +269,14 @@ def markdown(contents: list[dict], command: str, facts: dict[str, Any]) -> str:
 
 def _markdown_table(dataset: str, content: dict) -> list[str]:
     own = [line for line in lines(content["results"]) if line.dataset == dataset]
-    tables = [
-        table(rows)
-        for rows in ([HEADER, *map(cells, own)] if own else [], two_classes(content["results"], dataset))
-        if rows
-    ]
+    both = [[HEADER, *map(cells, own)] if own else [], two_classes(content["results"], dataset)]
     texts = dict.fromkeys((f"{line.protocol} ({line.norm})", line.text) for line in own)
     described = "\n".join(f"- {name}: {text}" for name, text in texts)
     free = "\n".join(f"- {row['protocol']} ({row['weights']}): {row['value']:.4g} {row['metric']}; {row['text']}"
                      for row in others(content["results"], dataset))  # fmt: skip
     return [
         f"### {heading(dataset, content)}",
-        *(table(rows) for rows in tables if rows),
+        *(table(rows) for rows in both if rows),
         below_pixels(content, dataset),
         described,
         free,
