@@ -4,7 +4,7 @@ DATASET ?= fashion-mnist
 OUT ?= shards/$(DATASET)
 # make variable -> flag of tools/shards.py, passed on only where it is set
 SHARD_FLAGS = $(if $(SOURCE),--source "$(SOURCE)") $(if $(FORMAT),--format $(FORMAT)) $(if $(SIZE),--size $(SIZE)) \
-              $(if $(LABELS),--labels "$(LABELS)") $(if $(ENCODING),--encoding $(ENCODING)) $(if $(JOBS),--jobs $(JOBS)) \
+              $(if $(LABELS),--labels "$(LABELS)") $(if $(HOLDOUT),--holdout $(HOLDOUT)) $(if $(ENCODING),--encoding $(ENCODING)) $(if $(JOBS),--jobs $(JOBS)) \
               $(if $(filter-out 0,$(DOWNLOAD)),--download) $(if $(EXECUTOR),--executor $(EXECUTOR))
 
 .DEFAULT_GOAL := help
@@ -19,7 +19,7 @@ setup: ## make .venv and install what is missing (nothing to do: under 3 s)
 demo: setup ## shards -> training -> evaluation -> report on Fashion-MNIST, 5 minutes on 2 cores [SOURCE=dir]
 	@bash tools/demo.sh "$(SOURCE)"
 
-shards: setup ## convert images: DATASET= [SOURCE= LABELS=table FORMAT=webdataset|ffcv SIZE= ENCODING= JOBS= OUT= EXECUTOR=local|ray DOWNLOAD=1]
+shards: setup ## convert images: DATASET= [SOURCE= LABELS=table HOLDOUT=25% FORMAT=webdataset|ffcv SIZE= ENCODING= JOBS= OUT= EXECUTOR=local|ray DOWNLOAD=1]
 	@$(PY) tools/shards.py write --dataset $(DATASET) --out "$(OUT)" $(SHARD_FLAGS)
 
 test: setup check ## lint, types and every test (under 10 minutes on 2 cores)

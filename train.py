@@ -107,6 +107,9 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
         f"{seen * policy.views / 1e6:.3g} M views, {world} process(es)",
         f"estimate   {network_time} and {memory:.2f} GiB a process for the network alone (from a trial on {costs[0].rows} rows)",
     ]
+    if not cfg.preset and (small := config.small_defaults(cfg, size)):
+        flags = " ".join(f"--{name} {value}" for name, value in small.items())
+        said.append(f"defaults   {flags}, as the views are small (docs/recipes.md); elsewhere adamw, simclr, 3/D")
     said += [f"warning: {line}" for line in flat_channels(store.manifest)]
     if cfg.dry_run:
         plan_only = monitor.Console(None, quiet=rank != 0)

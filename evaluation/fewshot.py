@@ -15,7 +15,9 @@ from manyview.evaluation.scaling import zscore
 from manyview.pipeline import plan
 from manyview.pipeline.errors import UserError
 
-SHOTS = (1, 5, 10, 25)
+SHOTS = (1, 5, 10, 25)  # a class
+SHARES = (0.01, 0.1, 1.0)  # of the labels
+MOST = 100_000  # labels: ridge regression holds their features in float64
 SEEDS = (0, 1, 2)
 L2 = 2.0**10  # as in big_vision's few-shot evaluator
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
@@ -16,10 +17,13 @@ class Score:
 
     top1: float
     top5: float | None  # None with fewer than 5 classes, where it says nothing
-    mean_per_class: float  # over the classes that occur in the test labels
+    mean_per_class: float  # balanced accuracy: over the classes that occur in the test labels
     low: float
     high: float
     n: int
+    mean_low: float = 0.0  # 95 % interval of `mean_per_class`, from the classes' Wilson intervals (Zou and Donner 2008)
+    mean_high: float = 1.0
+    detection: tuple[float, float, float] | None = None  # of two classes: `detection` of the rarer one
 
 
 def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -39,18 +43,32 @@ def score(scores: Tensor, labels: Tensor) -> Score:
     """
     n, classes = scores.shape
     labels = labels.to(scores.device)
-    answered = scores > 0 if bool((scores >= 0).all()) else torch.ones_like(scores, dtype=torch.bool)
-    answered = answered.gather(1, labels[:, None])[:, 0]
+    answered = _answered(scores, labels)
     hits = (scores.argmax(1) == labels) & answered
     top5 = None
     if classes >= 5:
         among = (scores.topk(5, dim=1).indices == labels[:, None]).any(1)
         top5 = (among & answered).double().mean().item()
-    seen = torch.bincount(labels, minlength=classes)
-    per_class = torch.bincount(labels[hits], minlength=classes)[seen > 0] / seen[seen > 0].double()
+    seen, right = (torch.bincount(some, minlength=classes).tolist() for some in (labels, labels[hits]))
     correct = int(hits.sum())
     low, high = wilson(correct, n)
-    return Score(correct / n, top5, per_class.mean().item(), low, high, n)
+    mean, mean_low, mean_high = _per_class(right, seen)
+    found = detection(scores, labels, rarer(labels)) if classes == 2 and min(seen) else None
+    return Score(correct / n, top5, mean, low, high, n, mean_low, mean_high, found)
+
+
+def _answered(scores: Tensor, labels: Tensor) -> Tensor:
+    """(N,) bool: whether a sample's true class had any vote, where scores are votes."""
+    answered = scores > 0 if bool((scores >= 0).all()) else torch.ones_like(scores, dtype=torch.bool)
+    return answered.gather(1, labels[:, None])[:, 0]
+
+
+def _per_class(right: list[int], seen: list[int]) -> tuple[float, float, float]:
+    """The mean over the classes that occur of the share that is right, and its interval."""
+    each = [(r / n, *wilson(r, n)) for r, n in zip(right, seen) if n]
+    mean = math.fsum(p for p, _, _ in each) / len(each)
+    down, up = (math.hypot(*(p - row[i] for p, *row in each)) / len(each) for i in (0, 1))
+    return mean, mean - down, mean + up
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> float:
@@ -61,12 +79,44 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
     return float(average_precision_score(labels[:, seen], scores[:, seen], average="macro"))
 
 
+def rarer(labels: Tensor) -> int:
+    """Which of two classes has fewer of these labels (N,): what there is to be detected."""
+    return int(2 * int(labels.sum()) <= len(labels))
+
+
+RESAMPLES, AT_ONCE = 500, 2**22  # of the bootstrap: how many, and how many numbers of them are held in memory
+
+
+def detection(scores: Tensor, labels: Tensor, positive: int) -> tuple[float, float, float]:
+    """Average precision (scikit-learn's: equal scores are one step) of the class `positive` of two, and its 95 % interval by
+    bootstrap over the samples. Scores (N, 2) as of `score`: votes count by their share; labels (N,)."""
+    s = scores.double().nan_to_num(-torch.inf).clamp(-1e30, 1e30).cpu().numpy()
+    ahead = s[:, positive] - s[:, 1 - positive]
+    if (s >= 0).all():  # equal shares stay equal, whatever they were rounded from
+        ahead = np.round(ahead / np.maximum(s.sum(1), 1e-300), 9)
+    order = np.argsort(-ahead, kind="stable")
+    ahead, is_positive = ahead[order], labels.cpu().numpy()[order] == positive
+    ends = np.flatnonzero(np.append(ahead[1:] != ahead[:-1], True))  # of each step
+
+    def precision(counts: np.ndarray) -> np.ndarray:  # (R, N) -> (R,)
+        hits, seen = (np.cumsum(c, 1)[:, ends].astype(float) for c in (counts * is_positive, counts))
+        return (np.diff(hits, axis=1, prepend=0) * hits / np.maximum(seen, 1)).sum(1) / np.maximum(hits[:, -1], 1)
+
+    n, random, found = len(order), np.random.default_rng(0), []
+    for part in np.array_split(np.arange(RESAMPLES), -(-RESAMPLES * n // AT_ONCE)):
+        drawn = random.integers(n, size=(len(part), n)) + n * np.arange(len(part))[:, None]
+        found.append(precision(np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)))
+    low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
+    return float(precision(np.ones((1, n), np.int64))[0]), float(low), float(high)
+
+
 def quality(scores: Tensor, labels: Tensor) -> float:
     """What a rate is chosen by: top-1 of labels (N,), mean average precision of several labels a sample (N, C)."""
     if labels.ndim == 2:
         return average_precision(scores, labels)
     # A head that diverged has scores that are not finite: it loses.
-    return score(scores.nan_to_num(-torch.inf), labels).top1
+    scores = scores.nan_to_num(-torch.inf)
+    return ((scores.argmax(1) == labels) & _answered(scores, labels)).double().mean().item()
 
 
 def confusion(scores: Tensor, labels: Tensor) -> Tensor:

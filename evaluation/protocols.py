@@ -105,13 +105,21 @@ def linear_probes(p: Problem, seed: int, epochs: int, prefix: str = "") -> Itera
 
 
 def few_shots(p: Problem) -> Iterator[Result]:
-    """Ridge regression on 1, 5, 10 and 25 labels a class, three draws each."""
-    for n in fewshot.SHOTS:
-        for seed in fewshot.SEEDS:
-            ids = fewshot.shots(p.labels, n, seed).to(p.x.device)
+    """Ridge regression on 1, 5, 10 and 25 labels a class and on 1 % and 10 % of all, three draws each; and on all."""
+    for amount in (*fewshot.SHOTS, *fewshot.SHARES):
+        for seed in fewshot.SEEDS if amount != 1.0 else (0,):
+            if isinstance(amount, int):
+                ids, name = fewshot.shots(p.labels, amount, seed), f"{amount}-shot"
+                what = f"{amount} label{'s' * (amount > 1)} a class: {len(ids)} in all"
+            else:
+                ids = torch.from_numpy(fewshot.subset(p.labels.cpu().numpy(), amount, seed).ids)
+                name, what = f"{100 * amount:g}%", f"{len(ids):,} labels, {len(ids) / len(p.x):.3%} of them"
+            if len(ids) > fewshot.MOST:
+                continue
+            ids = ids.to(p.x.device)
             scores = fewshot.ridge(p.x[ids], p.labels[ids], p.queries, p.classes)
-            text = f"ridge regression (penalty 1024) on {n} label{'s' * (n > 1)} a class: {len(ids)} in all"
-            yield Result(f"ridge {n}-shot", "zscore", text, score(scores, p.truth), seed=seed)
+            text = f"ridge regression (penalty 1024) on {what}"
+            yield Result(f"ridge {name}", "zscore", text, score(scores, p.truth), seed=seed)
 
 
 def without_labels(x: Tensor) -> Iterator[Result]:

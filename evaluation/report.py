@@ -88,6 +88,7 @@ def _dataset(name: str, content: dict, pictures: list[dict], out: Path) -> dict:
         "name": name,
         "about": about,
         "lines": [(line, tables.cells(line)) for line in tables.lines(content["results"]) if line.dataset == name],
+        "two_classes": tables.two_classes(content["results"], name),
         "others": _others(name, content),
         "pictures": [_picture(out / "plots" / p["file"], p["text"], p["kind"] in ("map", "neighbours")) for p in own],
     }

@@ -27,7 +27,7 @@ from manyview.evaluation.protocols import MAJORITY, Problem, Protocol, Result
 from manyview.pipeline import engines, files
 from manyview.pipeline.store import Store, training_split
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass
@@ -280,6 +280,10 @@ class Suite:
         self._forget(data)
         cells = self.plan(data, own)
         data.notes += _left_out(data, own)
+        if data.classes == 2 and data.labelled and len(data.test_ids):
+            data.notes.append(
+                f"AP: average precision of {data.train.classes[metrics.rarer(data.labels('test'))]}, the rarer class"
+            )
         sources = {name: self.encoder(name, data).source for name in ("untrained", "pixels")}
         self.datasets[data.name] = data.facts() | sources
         for cell in cells:
@@ -361,8 +365,12 @@ def rows(r: Result, data: Data) -> list[dict]:
     accuracies = [
         common | {"metric": "top1", "value": s.top1, "low": s.low, "high": s.high, "n": s.n},
         common | {"metric": "top5", "value": s.top5, "low": None, "high": None, "n": s.n},
-        common | {"metric": "mean_per_class", "value": s.mean_per_class, "low": None, "high": None, "n": s.n},
+        common
+        | {"metric": "mean_per_class", "value": s.mean_per_class, "low": s.mean_low, "high": s.mean_high, "n": s.n},
     ]
+    if s.detection:
+        value, low, high = s.detection
+        accuracies.append(common | {"metric": "average_precision", "value": value, "low": low, "high": high, "n": s.n})
     if r.scores is not None and data.classes <= 100:
         accuracies[0]["confusion"] = metrics.confusion(r.scores, data.labels("test")).tolist()
     return accuracies

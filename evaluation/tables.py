@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
 from manyview.evaluation.compare import Correlation
 from manyview.evaluation.metrics import Score, lift
 
+ACCURACIES = ("top1", "top5", "mean_per_class", "average_precision")
 FIRST = ("linear-sweep", "linear-paper", "knn", "ridge", "finetune", "averaged", "majority")
 
 
@@ -41,7 +43,7 @@ def lines(rows: list[dict]) -> list[Line]:
     """From the rows of eval.json; datasets by name, protocols in the order of `FIRST`."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["metric"] in ("top1", "top5", "mean_per_class"):
+        if row["metric"] in ACCURACIES:
             groups.setdefault((row["dataset"], row["mode"], row["protocol"], row["norm"]), []).append(row)
     chance = {
         row["dataset"]: row["value"] for row in rows if row["protocol"] == "majority class" and row["metric"] == "top1"
@@ -167,21 +169,59 @@ def cells(line: Line) -> tuple[str, ...]:
             percent(line.top5), percent(line.mean_per_class))  # fmt: skip
 
 
+def two_classes(rows: list[dict], dataset: str) -> list[tuple[str, ...]]:
+    """Balanced accuracy and average precision of the rarer class, with intervals, of a dataset of two classes: the trained
+    network, pixels and the untrained one; the first row is the header. [] where there are more."""
+    own = [row for row in rows if row["dataset"] == dataset and row["protocol"] != "majority class"]
+    if not any(row["metric"] == "average_precision" for row in own):
+        return []
+    columns = [
+        (metric, network)
+        for metric in ("mean_per_class", "average_precision")
+        for network in ("trained", "pixels", "untrained")
+    ]
+    body = []
+    for line in (line for line in lines(rows) if line.dataset == dataset):
+        same = [r for r in own if (r["mode"], r["protocol"], r["norm"]) == (line.mode, line.protocol, line.norm)]
+        numbers = [_estimate(_values(same, network, metric)) for metric, network in columns]
+        body.append((*cells(line)[:2], *numbers))
+    short = {"mean_per_class": "balanced %", "average_precision": "AP %"}
+    return [("protocol", "features", *(f"{short[metric]}, {network}" for metric, network in columns)), *body]
+
+
+def _estimate(rows: list[dict]) -> str:
+    """A value with its interval, or the mean of several draws with their deviation."""
+    values = [row["value"] for row in rows]
+    if len(values) > 1:
+        return f"{percent(_mean(values))} ± {percent(statistics.stdev(values))}"
+    return f"{percent(values[0])} [{percent(rows[0]['low'])}, {percent(rows[0]['high'])}]" if values else ""
+
+
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of text: columns of one width, the first two from the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  " + "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Markdown; the first row is the header."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*rows[:1], tuple("---" for _ in rows[0]), *rows[1:]])
+
+
 def console(content: dict) -> str:
     """All tables of an eval.json as text, each protocol's own words under its numbers."""
     text = [f"\n{content['run']}: {content['transform']}"]
     rows = content["results"]
     for dataset in content["datasets"]:
         own = [line for line in lines(rows) if line.dataset == dataset]
-        body = [HEADER, *(cells(line) for line in own)]
-        widths = [max(len(row[i]) for row in body) for i in range(len(HEADER))]
         text.append(f"\n{heading(dataset, content)}")
-        for row, line in zip(body, [None, *own]):
-            text.append(
-                "  " + "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-            )
-            text += [f"      {line.text}"] if line else []
-        text += filter(None, [below_pixels(content, dataset)])
+        for row, line in zip(aligned([HEADER, *map(cells, own)]), [None, *own]):
+            text += [row, f"      {line.text}"] if line else [row]
+        text += aligned(two_classes(rows, dataset))
+        text += filter(None, [headline(content, dataset), below_pixels(content, dataset)])
         for r in others(rows, dataset):
             text.append(f"  {r['protocol']} ({r['weights']}) {r['value']:.4g} {r['metric']}\n      {r['text']}")
     return "\n".join(text)
@@ -202,8 +242,7 @@ def heading(dataset: str, content: dict) -> str:
 
 def others(rows: list[dict], dataset: str) -> list[dict]:
     """A dataset's results that are no accuracies: label-free scores and overlaps."""
-    accuracies = ("top1", "top5", "mean_per_class")
-    return [row for row in rows if row["dataset"] == dataset and row["metric"] not in accuracies]
+    return [row for row in rows if row["dataset"] == dataset and row["metric"] not in ACCURACIES]
 
 
 def markdown(contents: list[dict], command: str, facts: dict[str, Any]) -> str:
@@ -230,13 +269,18 @@ def markdown(contents: list[dict], command: str, facts: dict[str, Any]) -> str:
 
 def _markdown_table(dataset: str, content: dict) -> list[str]:
     own = [line for line in lines(content["results"]) if line.dataset == dataset]
-    rows = [HEADER, tuple("-" * 3 for _ in HEADER), *(cells(line) for line in own)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    both = [[HEADER, *map(cells, own)] if own else [], two_classes(content["results"], dataset)]
     texts = dict.fromkeys((f"{line.protocol} ({line.norm})", line.text) for line in own)
     described = "\n".join(f"- {name}: {text}" for name, text in texts)
     free = "\n".join(f"- {row['protocol']} ({row['weights']}): {row['value']:.4g} {row['metric']}; {row['text']}"
                      for row in others(content["results"], dataset))  # fmt: skip
-    return [f"### {heading(dataset, content)}", table if own else "", below_pixels(content, dataset), described, free]
+    return [
+        f"### {heading(dataset, content)}",
+        *(table(rows) for rows in both if rows),
+        below_pixels(content, dataset),
+        described,
+        free,
+    ]
 
 
 def correlations(pairs: list[Correlation]) -> str:

@@ -41,6 +41,7 @@ from manyview.training import config, monitor
 Settings = dict[str, Any]
 RESULTS = ("held_out", "linear", "knn", "rank", "loss", "steps", "views_seen", "core_seconds", "seconds", "peak_bytes",
            "commit", "machine", "shared", "probe")  # fmt: skip
+DEFAULTS = {name: getattr(config.Config, name) for name in ("optimizer", "policy", "beta")}
 CURVE = ("step", "views_seen", "core_seconds", "knn", "linear")
 
 
@@ -102,8 +103,8 @@ def name_of(settings: Settings) -> str:
 
 
 def flags(study: Study, settings: Settings) -> list[str]:
-    """The command line of train.py."""
-    merged = {**study.train, **settings}
+    """The command line of train.py. Settings that a study does not name are those of large pictures, whatever its size."""
+    merged = {**DEFAULTS, **study.train, **settings}
     if "budget" in merged:
         images = merged["views"] * merged.get("batch_size", config.Config.batch_size)
         merged["steps"] = max(1, round(float(merged.pop("budget")) / images))

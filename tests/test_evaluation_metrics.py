@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
 from manyview.evaluation import metrics, tables, targets
 
@@ -44,6 +45,40 @@ def test_lift_interval():
     """Against Newcombe 1998 (differences), method 10: 56/70 - 48/80 = 0.2 [0.0524, 0.3339]."""
     a, b = (metrics.Score(c / n, None, 0, *metrics.wilson(c, n), n) for c, n in ((56, 70), (48, 80)))
     assert metrics.lift(a, b) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+
+
+@pytest.mark.parametrize("n,distinct", [(80, 1000), (200, 3), (500, 40)])
+def test_detection_of_the_rarer_of_two_classes(n, distinct):
+    """Average precision against scikit-learn's, with ties too; its interval against resampling by hand; balanced accuracy."""
+    random = np.random.default_rng(n)
+    truth = (random.random(n) < 0.65).astype(int)
+    ahead = np.floor(distinct * (0.4 * truth + random.random(n))) / distinct
+    scores = torch.tensor(np.stack([1.3 - ahead, ahead], 1))
+    found = metrics.score(scores, torch.from_numpy(truth))
+    value, low, high = found.detection
+    assert value == pytest.approx(average_precision_score(truth == 0, -ahead), abs=1e-12)  # class 0 is the rarer one
+    again = [random.integers(n, size=n) for _ in range(500)]
+    by_hand = np.quantile([average_precision_score(truth[i] == 0, -ahead[i]) for i in again], (0.025, 0.975))
+    assert (low, high) == pytest.approx(tuple(by_hand), abs=0.05) and low < value < high
+    answers = scores.argmax(1).numpy()
+    assert found.mean_per_class == pytest.approx(balanced_accuracy_score(truth, answers))
+    drawn = [balanced_accuracy_score(truth[i], answers[i]) for i in again]
+    assert (found.mean_low, found.mean_high) == pytest.approx(tuple(np.quantile(drawn, (0.025, 0.975))), abs=0.06)
+    assert metrics.score(scores, torch.ones(n, dtype=torch.long)).detection is None  # nothing to be detected
+    votes = scores.clamp(0) * torch.tensor(random.integers(1, 9, (n, 1)))  # as kNN gives: their share counts
+    assert metrics.score(votes, torch.from_numpy(truth)).detection[0] == pytest.approx(
+        average_precision_score(truth == 0, (votes[:, 0] / votes.sum(1)).numpy().round(9)), abs=1e-12
+    )
+
+
+def test_two_classes_have_a_table_of_their_own():
+    rows = [row("trained", 0.8), row("untrained", 0.5), row("trained", 0.9, metric="top5")]
+    assert tables.two_classes(rows, "d") == []
+    for metric in ("mean_per_class", "average_precision"):
+        rows += [row("trained", 0.75, metric=metric), row("untrained", 0.6, metric=metric)]
+    header, line = tables.two_classes(rows, "d")
+    assert line == ("knn k=20", "l2", *2 * ("75.00 [65.70, 82.45]", "", "60.00 [50.20, 69.06]"))
+    assert header[2] == "balanced %, trained" and header[-1] == "AP %, untrained"
 
 
 def test_majority_class():

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from pictures import class_folders, jpeg
 
@@ -311,3 +312,20 @@ def test_a_file_that_vanishes_is_a_value_error(tmp_path):
     (tmp_path / "train" / "class0" / "photo0.jpg").unlink()
     with pytest.raises(ValueError, match="cannot be read"):
         split.read(0)
+
+
+def test_a_held_out_share_of_each_class_becomes_val(tmp_path):
+    class_folders(tmp_path, 10, 2)
+    whole = datasets.load("folder", tmp_path / "train").splits[0]
+    source = datasets.load("folder", tmp_path / "train", Reading(holdout=0.3, seed=1))
+    train, val = source.splits
+    assert [np.bincount(split.labels).tolist() for split in (train, val)] == [[7, 7], [3, 3]]
+    assert sorted(train.names + val.names) == whole.names and "6 images held out as val" in source.notes[0]
+    for name, label, i in zip(val.names, val.labels, range(6)):
+        assert val.read(i).tobytes() == (tmp_path / "train" / name).read_bytes() and name.startswith(f"class{label}")
+    again, other = (datasets.load("folder", tmp_path / "train", Reading(holdout=0.3, seed=i)).splits[1] for i in (1, 2))
+    assert again.names == val.names != other.names
+    assert len({Reading(holdout=0.3, seed=i).digest() for i in (1, 2)} | {Reading().digest()}) == 3  # a rerun sees it
+    class_folders(tmp_path, 1, 2, split="val")
+    with pytest.raises(UserError, match="--holdout: the source has splits already: train, val"):
+        datasets.load("folder", tmp_path, Reading(holdout=0.3))

@@ -44,6 +44,14 @@ def test_a_grid_is_every_combination_and_a_run_is_counted_once(study: Path):
     assert found.columns == ["views", "fraction", "budget", "seed", "eval_every", "form"]
     words = sweep.flags(found, found.grids["views"][0])
     assert words[words.index("--steps") + 1] == "10"  # 640 views / (2 views x 32 images)
+    assert words[: words.index("--data")] == [
+        "--optimizer",
+        "adamw",
+        "--policy",
+        "simclr",
+        "--beta",
+        "auto",
+    ]  # whatever its size
 
 
 def test_an_unknown_setting_is_refused_by_name(study: Path):

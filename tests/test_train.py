@@ -87,7 +87,7 @@ def test_run_directory(trained_run):
     environment = json.loads((trained_run / "env.json").read_text())
     assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     resolved = [saved[key] for key in ("form", "beta", "standardize", "engine", "device", "precision", "stem")]
-    assert resolved == ["mean", 3 / 16, "view", "cpu", "cpu", "float32", "small"]
+    assert resolved == ["mean", 20 / 16, "view", "cpu", "cpu", "float32", "small"]
 
 
 def test_printed_lines_load_the_weights_and_the_transform_in_timm(trained_run):

@@ -80,6 +80,21 @@ def test_flags_win_over_the_preset(digits, tmp_path):
         config.parse(["--preset", str(preset), "--data", str(digits)])
 
 
+def test_small_views_have_defaults_of_their_own(digits, tmp_path):
+    """Up to 32 px, of a ResNet, without a preset; a flag wins, also where it says what the default would be elsewhere."""
+
+    def chosen(*words: str) -> tuple[str, str, str]:
+        found = config.parse(["--data", str(digits), *words])
+        return found.optimizer, found.policy, found.beta
+
+    assert chosen() == chosen("--size", "32") == ("muon", "auto", "20/D")
+    assert chosen("--size", "33") == chosen("--backbone", "vit_tiny_patch16_224") == ("adamw", "simclr", "auto")
+    assert chosen("--optimizer", "adamw", "--beta", "auto") == ("adamw", "auto", "auto")
+    assert chosen("--objective", "vicreg") == chosen("--form", "pairs") == ("muon", "auto", "auto")
+    (tmp_path / "p.yaml").write_text("views: 8")
+    assert chosen("--preset", str(tmp_path / "p.yaml")) == ("adamw", "simclr", "auto")
+
+
 @pytest.mark.parametrize(
     "line",
     [

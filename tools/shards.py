@@ -64,6 +64,8 @@ class Write:
     """Its column of labels, if it has no usual name or holds text of which no two are the same."""
     disjoint: bool = False
     """Splits may have no class in common (few-shot sets)."""
+    holdout: str = "0"
+    """Of a source without test images, the share of each class (25%) that is kept from training as split val, by --seed."""
     check: str = "decode"
     """decode: every image completely, once. headers: trust JPEGs that begin and end as they should (a sixteenth is decoded
     for the statistics): 2.2 times as fast with 3.6 times less work for the cores (results/shards.md), for photos that were
@@ -79,8 +81,9 @@ class Write:
             self.unlabelled, self.check, white=self.white,
         )  # fmt: skip
         reading = Reading(
-            self.download, labels=self.labels, columns=(self.name_column, self.label_column), disjoint=self.disjoint
-        )
+            self.download, labels=self.labels, columns=(self.name_column, self.label_column), disjoint=self.disjoint,
+            holdout=fraction(self.holdout, "holdout"), seed=self.seed,
+        )  # fmt: skip
         out = self.out or Path("shards") / self.dataset
         return convert(options, self.source, out, self.jobs, self.max_rejected, reading, self.executor)
 
@@ -196,13 +199,13 @@ class Import:
         return convert(options, self.source, self.out, self.jobs, self.max_rejected, reading)
 
 
-def fraction(text: str) -> float:
+def fraction(text: str, what: str = "max-rejected") -> float:
     try:
         value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise UserError(f"max-rejected is a percentage (1%) or a fraction (0.01), not {text!r}")
+        raise UserError(f"{what} is a percentage (1%) or a fraction (0.01), not {text!r}")
     return value
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from manyview.pipeline import engines, storage
 from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.store import Store, training_split
 from manyview.training.monitor import TRACKERS
 
 CHOICES = {
@@ -70,6 +71,9 @@ BOOKKEEPING = [
 ]
 
 
+SMALL = 32  # pixels of a view up to which `small_defaults` hold
+
+
 @dataclass
 class Config:
     """Pretrain a vision encoder on shards, with many views an image."""
@@ -83,7 +87,7 @@ class Config:
     """Views an image (V); under multicrop two are global and the rest local crops."""
     policy: str = "simclr"
     """Augmentation policy: simclr, byol, barlow, cifar, stl, imagenet100, multicrop, or auto: by view size and whether pictures
-    are grey."""
+    are grey. Without --preset auto for ResNets on views of up to 32 px, as --optimizer and --beta are then others."""
     augment: tuple[str, ...] = ()
     """Changes to the policy as name=value or YAML files, e.g. `--augment blur=0 hue=0.1 local.scale=[0.05,0.3]`."""
     size: int = 0
@@ -109,14 +113,15 @@ class Config:
     form: str = "auto"
     """Which correlation is decorrelated; barlow: mean, cross, pairs; vicreg: view, pooled. auto = the objective's own."""
     beta: str = "auto"
-    """Strength of decorrelation: a number, one divided by the dimensions such as `5/D`, or auto = 3/D (vicreg, spectral: 1)."""
+    """Strength of decorrelation: a number, one divided by the dimensions such as `5/D`, or auto = 3/D (vicreg, spectral: 1).
+    Up to 32 px without --preset 20/D (docs/recipes.md)."""
     standardize: str = "auto"
     """Barlow's embedding statistics per view (auto: the textbook's), or pooled over all views."""
     bn: str = "pooled"
     """Batch-norm statistics pooled over views (one forward pass, less noise), or per view."""
     optimizer: str = "adamw"
     """adamw, sgd, lars, muon. In short runs on small images muon is far ahead (30 core-seconds on CIFAR-10: 40.0 % kNN, adamw
-    33.3; docs/recipes.md), but wants 256 views a step or more."""
+    33.3; docs/recipes.md), but wants 256 views a step or more. Up to 32 px without --preset it is the default."""
     lr: float = 0.0
     """Peak learning rate; 0 = the optimizer's rule, which is printed."""
     final_lr: float = 0.001
@@ -189,9 +194,9 @@ def parse(argv: list[str] | None = None) -> Config:
     argv = sys.argv[1:] if argv is None else argv
     errors: list[str] = []
     base = _with_preset(argv, errors)
-    config, unknown = tyro.cli(
-        Config, args=argv, default=base, description=Config.__doc__, prog="train.py", return_unknown_args=True
-    )
+    config, unknown = _flags(argv, base)
+    if not config.preset and (small := small_defaults(config)):
+        config, unknown = _flags(argv, dataclasses.replace(base, **small))
     flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)]
     for word in unknown:
         close = difflib.get_close_matches(word.split("=")[0], flags, n=3, cutoff=0.5)
@@ -201,6 +206,30 @@ def parse(argv: list[str] | None = None) -> Config:
     if errors:
         raise UserError("\n".join(errors))
     return config
+
+
+def _flags(argv: list[str], base: Config) -> tuple[Config, list[str]]:
+    return tyro.cli(
+        Config, args=argv, default=base, description=Config.__doc__, prog="train.py", return_unknown_args=True
+    )
+
+
+def small_defaults(config: Config, size: int = 0) -> dict[str, Any]:
+    """What the defaults are, on the command line and without a preset, where a ResNet is to see views of up to 32 px; {}
+    elsewhere. `size`: of the views, if it is known already.
+
+    Measured on CIFAR-10 by core-seconds (docs/recipes.md, results/ladder.md): Muon is 7 points ahead of AdamW by kNN; the
+    textbook's c = 3 is behind 20; and there is no blur, as SimCLR itself has none for CIFAR."""
+    if "resnet" not in config.backbone or config.size > SMALL:
+        return {}
+    try:
+        size = size or config.size or Store(config.data, training_split(config.data)).default_size()
+    except UserError:
+        return {}  # of shards that cannot be opened: `check` or train.py says why
+    if size > SMALL:
+        return {}
+    plain = config.objective == "barlow" and config.form == "auto"  # what beta was measured with
+    return {"optimizer": "muon", "policy": "auto"} | ({"beta": "20/D"} if plain else {})
 
 
 def _with_preset(argv: list[str], errors: list[str]) -> Config:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from manyview.pipeline import files
+from manyview.pipeline import files, plan
 from manyview.pipeline.errors import UserError
 
 IMAGE_TYPES = "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pnm tga ico jp2 avif"
@@ -24,7 +24,8 @@ SUFFIXES = frozenset(f".{name}" for name in IMAGE_TYPES.split())
 @dataclass(frozen=True)
 class Reading:
     """How a source is read. `labels`: a table of labels, and the names of its `columns` (of files, of labels; "" =
-    guessed); `unlabelled`: folders are not classes; `disjoint`: splits may share no class.
+    guessed); `unlabelled`: folders are not classes; `disjoint`: splits may share no class; `holdout`: the share of each
+    class that becomes test images, drawn by `seed`, where the source has none.
 
     Of shards: `image_part`, `label_part`: names of the parts of a sample that are image and label ("" = by the rules of
     `shards`), label also `folder`; `allow_cut`: what there is of a tar that was cut off is taken."""
@@ -34,6 +35,8 @@ class Reading:
     labels: Path | None = None
     columns: tuple[str, str] = ("", "")
     disjoint: bool = False
+    holdout: float = 0.0
+    seed: int = 0
     image_part: str = ""
     label_part: str = ""
     allow_cut: bool = False
@@ -45,7 +48,8 @@ class Reading:
         return asked if any(asked) else []
 
     def digest(self) -> str:
-        """Of everything that decides labels; empty where that is the source alone. UserError: the table cannot be read."""
+        """Of everything that decides labels and splits; empty where that is the source alone. UserError: the table cannot be
+        read."""
         decides = b""
         if self.labels:
             try:
@@ -53,6 +57,7 @@ class Reading:
             except OSError as error:
                 raise UserError(f"{self.labels} cannot be read as a table: {error.strerror}") from None
         decides += repr(self.parts).encode() if self.parts else b""
+        decides += repr((self.holdout, self.seed)).encode() if self.holdout else b""
         return hashlib.sha256(decides).hexdigest()[:16] if decides else ""
 
 
@@ -71,6 +76,11 @@ class Split:
     read: Callable[[int], np.ndarray]
     times: np.ndarray
 
+    def part(self, name: str, ids: np.ndarray) -> Split:
+        """The images `ids` as a split of another name."""
+        names = [self.names[i] for i in ids]
+        return Split(name, names, self.labels[ids], self.sizes[ids], lambda i: self.read(int(ids[i])), self.times[ids])
+
 
 @dataclass
 class Source:
@@ -80,6 +90,18 @@ class Source:
     ignored: int = 0  # files that are no images by their name
     watch: list[str] = field(default_factory=list)  # folders and archives that hold the images, see `source_state`
     notes: list[str] = field(default_factory=list)  # what whoever converts should know, a line each
+
+    def hold_out(self, share: float, seed: int) -> None:
+        """Make `share` of each class of the training images the split `val`. UserError: there is one already."""
+        if [split.name for split in self.splits] != ["train"]:
+            raise UserError(
+                f"--holdout: the source has splits already: {', '.join(split.name for split in self.splits)}"
+            )
+        whole = self.splits[0]
+        test = plan.subset(whole.labels, share, seed)
+        parts = {"train": np.setdiff1d(np.arange(len(whole.names)), test), "val": test}
+        self.splits = [whole.part(name, ids) for name, ids in parts.items()]
+        self.notes.append(f"{len(test):,} images held out as val, class-balanced, seed {seed}")
 
     def fingerprint(self) -> str:
         """Hex: names, labels and sizes of everything there is."""

@@ -58,6 +58,8 @@ def load(dataset: str, source: Path | None, reading: Reading = AS_IT_IS) -> Sour
         result.classes = []
         for split in result.splits:
             split.labels = np.full(len(split.names), -1, np.int64)
+    if reading.holdout:
+        result.hold_out(reading.holdout, reading.seed)
     result.notes += summary.check(
         result.classes, {split.name: split.labels for split in result.splits}, reading.disjoint
     )
