@@ -191,6 +191,8 @@ def _map(work: Suite, data: Data, file: Path) -> bool:
 
 def tsne(x: Tensor, *, seed: int = 0) -> np.ndarray:
     """t-SNE (van der Maaten & Hinton 2008) of (n, F) to (n, 2), scikit-learn's."""
+    if bool((x == x[0]).all()):
+        return np.zeros((len(x), 2))  # of a collapsed encoder: there is nothing to lay out, and scikit-learn's crashes
     # Half its default iterations: of a thousand points the picture is then settled, and it takes 3 s for 5.
     layout = TSNE(2, perplexity=min(30.0, max(1.0, (len(x) - 1) / 3)), max_iter=500, random_state=seed, n_jobs=1)
     return layout.fit_transform(x.float().numpy())

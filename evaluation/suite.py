@@ -31,7 +31,7 @@ from manyview.pipeline.store import Store, training_split
 VERSION = 5
 ENCODER = ("run", "checkpoint", "sha256", "source", "loaded", "step", "backbone", "method", "pretrained_on", "trained_by",
            "image_size", "transform", "layers")  # fmt: skip
-BASELINES: dict[str, list[Result]] = {}  # of this process, under the keys of their cells
+BASELINES: dict[tuple[str, str], list[Result]] = {}  # of this process, by protocol and key of the cell
 
 
 @dataclass(kw_only=True)
@@ -326,9 +326,10 @@ class Suite:
     def _results(self, cell: Cell, key: str) -> list[Result]:
         """What a protocol yields. A baseline that several targets of one command have in common is measured once."""
         shared = cell.network != "trained" and cell.protocol.reads == "clean"
-        results = BASELINES[key] if shared and key in BASELINES else list(cell.protocol.run(cell))
+        same = (cell.protocol.name, key)
+        results = BASELINES[same] if shared and same in BASELINES else list(cell.protocol.run(cell))
         if shared:
-            BASELINES[key] = [replace(r, scores=None) for r in results]
+            BASELINES[same] = [replace(r, scores=None) for r in results]
         return results
 
     def _forget(self, data: Data) -> None:

@@ -33,7 +33,7 @@ def export(
     if to == "hub" and str(source).startswith(("timm:", "torchvision:")):
         raise UserError("--to hub is for what was trained here: its card tells of that training")
     model, header, file = _loaded(str(source), given)
-    home = file.parent.parent / "export" / file.stem if file.suffix == ".pt" else file.parent / "export"
+    home = file.parent.parent / "export" / file.stem if "network" in header else file.parent / "export"
     out = Path(out) if out else home / EXPORTS[to][0]
     out.parent.mkdir(parents=True, exist_ok=True)
     snippet, other = EXPORTS[to][1](model, file, header, out)
