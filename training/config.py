@@ -145,7 +145,7 @@ class Config:
     """cpu, cuda, auto."""
     precision: str = "auto"
     """bf16, fp16, fp32; auto = bf16 where the GPU or the processor (AMX, AVX-512) multiplies it itself, fp16 on older GPUs,
-    else fp32."""
+    else fp32, as for depthwise networks on a processor."""
     compile: bool = False
     """torch.compile the encoder: off, as it takes its time first and pays for some networks only (results/trainer.md)."""
     threads: int = 0
