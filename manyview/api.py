@@ -145,6 +145,8 @@ class Views:
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
         if not self.shuffle:
+            if self.fraction != 1:
+                raise UserError(f"fraction {self.fraction:g} is of images that are shuffled: it goes with shuffle=True")
             return InOrder(len(self.store), self.batch_size, world, rank)
         batch = self.batch_size * world
         result = plan(self.store.labels, seed=self.seed, batch=batch, fraction=self.fraction, world=world, rank=rank,
