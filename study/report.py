@@ -79,7 +79,9 @@ def page(path: Path, rows_csv: Path, pictures: Path) -> Lines:
     if len(values(strong, "projector_dim")) > 1:
         lines += [*projector(strong, percent(untrained), spread, picture["projector"]), *law(claims.gridded(strong))]
     if views:
-        lines += convergence(views, claims.curves(rows_csv.with_suffix(".curves.csv")), spread, picture["convergence"])
+        lines += convergence(
+            views, claims.curves(study, rows_csv.with_suffix(".curves.csv")), spread, picture["convergence"]
+        )
         lines += [*images(views, scarce, spread, picture["data"]), *costs(views)]
     if forms:
         lines += off_diagonals(forms, spread)
@@ -242,7 +244,7 @@ def convergence(rows: list[Row], points: list[Row], spread: Spread, picture: Pat
         "",
         f"At equal epochs, where a larger V sees more views and pays for them (of {paper}, the paper's comparison):",
         "",
-        *at_equal_epochs,
+        *(at_equal_epochs or ["- not measured"]),
         "",
     ]
 
