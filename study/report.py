@@ -31,7 +31,8 @@ def main(studies: list[Path], out: Path, must_hold: bool = False) -> int:
     for path in studies:
         rows = out.parent / f"{path.stem}.csv"
         if rows.exists():
-            lines += page(path, rows, out.parent / "paper")
+            with figures.style():
+                lines += page(path, rows, out.parent / "paper")
             wrong += check(sweep.read(path), rows) if must_hold else []
         else:
             lines += [f"## {path.stem}", "", f"Not run yet: `python tools/sweep.py {path.as_posix()}`.", ""]
@@ -216,7 +217,9 @@ def convergence(rows: list[Row], points: list[Row], spread: Spread, picture: Pat
     rows = select(rows, fraction=max(values(rows, "fraction")))
     first, *others = values(rows, "views")
     figures.convergence(select(points, fraction=rows[0]["fraction"]), rows, picture)
-    body, at_equal_views, at_equal_epochs = [], [], []
+    body: list[list[str]] = []
+    at_equal_views: Lines = []
+    at_equal_epochs: Lines = []
     for batch, alike in batches(rows).items():
         at = {
             (v, budget): percent(alike, views=v, budget=budget)
