@@ -92,6 +92,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
     costs = estimate.trials(training, policy, device, policy.views * cfg.batch_size // world)
     network_time = monitor.duration(estimate.step_seconds(costs, cfg, policy, world) * steps)
     memory = estimate.step_memory(costs, cfg, policy, world) / 2**30
+    estimate.check_memory(int(memory * 2**30), device)
     loss_text, loss_options = objective.describe(training.objective, cfg.projector_dim)
     seen = steps * cfg.batch_size
     said = [
@@ -149,6 +150,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
                 store, policy, order.batch(0)[0][:4], path, renders={engine.name: engine}, seed=cfg.seed
             )
     final: Any = average.module.backbone if average else model.backbone  # what is probed and exported
+    header = {"backbone": cfg.backbone, "stem": cfg.stem, "image_size": str(size), "source": folder.name}
+    header |= {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
     eval_every = cfg.eval_every or max(1, steps // 10)
     probe = None
     if rank == 0 and cfg.eval_every >= 0:
@@ -156,7 +159,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
             probe = online.Probe(labelled, size, seed=cfg.seed)
 
     def save(step: int) -> bool:
-        about = {"step": step, "skipped": int(skipped), "identity": identity}
+        about = {"step": step, "skipped": int(skipped), "identity": identity, "header": header}
         about |= {"seconds": log.clock.seconds, "core_seconds": log.clock.core_seconds}
         states = about | resume.snapshot(training, average)
         try:
@@ -220,11 +223,9 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
         with log.aside("plots"):
             plots.draw(folder)
         weights = folder / "backbone.safetensors"
-        about = {"backbone": cfg.backbone, "stem": cfg.stem, "image_size": str(size), "source": folder.name}
-        about |= {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
-        backbone.save(final, weights, about)
+        backbone.save(final, weights, header)
         log.say(f"trained in {monitor.duration(log.clock.seconds)}: {weights}; load it in timm:")
-        log.say(backbone.timm_snippet(about, str(weights)))
+        log.say(backbone.timm_snippet(header, str(weights)))
     if loader.bad:
         log.say(f"{len(loader.bad)} unreadable image(s) were replaced: {', '.join(list(loader.bad.values())[:20])}")
     preempted = step < steps

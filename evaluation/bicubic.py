@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 
 from manyview.evaluation.encoder import Encoder
 from manyview.pipeline.codec import decode
+from manyview.pipeline.engines import Pending
 from manyview.pipeline.machine import cores
 from manyview.pipeline.store import Corrupt, Store
 from manyview.pipeline.views import ViewParameters
@@ -28,7 +29,8 @@ class BicubicEngine:
     def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
         ((_, size),) = parameters.groups
         boxes = parameters.views["box"][0]
-        return Pending([self._pool.submit(self._view, int(i), box, size) for i, box in zip(ids, boxes)])
+        work = [self._pool.submit(self._view, int(i), box, size) for i, box in zip(ids, boxes)]
+        return Pending(work, lambda: [torch.from_numpy(np.stack([w.result() for w in work])).permute(0, 3, 1, 2)[None]])
 
     def _view(self, i: int, box: np.ndarray, size: int) -> np.ndarray:
         try:
@@ -42,15 +44,6 @@ class BicubicEngine:
 
     def close(self) -> None:
         self._pool.shutdown()
-
-
-class Pending:
-    def __init__(self, work: list[Future]):
-        self._work = work
-
-    def result(self) -> list[torch.Tensor]:
-        images = np.stack([one.result() for one in self._work])
-        return [torch.from_numpy(images).permute(0, 3, 1, 2)[None]]
 
 
 @contextmanager

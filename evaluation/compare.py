@@ -1,4 +1,5 @@
-"""How well one evaluation predicts another, over runs and checkpoints that were pre-trained on the same data.
+"""How well one evaluation predicts another, over runs and checkpoints that were pre-trained on the same data, or over all
+encoders where one dataset is named to be held against the others.
 
 Three coefficients with intervals from a bootstrap that draws whole runs, because checkpoints of one run are not
 independent. n is beside every number; with fewer than 5 models there is no coefficient, with fewer than 10 a warning.
@@ -18,11 +19,12 @@ import numpy as np
 from scipy import stats
 
 from manyview.pipeline import files
-from manyview.pipeline.errors import UserError
+from manyview.pipeline.errors import UserError, nearest
 
 LEAST = 5
 FEW = 10
 RESAMPLES = 2000
+ANY = "any"  # pre-training data
 KINDS = ("spearman", "pearson", "kendall")
 COLUMNS = ("run", "checkpoint", "step", "backbone", "method", "pretrained_on", "dataset", "mode", "protocol", "norm",
            "seed", "weights", "metric", "value", "low", "high", "n", "n_train", "sample")  # fmt: skip
@@ -92,9 +94,10 @@ def fisher_mean(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of a column measured on the pre-training data with one measured on another dataset."""
+    """Of a column measured on one dataset (the pre-training data, or the one asked for) with one measured on another."""
 
-    pretrained_on: str
+    pretrained_on: str  # "any" where the encoders' are different
+    measured_on: str  # the dataset of `predictor`
     group: str  # "all", or a backbone
     predictor: str
     dataset: str
@@ -110,50 +113,52 @@ class Correlation:
     note: str
 
 
-def read(paths: list[Path]) -> list[dict]:
-    """The result rows of these run directories, their checkpoints included (or of eval.json files), in an order that does
-    not depend on theirs. Runs of one name are told apart by their paths.
+def contents(paths: list[Path]) -> list[dict]:
+    """What the eval.json files of these run directories hold, their checkpoints and variants included (or these files), in an
+    order that does not depend on theirs. Runs of one name are told apart by their paths.
 
     UserError: no such path, a damaged eval.json, nothing to compare, runs that were measured on other images.
     """
-    rows: list[dict] = []
-    absent = [path for path in paths if not path.exists()]
-    if absent:
+    if absent := [path for path in paths if not path.exists()]:
         raise UserError("\n".join(f"{path}: no such run" for path in absent))
+    result: list[dict] = []
     missing: list[str] = []
-    homes: dict[str, set[Path]] = {}
+    homes: dict[str, set[str]] = {}
     for path in sorted(set(paths)):
         if path.is_dir():
             files = [f for f in (path / "eval.json", *sorted(path.glob("eval-*/eval.json"))) if f.is_file()]
         else:
             files = [path] if path.suffix == ".json" else []  # runs/* may hold a table beside the runs
-        own_rows = [row for file in files for row in _results(file)]
-        rows += own_rows
-        for row in own_rows:
-            homes.setdefault(row["run"], set()).add(path)
-            row["home"] = path.as_posix()
-        if not own_rows and path.is_dir() and not (path / "correlations.csv").exists():
+        own = [_content(file) | {"home": path.as_posix()} for file in files]
+        result += own
+        for row in (row for content in own for row in content["results"]):
+            homes.setdefault(row["run"], set()).add(path.as_posix())
+        if not own and path.is_dir() and not (path / "correlations.csv").exists():
             missing.append(f"{path}: no eval.json there; make it with `python tools/evaluate.py {path}`")
-    if not rows:
+    if not any(content["results"] for content in result):
         raise UserError(
             "\n".join(missing) or "no run directories given, as in `python tools/evaluate.py compare runs/*`"
         )
     for line in missing:
         print(f"left out: {line}")
-    for row in rows:
-        home = row.pop("home")
-        row["run"] = home if len(homes[row["run"]]) > 1 else row["run"]
-    _same_images(rows)
-    return rows
+    for content in result:
+        for row in content["results"]:
+            row["run"] = content["home"] if len(homes[row["run"]]) > 1 else row["run"]
+    _same_images(rows(result))
+    return result
 
 
-def _results(file: Path) -> list[dict]:
+def rows(contents: list[dict]) -> list[dict]:
+    return [row for content in contents for row in content["results"]]
+
+
+def _content(file: Path) -> dict:
     try:
-        rows = json.loads(file.read_text())["results"]
+        content = json.loads(file.read_text())
         wanted = {"run", "checkpoint", "backbone", "pretrained_on", "dataset", "mode", "protocol", "norm", "weights", "metric",
                   "value", "n", "n_train", "sample"}  # fmt: skip
-        if all(wanted <= row.keys() for row in rows):
-            return rows
+        if all(wanted <= row.keys() for row in content["results"]):
+            return content
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{file}: not an eval.json of this version; make it again with `python tools/evaluate.py`")
@@ -198,17 +203,26 @@ def table(rows: list[dict]) -> dict[tuple[str, str], dict[Model, float]]:
             for key, models in sorted(columns.items())}  # fmt: skip
 
 
-def correlate(rows: list[dict], *, seed: int = 0) -> list[Correlation]:
+def correlate(rows: list[dict], *, seed: int = 0, reference: str | None = None) -> list[Correlation]:
     """Every column of the pre-training data against every column of every other dataset, over all models pre-trained on it
     and within each backbone. Where nothing was measured outside it, its columns are held against each other.
+
+    `reference`: the dataset whose columns are held against the others', over all models, whatever they were pre-trained on.
+    UserError where nothing was measured on it.
     """
     columns = table(rows)
-    own = sorted({model[3] for models in columns.values() for model in models if model[3]})
-    return [pair for data in own for pair in _of_one_pretraining(data, columns, seed)]
+    if reference is not None:
+        if reference not in (names := sorted({dataset for dataset, _ in columns})):
+            raise UserError(nearest("dataset", reference, names))
+        return list(_held_against(reference, ANY, columns, seed))
+    result: list[Correlation] = []
+    for data in sorted({model[3] for models in columns.values() for model in models if model[3]}):
+        own = {key: {m: v for m, v in models.items() if m[3] == data} for key, models in columns.items()}
+        result += _held_against(data, data, own, seed)
+    return result
 
 
-def _of_one_pretraining(data: str, columns: dict, seed: int) -> Iterator[Correlation]:
-    columns = {key: {m: v for m, v in models.items() if m[3] == data} for key, models in columns.items()}
+def _held_against(data: str, pretrained_on: str, columns: dict, seed: int) -> Iterator[Correlation]:
     inside = {c: m for (d, c), m in columns.items() if d == data and m}
     outside = {(d, c): m for (d, c), m in columns.items() if d != data and m}
     alone = not outside
@@ -219,12 +233,12 @@ def _of_one_pretraining(data: str, columns: dict, seed: int) -> Iterator[Correla
         for predictor, x in inside.items():
             for (dataset, target), y in outside.items():
                 if not alone or predictor < target:
-                    yield from _pair((data, group, predictor, dataset, target), x, y, seed)
+                    yield from _pair((pretrained_on, data, group, predictor, dataset, target), x, y, seed)
 
 
-def _pair(columns: tuple[str, str, str, str, str], x: dict, y: dict, seed: int) -> list[Correlation]:
+def _pair(columns: tuple[str, str, str, str, str, str], x: dict, y: dict, seed: int) -> list[Correlation]:
     """`columns`: as a Correlation begins."""
-    models = [m for m in sorted(x.keys() & y.keys()) if columns[1] in ("all", m[2])]
+    models = [m for m in sorted(x.keys() & y.keys()) if columns[2] in ("all", m[2])]
     runs = [m[0] for m in models]
     n, count = len(models), len(set(runs))
     correlation = partial(Correlation, *columns, n, count)
@@ -247,28 +261,25 @@ def _plain(value: float) -> float | None:
 
 
 def averages(correlations: list[Correlation]) -> list[dict]:
-    """For each pre-training set, group and predictor: the Fisher-z mean over the other datasets of its coefficient with the
-    same protocol on each."""
-    result = []
-    for key in sorted({(c.pretrained_on, c.group, c.predictor, c.kind) for c in correlations}):
-        same = [
-            c
-            for c in correlations
-            if (c.pretrained_on, c.group, c.predictor, c.kind) == key and c.target == c.predictor
-        ]
-        per_dataset = {c.dataset: c.r for c in same if c.r is not None and c.dataset != c.pretrained_on}
-        if per_dataset:
-            names = dict(zip(("pretrained_on", "group", "predictor", "kind"), key))
-            n = min(c.n for c in same if c.dataset in per_dataset)
-            result.append(names | {"mean": fisher_mean(list(per_dataset.values())), "n": n, "per_dataset": per_dataset})
-    return result
+    """For each dataset that predicts, group and predictor: the Fisher-z mean over the other datasets of its coefficient with
+    the same protocol on each."""
+    names = ("pretrained_on", "measured_on", "group", "predictor", "kind")
+    same: dict[tuple, list[Correlation]] = {}
+    for c in correlations:
+        if c.target == c.predictor and c.r is not None and c.dataset != c.measured_on:
+            same.setdefault(tuple(getattr(c, name) for name in names), []).append(c)
+    return [
+        dict(zip(names, key)) | {"mean": fisher_mean([c.r or 0.0 for c in own]), "n": min(c.n for c in own),
+                                 "per_dataset": {c.dataset: c.r for c in own}}
+        for key, own in sorted(same.items())
+    ]  # fmt: skip
 
 
-def write(rows: list[dict], out: Path, *, seed: int = 0) -> list[Correlation]:
+def write(rows: list[dict], out: Path, *, seed: int = 0, reference: str | None = None) -> list[Correlation]:
     """results.csv (every row), correlations.csv and correlations.json in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     write_csv(rows, out / "results.csv")
-    correlations = correlate(rows, seed=seed)
+    correlations = correlate(rows, seed=seed, reference=reference)
     with (out / "correlations.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(Correlation.__dataclass_fields__))
         writer.writeheader()

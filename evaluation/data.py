@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyview.evaluation import linear, targets
+from manyview.evaluation import folder, linear, targets
 from manyview.evaluation.labels import Labels
-from manyview.pipeline import plan
+from manyview.pipeline import plan, storage
 from manyview.pipeline.errors import UserError
-from manyview.pipeline.store import Store, splits
+from manyview.pipeline.store import Store
 
 if TYPE_CHECKING:
     from manyview.evaluation.protocols import Protocol
@@ -84,20 +84,19 @@ def open_data(
     path: Path, protocols: Sequence[Protocol] = (), *, groups: bool = False, limit: int = 0, seed: int = 0,
     table: Labels | None = None,
 ) -> Data:  # fmt: skip
-    """Open shards for these protocols: a split is asked for only where one of them reads it.
+    """Open shards, or a folder of image files, for these protocols: a split is asked for only where one of them reads it.
 
     Of images without labels, those that need labels are left out where they were asked for by a group's name alone
     (`groups`). Without a split `val` a seeded tenth of the labelled training images is held out to be scored.
     `limit`: at most so many training images and half as many test images, class-balanced. `table`: labels instead of the
     shards' own. UserError where the labels cannot carry what is asked for.
     """
-    present = splits(path)
+    present = folder.opened(path)
     needed = any(p.labels for p in protocols) and not groups
-    train = Store(path, "unlabelled" if "train" not in present and not needed else "train")
+    train = _store(path, present, "unlabelled" if "train" not in present and not needed else "train")
     truth = {train.split: table.apply(train)} if table else {}
-    known = np.flatnonzero(train.labels >= 0)
-    ids = known if len(known) else np.arange(len(train))
-    data = Data(path, train, train, ids, np.arange(0), tuple(protocols), table=table, truth=truth)
+    data = Data(path, train, train, _known(train), np.arange(0), tuple(protocols), table=table, truth=truth)
+    data.notes += getattr(train, "notes", [])
     if any(p.labels for p in protocols):
         _check_labels(data, present, groups)
     if any(p.test for p in data.protocols):
@@ -110,11 +109,24 @@ def open_data(
     return data
 
 
-def _check_labels(data: Data, present: list[str], groups: bool) -> None:
+def _store(path: Path, present: dict[str, Any], split: str) -> Any:
+    if split not in present:
+        raise UserError(f"{storage.where(path)} has no split {split!r}; it has {', '.join(present)}")
+    return present[split]()
+
+
+def _known(store: Any) -> np.ndarray:
+    """The ids of the images with labels, of all where none has one; files that are no images aside."""
+    ids = np.delete(np.arange(len(store)), np.array(sorted(getattr(store, "unusable", ())), np.int64))
+    known = ids[store.labels[ids] >= 0]
+    return known if len(known) else ids
+
+
+def _check_labels(data: Data, present: dict[str, Any], groups: bool) -> None:
     """UserError, or where the protocols were no explicit wish, fewer of them, if there are no labels to learn from."""
     if not (data.train.labels >= 0).any():
         reason = "its train split has no labels"
-    elif "val" in present and not data.table and not (Store(data.path, "val").labels >= 0).any():
+    elif "val" in present and not data.table and not (present["val"]().labels >= 0).any():
         reason = "its val split has no labels"
     elif data.classes < 2:
         reason = f"one class ({data.train.classes[0]}), so every answer would be right"
@@ -126,20 +138,24 @@ def _check_labels(data: Data, present: list[str], groups: bool) -> None:
     data.notes.append(f"{reason}: only {', '.join(p.name for p in data.protocols)} can be measured here")
 
 
-def _choose_test(data: Data, present: list[str], seed: int) -> None:
+def _choose_test(data: Data, present: dict[str, Any], seed: int) -> None:
     """The split `val`, or a part of the training images that is then not learnt from."""
     if "val" in present:
-        data.test = Store(data.path, "val")
+        data.test = present["val"]()
         if data.table:
             data.truth["val"] = data.table.apply(data.test)
-        known = np.flatnonzero(data.test.labels >= 0)
-        data.test_ids = known if data.labelled else np.arange(len(data.test))
+        data.notes += [note for note in getattr(data.test, "notes", []) if note not in data.notes]
+        data.test_ids = _known(data.test)
     else:
         out = linear.held_out(torch.from_numpy(np.asarray(data.train.labels[data.train_ids], np.int64)), seed).numpy()
         data.train_ids, data.test_ids = data.train_ids[~out], data.train_ids[out]
         data.notes.append(f"no val split: a tenth of each class (seed {seed}) is held out to be tested on")
     learnt, scored = (s.labels if "val" in present else s.labels[ids] for s, ids in map(data.of, ("train", "test")))
-    data.notes += targets.differences(data.name, learnt, scored, data.classes, jpeg=data.train.read(0).ndim == 1)
+    data.notes += targets.differences(data.name, learnt, scored, data.classes, jpeg=_is_jpeg(data))
+
+
+def _is_jpeg(data: Data) -> bool:
+    return len(data.train_ids) > 0 and data.train.read(int(data.train_ids[0])).ndim == 1
 
 
 def _limit(data: Data, what: str, limit: int, seed: int) -> None:

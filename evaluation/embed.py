@@ -10,8 +10,6 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,80 +20,27 @@ from torch import Tensor
 from manyview.evaluation.bicubic import clean_engine
 from manyview.evaluation.encoder import Encoder
 from manyview.evaluation.features import finite
+from manyview.evaluation.folder import FileStore, engine_name, is_folder, listed
 from manyview.pipeline import engines, files
-from manyview.pipeline.convert import encode
-from manyview.pipeline.convert.sources import Split
-from manyview.pipeline.convert.sources.folders import folder
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.loader import normalize
-from manyview.pipeline.machine import cores
-from manyview.pipeline.manifest import MANIFEST, Options
 from manyview.pipeline.store import Corrupt, Store, splits
 from manyview.pipeline.views import clean
 
 PART = 8192  # images
 
 
-class FileStore:
-    """Image files in the place of a `Store`: what is `load`ed can be read, by the engine for the CPU."""
-
-    def __init__(self, split: Split, classes: list[str], name: str):
-        self.files, self.split, self.classes, self.name = split, split.name, classes, name
-        self.labels = split.labels
-        self.heights, self.widths = np.zeros(len(split.names), np.int32), np.zeros(len(split.names), np.int32)
-        self.payloads: dict[int, np.ndarray] = {}
-        self.unusable: dict[int, str] = {}
-        self._options = Options("folder")
-
-    def __len__(self) -> int:
-        return len(self.files.names)
-
-    def key(self, i: int) -> str:
-        return self.files.names[i]
-
-    def read(self, i: int) -> np.ndarray:
-        return self.payloads[i]
-
-    def load(self, ids: np.ndarray, pool: ThreadPoolExecutor) -> None:
-        """Read these files and forget others; what is no image is put down in `unusable`."""
-        loaded = dict(zip(ids.tolist(), pool.map(self._payload, ids.tolist())))
-        self.payloads = {i: payload for i, payload in loaded.items() if payload is not None}
-
-    def _payload(self, i: int) -> np.ndarray | None:
-        try:
-            converted = encode.convert(self.files.read(i), self._options, look="headers")
-        except ValueError as error:
-            self.unusable[i] = str(error)
-            return None
-        self.heights[i], self.widths[i] = converted.height, converted.width
-        return converted.payload
-
-
-@dataclass
-class Rows:
-    """Some images: their names, the splits they are of, their labels (-1: none), features (n, ...) float32."""
-
-    names: list[str] = field(default_factory=list)
-    splits: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    features: list[np.ndarray] = field(default_factory=list)
-
-
 def open_images(path: Path, wanted: str | None) -> tuple[list[Any], str]:
     """Stores of all splits (or the one that is wanted) of shards or of a folder of image files, and their fingerprint."""
-    if (path / MANIFEST).exists() or "://" in str(path):
-        stores: list[Any] = [Store(path, name) for name in splits(path) if wanted in (None, name)]
-        fingerprint = " ".join(store.fingerprint for store in stores)
-    elif path.is_dir():
-        source = folder(path)
-        stores = [
-            FileStore(split, source.classes, path.name) for split in source.splits if wanted in (None, split.name)
-        ]
+    if is_folder(path):
+        source = listed(path)
+        stores = [FileStore(split, source.classes, path) for split in source.splits if wanted in (None, split.name)]
         fingerprint = source.fingerprint()
     else:
-        raise UserError(f"{path}: neither shards nor a folder of images")
+        stores = [Store(path, name) for name in splits(path) if wanted in (None, name)]
+        fingerprint = " ".join(store.fingerprint for store in stores)
     if not sum(map(len, stores)):
-        raise UserError(f"{path}: no images{f' in a split {wanted!r}' if wanted else ''}")
+        raise UserError(f"{path}: no images in a split {wanted!r}")
     return stores, fingerprint
 
 
@@ -121,8 +66,9 @@ def embed(
         if number >= begun:
             ids = np.arange(start, min(start + PART, len(store)))
             rows = _part(encoder, module, store, ids, batch, device, engine, threads)
-            _save(parts / f"{number:06d}.npz", rows)
-            print(f"part {number + 1} of {len(places)}: {len(rows.names):,} images")
+            with files.whole(parts / f"{number:06d}.npz") as file:
+                np.savez(file, **rows)
+            print(f"part {number + 1} of {len(places)}: {len(rows['names']):,} images")
     with files.whole(to) as file:
         (_parquet if to.suffix == ".parquet" else _npz)(
             file, [parts / f"{n:06d}.npz" for n in range(len(places))], about
@@ -162,29 +108,37 @@ def _begun(parts: Path, about: dict[str, Any]) -> int:
 def _part(
     encoder: Encoder, module: Any, store: Any, ids: np.ndarray, batch: int, device: torch.device, engine: str,
     threads: int | None,
-) -> Rows:  # fmt: skip
-    rows = Rows()
-    name = "cpu" if isinstance(store, FileStore) else engine
-    shown = engines.create(name, store, device, threads=threads)[0]
-    pool = ThreadPoolExecutor(threads or cores(), "files")
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Names, splits, labels (-1: none) and features (n, ...) float32 of what can be read of these samples."""
+    kept, features = [], []
+    shown = engines.create(engine_name(store, engine), store, device, threads=threads)[0]
     try:
         for some in np.array_split(ids, -(-len(ids) // batch)):
-            if isinstance(store, FileStore):
-                store.load(some, pool)
-                for i in sorted(store.unusable.keys() & set(some.tolist())):
-                    print(f"left out: {store.key(i)}: {store.unusable[i]}")
-                some = np.array([i for i in some if int(i) in store.payloads], np.int64)  # noqa: PLW2901
-            kept, features = _features(encoder, module, store, some, shown, device)
-            rows.names += [
-                store.key(int(i)).encode("utf-8", "surrogateescape").decode("utf-8", "replace") for i in kept
-            ]
-            rows.splits += [store.split] * len(kept)
-            rows.labels += np.asarray(store.labels[kept], np.int64).tolist()
-            rows.features += [features.numpy()] if len(kept) else []
+            readable = _loaded(store, some) if isinstance(store, FileStore) else some
+            readable, y = _features(encoder, module, store, readable, shown, device)
+            kept.append(readable)
+            features += [y.numpy()] if len(readable) else []
     finally:
-        pool.shutdown()
         shown.close()
-    return rows
+    ids = np.concatenate(kept)
+    names = [store.key(int(i)).encode("utf-8", "surrogateescape").decode("utf-8", "replace") for i in ids]
+    x = np.concatenate(features) if features else np.zeros((0, 0), np.float32)
+    labels = store.labels[ids].astype(np.int64)
+    return {
+        "names": np.array(names, np.str_),
+        "splits": np.full(len(ids), store.split),
+        "labels": labels,
+        "features": x,
+    }
+
+
+def _loaded(store: FileStore, ids: np.ndarray) -> np.ndarray:
+    """Those of these files that are images, in memory instead of the ones before."""
+    store.forget()
+    store.load(ids)
+    for i in sorted(store.unusable.keys() & set(ids.tolist())):
+        print(f"left out: {store.key(i)}: {store.unusable[i]}")
+    return np.array([i for i in ids if int(i) not in store.unusable], np.int64)
 
 
 @torch.inference_mode()
@@ -210,13 +164,6 @@ def _features(
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _save(path: Path, rows: Rows) -> None:
-    features = np.concatenate(rows.features) if rows.features else np.zeros((0, 0), np.float32)
-    with files.whole(path) as file:
-        np.savez(file, names=np.array(rows.names, dtype=np.str_), splits=np.array(rows.splits, dtype=np.str_),
-                 labels=np.array(rows.labels, np.int64), features=features)  # fmt: skip
-
-
 def _read(paths: list[Path]) -> Iterator[dict[str, np.ndarray]]:
     """The parts that hold any image, one after the other."""
     for path in paths:
@@ -235,13 +182,8 @@ def _parquet(file: Any, paths: list[Path], about: dict[str, Any]) -> None:
         width = int(np.prod(shape))
         if writer is None:
             kind = pa.list_(pa.float32(), width)
-            columns = [
-                ("name", pa.string()),
-                ("split", pa.string()),
-                ("label", pa.int64()),
-                ("class", pa.string()),
-                ("features", kind),
-            ]
+            text, number = pa.string(), pa.int64()
+            columns = [("name", text), ("split", text), ("label", number), ("class", text), ("features", kind)]
             schema = pa.schema(columns, metadata={"manyview": json.dumps(about | {"shape": shape})})
             writer = pq.ParquetWriter(file, schema)
         known = part["labels"] >= 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from manyview.evaluation import layers
 from manyview.model import backbone, weights
 from manyview.model.weights import Transform, in_255
-from manyview.pipeline import index
+from manyview.pipeline import files, index
 from manyview.pipeline.errors import UserError, nearest
-from manyview.pipeline.store import Store, training_split
 from manyview.pipeline.views import crop_ratio
 
 PIXEL_SIZE, PIXEL_BYTES = 32, 2**31  # of the images that the baseline of plain pixels looks at, and of all of them
@@ -41,6 +40,7 @@ class Encoder:
     origin: str = ""  # of mean, std, crop and interpolation
     weights: str = "trained"  # or "untrained", "pixels"
     layers: str = "pooled"  # what of the network the features are: see `layers`
+    variant: str = ""  # what was asked for instead of its own size, transform and layers
     loaded: str = ""  # what was taken from a file, and what was left in it
     sha256: str = ""  # of the weights file
     source: str = ""
@@ -49,6 +49,8 @@ class Encoder:
     method: str = ""
     pretrained_on: str = ""
     trained_by: str = ""  # the command
+    policy: str = "simclr"  # of the views that it was trained on, for LiDAR and averaging
+    augment: tuple[str, ...] = ()
 
     @property
     def crop_ratio(self) -> float:
@@ -86,27 +88,58 @@ def frozen(module: nn.Module) -> Iterator[None]:
         raise RuntimeError("the frozen encoder's parameters or buffers changed while its features were computed")
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Asked:
-    """What the user may say about an encoder, instead of what comes with it."""
+    """What the user may say about an encoder, instead of what comes with it: flags of tools/evaluate.py and tools/embed.py."""
 
-    weights: str | None = None  # a local file (FILE or FILE:KEY) for a network of timm or torchvision
-    key: str | None = None  # which of several networks in a file
+    weights: str | None = None
+    """A local file with the weights of a timm or torchvision target, instead of the download; FILE:teacher takes one of several
+    networks inside."""
+    weights_key: str | None = None
+    """Which network inside a file of several: a part of the prefix of its tensors."""
     image_size: int | None = None
-    mean: tuple[float, float, float] | None = None  # of values in 0..1, as the others' papers give them
+    """Pixels; default: those the encoder was trained on."""
+    mean: tuple[float, float, float] | None = None
+    """Of the input, in 0..1; default: what comes with the weights, and it is printed."""
     std: tuple[float, float, float] | None = None
+    """As the mean."""
     crop: float | None = None
-    interpolation: str | None = None
-    pretrained_on: str | None = None
+    """The share of the short side that the view shows; default: what comes with the weights."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Of the view; default: what comes with the weights."""
     layers: str = "pooled"
+    """What the features are: pooled, last:N (the last N blocks or stages, concatenated), layer:N (one of them), or for embed.py
+    tokens."""
+    pretrained_on: str | None = None
+    """The name of the data that foreign weights were trained on, for the tables and `compare`."""
+
+    def check(self) -> list[str]:
+        """A line for everything that cannot be."""
+        errors = []
+        if self.image_size is not None and self.image_size < 8:
+            errors.append(f"--image-size must be at least 8, not {self.image_size}")
+        if self.crop is not None and not 0 < self.crop <= 1:
+            errors.append(f"--crop must be a share in (0, 1], not {self.crop}")
+        if self.std is not None and min(self.std) <= 0:
+            errors.append(f"--std must be above 0, not {' '.join(map(str, self.std))}")
+        return errors
+
+    @property
+    def variant(self) -> str:
+        """What of it makes other features of the same weights, in a name's letters; "" where nothing does."""
+        numbers = (f"{name}{','.join(map(str, v))}" for name in ("mean", "std") if (v := getattr(self, name)))
+        parts = [f"{self.image_size}px" if self.image_size else "", *numbers, f"crop{self.crop}" if self.crop else "",
+                 self.interpolation, "" if self.layers == "pooled" else self.layers.replace(":", "-")]  # fmt: skip
+        return "-".join(filter(None, parts))
 
 
-def load(target: str, asked: Asked = Asked()) -> Encoder:
+def load(target: str, asked: Asked | None = None) -> Encoder:
     """`target`: a run directory, one of its checkpoints (.pt), a .safetensors file, `timm:NAME` or `torchvision:NAME`.
 
     Of a checkpoint the average of the weights is taken if the run kept one. UserError where there is no such, or where its
     parameters are not finite.
     """
+    asked = asked or Asked()
     encoder = _load(target, asked)
     broken = [name for name, value in encoder.module.state_dict().items() if not value.isfinite().all()]
     if broken:
@@ -123,7 +156,7 @@ def load(target: str, asked: Asked = Asked()) -> Encoder:
     if changes:
         changes["origin"] = f"{', '.join(changes)} as asked for"
     changes |= {"pretrained_on": asked.pretrained_on} if asked.pretrained_on is not None else {}
-    return layers.select(replace(encoder, **changes), asked.layers)
+    return layers.select(replace(encoder, **changes, variant=asked.variant), asked.layers)
 
 
 def _load(target: str, asked: Asked) -> Encoder:
@@ -132,58 +165,29 @@ def _load(target: str, asked: Asked) -> Encoder:
     if asked.weights is not None:
         raise UserError("--weights goes with a target timm:NAME or torchvision:NAME")
     path, key = weights.split_key(target)
-    if path.suffix == ".pt" and path.is_file():
-        return _checkpoint(path, asked.key or key)
-    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
-        return _exported(path)
+    if path.is_dir() or (path.is_file() and path.suffix in (".pt", ".safetensors")):
+        return _ours(path, asked.weights_key or key)
     near = [p.as_posix() for p in Path(path.parent if path.parent.is_dir() else ".").glob("*/")]
-    kinds = "a run directory, a checkpoint or .safetensors file, timm:NAME or torchvision:NAME"
+    kinds = "a run directory, a checkpoint or .safetensors file, timm:NAME or torchvision:NAME (others' files: --weights FILE)"
     raise UserError(f"{nearest('target', target, near)} ({kinds})")
 
 
-def _exported(path: Path) -> Encoder:
-    """backbone.safetensors of a run directory, or any file of the same kind."""
-    file, header = backbone.locate(path), backbone.metadata(path)
-    encoder = _described(header, header.get("source") or file.stem)
-    weights.fill(encoder.module, file)
-    config = facts(file.parent, "config.json")
-    return replace(encoder, run=file.resolve().parent.name if config else file.stem, sha256=_sha256(file),
-                   source=file.as_posix(), step=header.get("step", str(config.get("steps", ""))),
-                   **_history(file.parent, config))  # fmt: skip
-
-
-def _checkpoint(path: Path, key: str | None) -> Encoder:
-    """One of runs/NAME/checkpoints/step-*.pt; the run's config says what network it is."""
-    folder = path.parent.parent
-    config = facts(folder, "config.json")
-    if not {"backbone", "stem", "size", "data"} <= config.keys():
-        raise UserError(f"{path}: no config.json in {folder} that says what network this is")
-    state = weights.contents(path)
-    if not isinstance(state, dict) or "step" not in state:
-        raise UserError(f"{path}: not a checkpoint of train.py")
-    present = [name for name in ("encoder", "average") if state.get(name)]
-    key = key or present[-1]
-    if key not in present:
-        raise UserError(nearest(f"network in {path}", key, present))
-    mean, std = _statistics(config)
-    header = {k: str(config[n]) for k, n in (("backbone", "backbone"), ("stem", "stem"), ("image_size", "size"))}
-    encoder = _described(header | {"mean": json.dumps(mean), "std": json.dumps(std)}, folder.name)
-    weights.fill_from(encoder.module, state[key], path)
-    return replace(encoder, sha256=_sha256(path), source=f"{path.as_posix()} ({key})", step=str(state["step"]),
-                   **_history(folder, config))  # fmt: skip
-
-
-def _statistics(config: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
-    data = Path(config["data"])
-    return (store := Store(data, training_split(data))).mean, store.std
-
-
-def _described(header: dict[str, str], run: str) -> Encoder:
-    """The network that a header describes, with random weights."""
-    size = int(header["image_size"])
+def _ours(path: Path, key: str | None) -> Encoder:
+    """A run's backbone.safetensors, one of its checkpoints, or a file of the same kind elsewhere."""
+    module, header = backbone.load(path, key)
+    backbone.images(header)  # which says what is missing
+    file, size = backbone.locate(path), int(header["image_size"])
+    folder = file.parent.parent if file.suffix == ".pt" else file.parent
+    config = files.facts(folder / "config.json")
+    name = folder.resolve().name if config else header.get("source") or file.stem
+    network = f" ({header['network']})" if "network" in header else ""
     fresh = partial(backbone.create, header["backbone"], image_size=size, stem=header["stem"])
-    mean, std = _three(header["mean"]), _three(header["std"])
-    return Encoder(fresh().eval(), fresh, run, header["backbone"], size, mean, std, origin="as it was trained")
+    return Encoder(
+        module, fresh, name, header["backbone"], size,
+        _three(header["mean"]), _three(header["std"]), float(header["crop_pct"]) if "crop_pct" in header else None,
+        header.get("interpolation", "bilinear"), "as it was trained", sha256=_sha256(file), source=file.as_posix() + network,
+        step=header.get("step", str(config.get("steps", ""))), **_history(folder, config),
+    )  # fmt: skip
 
 
 def _public(target: str, asked: Asked) -> Encoder:
@@ -196,10 +200,10 @@ def _public(target: str, asked: Asked) -> Encoder:
             module = network.make(False)
         except Exception as error:  # of another library's making
             raise UserError(f"{target}: {' '.join(str(error).split())[:160]}") from None
-        loaded = weights.fill(module, asked.weights, asked.key)
+        loaded = weights.fill(module, asked.weights, asked.weights_key)
         path, key = weights.split_key(asked.weights)
         sha, source = _sha256(path), path.as_posix()
-        name = "-".join(filter(None, [network.name, path.stem, asked.key or key, sha[:8]]))
+        name = "-".join(filter(None, [network.name, path.stem, asked.weights_key or key, sha[:8]]))
     t = network.transform
     return Encoder(
         module.eval(), partial(network.make, False), name, target.removeprefix("timm:"), t.size, t.mean, t.std, t.crop,
@@ -249,23 +253,12 @@ def pixels(trained: Encoder, images: int) -> Encoder:
                    weights="pixels", sha256="", source=name, step="", recipe=name, layers="pooled")  # fmt: skip
 
 
-def facts(run: Path, name: str) -> dict[str, Any]:
-    """A run's config.json or env.json; {} if it has none. UserError if it is damaged."""
-    file = run / name
-    try:
-        settings = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{file} is damaged: it holds no settings")
-    return settings
-
-
 def _history(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     data = config.get("dataset") or Path(str(config.get("data", ""))).name
-    environment = facts(run, "env.json")
+    environment = files.facts(run / "env.json")
     command = f"python {environment['command']} (commit {environment['commit']})" if "command" in environment else ""
-    return {"method": str(config.get("objective", "")), "pretrained_on": data, "trained_by": command}
+    return {"method": str(config.get("objective", "")), "pretrained_on": data, "trained_by": command,
+            "policy": config.get("policy", "simclr"), "augment": tuple(config.get("augment", ()))}  # fmt: skip
 
 
 def _three(text: str) -> tuple[float, float, float]:

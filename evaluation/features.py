@@ -109,15 +109,9 @@ def calibrate(
 
 
 def embed(
-    encoder: Encoder,
-    store: Store,
-    ids: np.ndarray,
-    engine: Any,
-    *,
-    batch: int = 256,
-    device: str | torch.device = "cpu",
-    views: Views = CLEAN,
-) -> Tensor:
+    encoder: Encoder, store: Store, ids: np.ndarray, engine: Any, *, batch: int = 256,
+    device: str | torch.device = "cpu", views: Views = CLEAN,
+) -> Tensor:  # fmt: skip
     """Features (N, V, F) float32 of these samples, in their order, on the CPU of every rank.
 
     In evaluation mode, and the encoder is checked to be unchanged after. With several processes each takes every

@@ -191,6 +191,8 @@ def _map(work: Suite, data: Data, file: Path) -> bool:
 
 def tsne(x: Tensor, *, seed: int = 0) -> np.ndarray:
     """t-SNE (van der Maaten & Hinton 2008) of (n, F) to (n, 2), scikit-learn's."""
+    if bool((x == x[0]).all()):
+        return np.zeros((len(x), 2))  # of a collapsed encoder: there is nothing to lay out, and scikit-learn's crashes
     # Half its default iterations: of a thousand points the picture is then settled, and it takes 3 s for 5.
     layout = TSNE(2, perplexity=min(30.0, max(1.0, (len(x) - 1) / 3)), max_iter=500, random_state=seed, n_jobs=1)
     return layout.fit_transform(x.float().numpy())
@@ -206,11 +208,11 @@ def comparison(rows: list[dict], correlations: list[compare.Correlation], out: P
 
 
 def _heat(correlations: list[compare.Correlation], out: Path) -> str:
-    predictors = sorted({(c.pretrained_on, c.predictor) for c in correlations})
+    predictors = sorted({(c.measured_on, c.predictor) for c in correlations})
     targets = sorted({(c.dataset, c.target) for c in correlations})
     grid = np.full((len(targets), len(predictors)), np.nan)
     for c in correlations:
-        grid[targets.index((c.dataset, c.target)), predictors.index((c.pretrained_on, c.predictor))] = c.r
+        grid[targets.index((c.dataset, c.target)), predictors.index((c.measured_on, c.predictor))] = c.r
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(figsize=(2.5 + 0.62 * len(predictors), 1.2 + 0.3 * len(targets)))
         image = axes.imshow(grid, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
@@ -232,15 +234,16 @@ def _scatter(rows: list[dict], correlations: list[compare.Correlation], out: Pat
     columns = compare.table(rows)
     best: dict[tuple[str, str], compare.Correlation] = {}
     for c in sorted(correlations, key=lambda c: abs(c.r or 0)):
-        best[c.pretrained_on, c.dataset] = c
+        best[c.measured_on, c.dataset] = c
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(1, len(best), figsize=(3.6 * len(best), 3.4), squeeze=False)
         for axes, ((own, dataset), c) in zip(grid[0], sorted(best.items())):
             x, y = columns[own, c.predictor], columns[dataset, c.target]
-            for group in sorted({m[2] for m in x if m[3] == own}):
-                models = [m for m in x if m in y and m[2:] == (group, own)]
+            ranked = [m for m in x if m in y and c.pretrained_on in (m[3], compare.ANY)]
+            for group in sorted({m[2] for m in ranked}):
+                models = [m for m in ranked if m[2] == group]
                 axes.scatter([100 * x[m] for m in models], [100 * y[m] for m in models], s=22, label=group, alpha=0.8)
-            axes.set(xlabel=f"{own} (pre-training): {c.predictor}, %", ylabel=f"{dataset}: {c.target}, %",
+            axes.set(xlabel=f"{own}: {c.predictor}, %", ylabel=f"{dataset}: {c.target}, %",
                      title=f"rho {c.r:.2f}, n = {c.n}")  # fmt: skip
             axes.legend(fontsize=7)
         figure.tight_layout()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,14 @@ from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from manyview.evaluation.bicubic import clean_engine
 from manyview.evaluation.encoder import Encoder
-from manyview.evaluation.features import result
+from manyview.evaluation.features import CLEAN, forward, pixels_of, result
 from manyview.evaluation.layers import Layers
 from manyview.evaluation.linear import MOMENTUM, schedule
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.loader import normalize
 from manyview.pipeline.store import Store
-from manyview.pipeline.views import Group, Policy, clean, parameters
+from manyview.pipeline.views import Group, Policy, parameters
 
 LAYER_DECAY, SMOOTHING, DROP_PATH = 0.65, 0.1, 0.2
 
@@ -132,18 +131,9 @@ def groups(model: Classifier, preset: Preset, total: float) -> list[dict]:
 
 
 def train(
-    encoder: Encoder,
-    store: Store,
-    ids: np.ndarray,
-    classes: int,
-    engine: Any,
-    preset: Preset,
-    *,
-    bn: bool = False,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    accumulate: int = 1,
-) -> Classifier:
+    encoder: Encoder, store: Store, ids: np.ndarray, classes: int, engine: Any, preset: Preset, *,
+    bn: bool = False, seed: int = 0, device: str | torch.device = "cpu", accumulate: int = 1,
+) -> Classifier:  # fmt: skip
     """Fine-tune on these samples for `preset.epochs` passes; returns the network of the last one, in eval mode.
 
     `accumulate` splits each step into that many forward passes; rates follow the step's samples, not the pass's.
@@ -201,12 +191,6 @@ def predict(
     batch: int = 256, device: str | torch.device = "cpu",
 ) -> Tensor:  # fmt: skip
     """Scores (n, C) of these samples' clean views, in evaluation mode, on the CPU."""
-    model.eval()
-    parts = []
-    with clean_engine(encoder, store, engine) as views:
-        for chosen in np.array_split(ids, math.ceil(len(ids) / batch)):
-            boxes = clean(encoder.image_size, store.heights[chosen], store.widths[chosen], encoder.crop_ratio)
-            images = result(views.submit(chosen, boxes), store)[0].to(device)
-            x = normalize(images, encoder.mean, encoder.std, torch.float32)
-            parts.append(model(x.contiguous(memory_format=torch.channels_last)).float().cpu())
-    return torch.cat(parts)
+    tuned = replace(encoder, module=model.eval())
+    images = pixels_of(tuned, store, np.array_split(ids, math.ceil(len(ids) / batch)), engine, CLEAN)
+    return torch.cat([forward(tuned, x, device)[:, 0] for x in images])

@@ -99,15 +99,9 @@ def distance_weights(distances: Tensor) -> Tensor:
 
 
 def cosine_exp(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    *,
-    k: int = 20,
-    temperature: float = TEMPERATURE,
-    classes: int,
-    chunk: int | None = None,
-) -> Tensor:
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int = 20, temperature: float = TEMPERATURE,
+    classes: int, chunk: int | None = None,
+) -> Tensor:  # fmt: skip
     """Class scores (n, classes) of `queries` (n, F) by the k most similar rows of `bank` (N, F)."""
     similarities, ids = neighbours(bank, queries, k, metric="cosine", chunk=chunk)
     return vote(cosine_weights(similarities, temperature), bank_labels[ids], classes)

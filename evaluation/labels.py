@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from manyview.pipeline.convert.sources import tables
 from manyview.pipeline.errors import UserError
-from manyview.pipeline.store import Store
 
 SEPARATORS = (";", "|")
 
@@ -30,11 +31,10 @@ class Labels:
         self.classes = tables.classes(sorted({name for names in self.by_name.values() for name in names}))
         self.several = any(len(names) > 1 for names in self.by_name.values())
         last = [name.rpartition("/")[2] for name in self.by_name]
-        self.by_last = (
-            {name: key for name, key in zip(last, self.by_name) if last.count(name) == 1} if len(last) < 10**5 else {}
-        )
+        count = Counter(last)
+        self.by_last = {name: key for name, key in zip(last, self.by_name) if count[name] == 1}
 
-    def apply(self, store: Store) -> np.ndarray:
+    def apply(self, store: Any) -> np.ndarray:
         """Give `store` these labels and classes; returns (n, C) bool, all False of an image that the table does not name.
 
         UserError where it names none of them.
@@ -42,7 +42,7 @@ class Labels:
         number = {name: i for i, name in enumerate(self.classes)}
         truth = np.zeros((len(store), len(self.classes)), bool)
         for i in range(len(store)):
-            key = store.key(i)
+            key = os.path.splitext(store.key(i))[0]  # of a file; keys of shards have no dots
             alike = (f"{store.split}/{key}", key, self.by_last.get(key.rpartition("/")[2], ""))
             names = next((self.by_name[name] for name in alike if name in self.by_name), [])
             truth[i, [number[name] for name in names]] = True

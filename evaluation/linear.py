@@ -113,17 +113,9 @@ def schedule(epoch: int, epochs: int, warmup: int = WARMUP) -> float:
 
 
 def train(
-    x: Tensor,
-    labels: Tensor,
-    classes: int,
-    *,
-    rates: tuple[float, ...],
-    bn: bool,
-    epochs: int = EPOCHS,
-    warmup: int = WARMUP,
-    batch: int = BATCH,
-    seed: int = 0,
-) -> Heads:
+    x: Tensor, labels: Tensor, classes: int, *, rates: tuple[float, ...], bn: bool, epochs: int = EPOCHS,
+    warmup: int = WARMUP, batch: int = BATCH, seed: int = 0,
+) -> Heads:  # fmt: skip
     """One head per learning rate (per 256 samples of a batch) on features (N, F) and labels (N,), or (N, C) bool."""
     if len(x) < 2:
         raise UserError(f"a linear probe needs at least 2 labelled training samples, but there are {len(x)}")

@@ -70,12 +70,7 @@ class Probe:
         if not self.labelled:
             return {}
         labels = self.labels.to(device)
-        bank, queries, bank_labels, query_labels = (
-            z[: self.bank],
-            z[self.bank :],
-            labels[: self.bank],
-            labels[self.bank :],
-        )
+        (bank, queries), (bank_labels, query_labels) = ((x[: self.bank], x[self.bank :]) for x in (z, labels))
         votes = knn.cosine_exp(bank, bank_labels, queries, k=20, classes=self.classes)
         return {
             "knn": float((votes.argmax(1) == query_labels).float().mean()),

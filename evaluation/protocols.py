@@ -291,7 +291,7 @@ PROTOCOLS = (
              labels=False, test=False),
     Protocol("overlap", overlap, reads="", group="quick", labels=False, networks=("trained",), needs_own=True,
              depends=lambda c: {"own": c.seen.fingerprint}),
-    Protocol("lidar", lambda c: lidar(c.features("train"), c.options.policy), reads="lidar", labels=False, test=False,
+    Protocol("lidar", lambda c: lidar(c.features("train"), c.encoder.policy), reads="lidar", labels=False, test=False,
              networks=NETWORKS),
     Protocol("averaged", lambda c: averaged(c.problem(), **_probe(c), views=AVERAGED_VIEWS), reads="averaged", depends=_probe,
              networks=NETWORKS),

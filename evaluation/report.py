@@ -75,7 +75,7 @@ def _cards(content: dict, names: list[str]) -> list[dict]:
     for row in tables.others(content["results"], names[0]) if names else []:
         if row["weights"] == "trained" and row["protocol"] in MEANINGS:
             text = f"{names[0]}: {row['protocol']}, {MEANINGS[row['protocol']]}"
-            cards.append({"number": f"{row['value']:.3g}", "text": text})
+            cards.append({"number": tables.number(row["value"]), "text": text})
     return cards
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from manyview.evaluation import encoder as encoders
-from manyview.evaluation import features, knn, metrics, tables
+from manyview.evaluation import features, folder, knn, metrics, tables
 from manyview.evaluation.data import Data, digest, sample
 from manyview.evaluation.encoder import Encoder
 from manyview.evaluation.protocols import MAJORITY, Problem, Protocol, Result
@@ -28,23 +29,33 @@ from manyview.pipeline import engines, files
 from manyview.pipeline.store import Store, training_split
 
 VERSION = 5
+ENCODER = ("run", "checkpoint", "sha256", "source", "loaded", "step", "backbone", "method", "pretrained_on", "trained_by",
+           "image_size", "transform", "layers")  # fmt: skip
+BASELINES: dict[tuple[str, str], list[Result]] = {}  # of this process, by protocol and key of the cell
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Options:
-    """What does not belong to the encoder or the data."""
+    """What belongs neither to the encoder nor to the data: flags of tools/evaluate.py."""
 
     seed: int = 0
-    batch: int = 256
-    epochs: int = 100  # of the linear probes
-    preset: str = "byol2"  # of few-shot fine-tuning
+    """Of sub-samples, heads, held-out splits and the untrained network."""
+    epochs: int = 100
+    """Of the linear probes."""
+    preset: str = "byol2"
+    """Of few-shot fine-tuning: byol2, byol1, swav, barlowtwins."""
     finetune_bn: bool = False
-    finetune_epochs: int = 0  # 0 = the presets'
-    engine: str = "auto"
+    """A BatchNorm before the head in fine-tuning."""
+    finetune_epochs: int = 0
+    """Of few-shot and full fine-tuning; 0 = the presets' 30 and 100."""
+    batch: int = 256
+    """Images a forward pass."""
     device: str = "cpu"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    engine: str = "auto"
+    """What decodes the images: auto, cpu, dali, resident."""
     threads: int | None = None
-    policy: str = "simclr"  # of the views for LiDAR and averaging: the one the run was trained with
-    augment: tuple[str, ...] = ()
+    """Of the engine."""
 
 
 @dataclass
@@ -128,8 +139,10 @@ class Cell:
 class Suite:
     """The evaluation of one encoder into one directory."""
 
-    def __init__(self, trained: Encoder, out: Path, options: Options, say: Callable[[str], None] = print):
+    def __init__(self, trained: Encoder, out: Path, options: Options, say: Callable[[str], None] = print,
+                 by: str = ""):  # fmt: skip
         self.options, self.out, self.say, self.trained = options, out, say, trained
+        self.by = self.measured_by = by  # the command that is running, and the last one that measured anything
         self.cells: dict[str, list[dict]] = {}
         self.datasets: dict[str, dict] = {}
         self._baselines: dict[tuple[str, str], Encoder] = {}
@@ -150,33 +163,24 @@ class Suite:
             return
         try:
             content = json.loads(self.file.read_text())
-            same = content["checkpoint"] == self.trained.checkpoint and content["version"] == VERSION
+            of = self.trained
+            same = (content["checkpoint"], content["transform"], content["layers"], content["version"])
+            same = same == (of.checkpoint, of.transform, of.layers, VERSION)
         except (ValueError, KeyError):
             same = False
         if not same:
-            self.say(f"{self.file}: not used, it is of other weights or another version; evaluating again")
+            self.say(f"{self.file}: not used, it is of other weights, another input or version; evaluating again")
             return
-        self.datasets = content["datasets"]
+        self.datasets, self.measured_by = content["datasets"], content.get("evaluated_by", "")
         for row in content["results"]:
             self.cells.setdefault(row["cell"], []).append(row)
 
     def content(self) -> dict[str, Any]:
-        encoder = self.trained
         rows = [row for name in sorted(self.cells) for row in self.cells[name]]
         return {
             "version": VERSION,
-            "run": encoder.run,
-            "checkpoint": encoder.checkpoint,
-            "sha256": encoder.sha256,
-            "source": encoder.source,
-            "loaded": encoder.loaded,
-            "step": encoder.step,
-            "backbone": encoder.backbone,
-            "method": encoder.method,
-            "pretrained_on": encoder.pretrained_on,
-            "trained_by": encoder.trained_by,
-            "image_size": encoder.image_size,
-            "transform": encoder.transform,
+            **{name: getattr(self.trained, name) for name in ENCODER},
+            "evaluated_by": self.measured_by,
             "datasets": dict(sorted(self.datasets.items())),
             "table": [asdict(line) for line in tables.lines(rows)],
             "results": rows,
@@ -191,7 +195,9 @@ class Suite:
     def engine(self, store: Store) -> Any:
         if id(store) not in self._engines:
             o = self.options
-            self._engines[id(store)] = engines.create(o.engine, store, o.device, threads=o.threads)[0]
+            self._engines[id(store)] = engines.create(
+                folder.engine_name(store, o.engine), store, o.device, threads=o.threads
+            )[0]
         return self._engines[id(store)]
 
     def encoder(self, network: str, data: Data) -> Encoder:
@@ -226,8 +232,7 @@ class Suite:
     # --------------------------------------------------------------------------------------------------- features
 
     def views(self, kind: str, encoder: Encoder) -> features.Views:
-        o = self.options
-        return features.views_of(kind, o.policy, encoder.image_size, o.augment, o.seed)
+        return features.views_of(kind, encoder.policy, encoder.image_size, encoder.augment, self.options.seed)
 
     def features(self, network: str, data: Data, split: str, kind: str = "clean", by: Data | None = None) -> Tensor:
         """(N, V, F) on the CPU, from memory, the cache or the network. `by`: the dataset of the baselines' networks."""
@@ -302,9 +307,11 @@ class Suite:
         if self.cells.get(name) and self.cells[name][0]["key"] == key:
             return
         begun = time.perf_counter()
-        results = list(cell.protocol.run(cell))
+        self.measured_by = self.by
+        results = self._results(cell, key)
         common = {
-            "cell": name, "key": key, "run": self.trained.run, "checkpoint": self.trained.checkpoint[:16],
+            "cell": name, "key": key, "run": self.trained.run,
+            "checkpoint": f"{self.trained.checkpoint[:16]} {self.trained.variant}".strip(),
             "step": cell.encoder.step, "backbone": self.trained.backbone, "method": self.trained.method,
             "pretrained_on": self.trained.pretrained_on, "dataset": cell.data.name, "sample": cell.data.sample,
             "mode": "in-domain probe" if cell.protocol.learns_from_own else "retrained", "weights": cell.network,
@@ -315,6 +322,15 @@ class Suite:
             f"\n    {r.protocol} ({r.norm}{f', draw {r.seed}' if r.seed else ''}): {_shown(r)}" for r in results))  # fmt: skip
         if self.cells[name]:
             self.write()
+
+    def _results(self, cell: Cell, key: str) -> list[Result]:
+        """What a protocol yields. A baseline that several targets of one command have in common is measured once."""
+        shared = cell.network != "trained" and cell.protocol.reads == "clean"
+        same = (cell.protocol.name, key)
+        results = BASELINES[same] if shared and same in BASELINES else list(cell.protocol.run(cell))
+        if shared:
+            BASELINES[same] = [replace(r, scores=None) for r in results]
+        return results
 
     def _forget(self, data: Data) -> None:
         """Drop results on other images of this dataset: they would stand under numbers of images that are not theirs."""
@@ -351,7 +367,7 @@ def _left_out(data: Data, own: Data | None) -> list[str]:
 
 def _shown(r: Result) -> str:
     if r.score is None:
-        return f"{r.value:.4g} {r.metric}"
+        return f"{tables.number(r.value)} {r.metric}"
     return f"{r.score.top1:.2%} [{r.score.low:.2%}, {r.score.high:.2%}]"
 
 
@@ -360,7 +376,8 @@ def rows(r: Result, data: Data) -> list[dict]:
     common = {"protocol": r.protocol, "norm": r.norm, "seed": r.seed, "text": r.text,
               "n_train": len(data.train_ids)}  # fmt: skip
     if r.score is None:
-        return [common | {"metric": r.metric, "value": r.value, "low": None, "high": None, "n": len(data.train_ids)}]
+        value = r.value if math.isfinite(r.value) else None  # JSON has no NaN
+        return [common | {"metric": r.metric, "value": value, "low": None, "high": None, "n": len(data.train_ids)}]
     s = r.score
     accuracies = [
         common | {"metric": "top1", "value": s.top1, "low": s.low, "high": s.high, "n": s.n},

@@ -82,30 +82,20 @@ def _line(key: tuple, rows: list[dict], majority: float | None) -> Line | None:
     classes = [row["value"] for row in _values(rows, "trained", "mean_per_class")]
     dataset, mode, protocol, norm = key
     return Line(
-        dataset,
-        mode,
-        protocol,
-        norm,
-        text=trained[0]["text"],
-        draws=len(trained),
-        n=trained[0]["n"],
-        top1=top1,
-        low=one["low"] if one else None,
-        high=one["high"] if one else None,
-        std=spread,
-        top5=_mean(fives) if None not in fives else None,
-        mean_per_class=_mean(classes),
-        untrained=untrained,
-        lift=None if untrained is None else top1 - untrained,
-        lift_low=between[0],
-        lift_high=between[1],
-        pixels=_mean([row["value"] for row in pixels]) if pixels else None,
-        majority=majority,
-    )
+        dataset, mode, protocol, norm, trained[0]["text"], len(trained), trained[0]["n"], top1,
+        one["low"] if one else None, one["high"] if one else None, spread,
+        top5=_mean(fives) if None not in fives else None, mean_per_class=_mean(classes),
+        untrained=untrained, lift=None if untrained is None else top1 - untrained, lift_low=between[0], lift_high=between[1],
+        pixels=_mean([row["value"] for row in pixels]) if pixels else None, majority=majority,
+    )  # fmt: skip
 
 
 def _score(row: dict) -> Score:
     return Score(row["value"], None, 0.0, row["low"], row["high"], row["n"])
+
+
+def number(value: float | None) -> str:
+    return "undefined" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
 def percent(value: float | None) -> str:
@@ -218,12 +208,12 @@ def console(content: dict) -> str:
     for dataset in content["datasets"]:
         own = [line for line in lines(rows) if line.dataset == dataset]
         text.append(f"\n{heading(dataset, content)}")
-        for row, line in zip(aligned([HEADER, *map(cells, own)]), [None, *own]):
+        for row, line in zip(aligned([HEADER, *map(cells, own)] if own else []), [None, *own]):
             text += [row, f"      {line.text}"] if line else [row]
         text += aligned(two_classes(rows, dataset))
         text += filter(None, [headline(content, dataset), below_pixels(content, dataset)])
         for r in others(rows, dataset):
-            text.append(f"  {r['protocol']} ({r['weights']}) {r['value']:.4g} {r['metric']}\n      {r['text']}")
+            text.append(f"  {r['protocol']} ({r['weights']}) {number(r['value'])} {r['metric']}\n      {r['text']}")
     return "\n".join(text)
 
 
@@ -247,11 +237,8 @@ def others(rows: list[dict], dataset: str) -> list[dict]:
 
 def markdown(contents: list[dict], command: str, facts: dict[str, Any]) -> str:
     """All targets' tables, beginning with the command that makes the file again."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     text = [
-        "# Evaluation",
-        f"Made by `{command}`",
-        f"Commit {facts['commit']}; Python {facts['python']}, {versions}; {facts['device']}, {facts['threads']} threads.",
+        *_opening("Evaluation", command, facts),
         "Every number is of one clean view an image; the test split is scored once. Intervals: 95 %, Wilson for an "
         "accuracy, Newcombe for a lift over the same network untrained. Percent everywhere.",
     ]
@@ -264,7 +251,7 @@ def markdown(contents: list[dict], command: str, facts: dict[str, Any]) -> str:
             text.append(f"Trained by `{content['trained_by']}`.")
         for dataset in content["datasets"]:
             text += _markdown_table(dataset, content)
-    return "\n\n".join(text) + "\n"
+    return "\n\n".join(filter(None, text)) + "\n"
 
 
 def _markdown_table(dataset: str, content: dict) -> list[str]:
@@ -272,7 +259,7 @@ def _markdown_table(dataset: str, content: dict) -> list[str]:
     both = [[HEADER, *map(cells, own)] if own else [], two_classes(content["results"], dataset)]
     texts = dict.fromkeys((f"{line.protocol} ({line.norm})", line.text) for line in own)
     described = "\n".join(f"- {name}: {text}" for name, text in texts)
-    free = "\n".join(f"- {row['protocol']} ({row['weights']}): {row['value']:.4g} {row['metric']}; {row['text']}"
+    free = "\n".join(f"- {row['protocol']} ({row['weights']}): {number(row['value'])} {row['metric']}; {row['text']}"
                      for row in others(content["results"], dataset))  # fmt: skip
     return [
         f"### {heading(dataset, content)}",
@@ -283,6 +270,106 @@ def _markdown_table(dataset: str, content: dict) -> list[str]:
     ]
 
 
+SHOWN = ("linear-sweep (bn)", "linear-sweep (raw)", "knn-cosine-exp k=20 (l2)", "knn-euclid-invdist k=20 (zscore)",
+         "ridge 5-shot (zscore)", "ridge 25-shot (zscore)")  # fmt: skip
+
+
+def comparison(contents: list[dict], pairs: list[Correlation], command: str, facts: dict[str, Any]) -> str:
+    """All encoders of some eval.json files, a row each in a table for every dataset, and what predicts what, as Markdown."""
+    text = _opening("Evaluation of encoders, side by side", command, facts)
+    text.append(
+        "One clean view an image; the test split is scored once. Percent, top-1; ± half the 95 % interval, or of ridge the "
+        "deviation between three draws of labels."
+    )
+    for dataset in dict.fromkeys(name for content in contents for name in content["datasets"]):
+        text += _side_by_side(dataset, contents)
+    if pairs:
+        text += _predictions(pairs)
+    text.append("## The encoders")
+    text.append("\n".join(f"- **{_encoder_name(c)}**: {_described(c)}" for c in contents))
+    return "\n\n".join(text) + "\n"
+
+
+def _encoder_name(content: dict) -> str:
+    """The run's name, the step where it is one of its checkpoints, and the size, layers or transform that were asked for."""
+    trained = next(
+        (row for row in content["results"] if row["weights"] == "trained"), {"run": content["run"], "checkpoint": ""}
+    )
+    step = f"step {content['step']}" if content["step"] and ".pt" in content["source"] else ""
+    return ", ".join(filter(None, [trained["run"], step, trained["checkpoint"].partition(" ")[2]]))
+
+
+def _described(content: dict) -> str:
+    parts = {
+        "": content["backbone"], "trained on ": content["pretrained_on"], "input: ": content["transform"],
+        "weights: ": content["source"], "SHA-256 ": content["sha256"][:16], "of the file: ": content["loaded"],
+        "trained by: ": content["trained_by"], "evaluated by: ": content.get("evaluated_by", ""),
+    }  # fmt: skip
+    return "; ".join(f"{name}{value}" for name, value in parts.items() if value)
+
+
+def _side_by_side(dataset: str, contents: list[dict]) -> list[str]:
+    """A dataset's heading and table, the best first; baselines that several encoders share stand there once."""
+    measured = [content for content in contents if dataset in content["datasets"]]
+    facts = measured[0]["datasets"][dataset]
+    sizes = f"{facts['train']:,} training and {facts['test']:,} test images, {len(facts['classes'])} classes"
+    shown: dict[str, dict[str, str]] = {}
+    order: dict[str, float] = {}
+    for content in measured:
+        rows = [row for row in content["results"] if row["dataset"] == dataset and row["mode"] == "retrained"]
+        kinds = {"trained": _encoder_name(content), "untrained": f"*{content['backbone']} untrained, {content['image_size']} px*",
+                 "pixels": f"*{facts['pixels'] if len(measured) == 1 else content['datasets'][dataset]['pixels']}*"}  # fmt: skip
+        for weights, name in kinds.items():
+            own = [{**row, "weights": "trained"} for row in rows if row["weights"] == weights]
+            for line in lines(own):
+                column = f"{line.protocol} ({line.norm})"
+                half = line.std if line.std is not None else ((line.high or 0) - (line.low or 0)) / 2
+                shown.setdefault(name, {})[column] = f"{percent(line.top1)} ± {percent(half)}"
+                order[name] = max(order.get(name, 0.0), line.top1 if column == SHOWN[0] else 0.0)
+            for row in own:
+                if row["protocol"] == "rankme":
+                    shown.setdefault(name, {})["RankMe"] = number(row["value"])
+    columns = [c for c in (*SHOWN, "RankMe") if any(c in cells for cells in shown.values())]
+    body = [
+        (name, *(shown[name].get(c, "") for c in columns)) for name in sorted(shown, key=lambda n: -order.get(n, 0.0))
+    ]
+    notes = "; ".join(dict.fromkeys(note for content in measured for note in content["datasets"][dataset]["notes"]))
+    return [f"## {dataset}: {sizes}", *([notes] if notes else []), table([("encoder", *columns), *body])]
+
+
+def _predictions(pairs: list[Correlation]) -> list[str]:
+    """Spearman's rho of each shown protocol on the dataset that predicts with the same one on every other."""
+    same = [
+        c
+        for c in pairs
+        if c.kind == "spearman" and c.group == "all" and c.target == c.predictor and c.predictor in SHOWN
+    ]
+    if not same:
+        return []
+    names = sorted({c.dataset for c in same if c.dataset != c.measured_on})
+    cell = {(c.measured_on, c.predictor, c.dataset): "none" if c.r is None else f"{c.r:+.2f}"
+            + ("" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]") for c in same}  # fmt: skip
+    body = [(own, predictor, *(cell.get((own, predictor, name), "") for name in names))
+            for own, predictor in dict.fromkeys((c.measured_on, c.predictor) for c in same)]  # fmt: skip
+    n = f"{min(c.n for c in same)} to {max(c.n for c in same)} encoders of {max(c.runs for c in same)} runs"
+    said = f"Spearman's rho of a protocol on one dataset with itself on another, over {n}; 95 % intervals by drawing"
+    said += " whole runs. All pairs and coefficients are in correlations.csv."
+    return [
+        "## What predicts what",
+        said,
+        table([("measured on", "protocol", *names), *body]),
+    ]
+
+
+def _opening(title: str, command: str, facts: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return [
+        f"# {title}",
+        f"Made by `{command}`",
+        f"Commit {facts['commit']}; Python {facts['python']}, {versions}; {facts['device']}, {facts['threads']} threads.",
+    ]
+
+
 def correlations(pairs: list[Correlation]) -> str:
     """Correlations as text, one line a pair and coefficient."""
     text = []
@@ -290,6 +377,6 @@ def correlations(pairs: list[Correlation]) -> str:
         value = "none" if c.r is None else f"{c.r:+.2f}"
         between = "" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]"
         note = f"  {c.note}" if c.note else ""
-        text.append(f"{c.pretrained_on}, {c.group}: {c.predictor} -> {c.dataset} {c.target}: {c.kind} {value}{between}, "
+        text.append(f"{c.measured_on}, {c.group}: {c.predictor} -> {c.dataset} {c.target}: {c.kind} {value}{between}, "
                     f"n = {c.n}, {c.runs} runs{note}")  # fmt: skip
     return "\n".join(text) or "nothing to correlate: no column was measured on the pre-training data"

@@ -21,11 +21,12 @@ import torchvision
 import yaml
 from safetensors import safe_open
 from safetensors.torch import save as dump
-from torch import nn
+from torch import Tensor, nn
 
 from manyview.model import weights
 from manyview.pipeline import files
 from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.store import Store, training_split
 from manyview.pipeline.views import crop_ratio
 
 SMALL_IMAGE = 64  # pixels, up to which stem "auto" is "small"
@@ -33,7 +34,7 @@ STEMS = ("auto", "small", "standard")
 
 # Networks for a CPU, as a timm name and its keyword arguments, so that timm loads their weights.
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
-    "resnet10-narrow": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}),
+    "resnet10-narrow": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)})
 }
 # Not for a name to say: what this module sets itself, and what could make timm read files or the network.
 RESERVED = {*signature(timm.create_model).parameters, "num_classes", "in_chans", "features_only"}
@@ -229,7 +230,8 @@ def images(header: dict[str, str]) -> dict[str, Any]:
         mean, std = ([round(value / 255, 6) for value in json.loads(header[name])] for name in ("mean", "std"))
     except (KeyError, ValueError):
         raise UserError("these weights do not say by which mean and std their images are normalized") from None
-    return {"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": crop_ratio(size), "crop_mode": "center",
+    crop, kind = float(header.get("crop_pct", crop_ratio(size))), header.get("interpolation", "bilinear")
+    return {"input_size": [3, size, size], "interpolation": kind, "crop_pct": crop, "crop_mode": "center",
             "mean": mean, "std": std}  # fmt: skip
 
 
@@ -242,7 +244,7 @@ def metadata(path: str | Path) -> dict[str, str]:
     except Exception as error:
         raise UserError(f"{path}: not a safetensors file ({_line(error)})") from error
     if "backbone" not in header:
-        raise UserError(f"{path}: its header names no backbone; it was not written by this project's train.py")
+        raise UserError(f"{path}: its header names no backbone; others' files go with timm:NAME --weights FILE")
     return header
 
 
@@ -255,12 +257,45 @@ def locate(path: str | Path) -> Path:
     return file
 
 
-def load(path: str | Path) -> tuple[nn.Module, dict[str, str]]:
-    """The backbone in a file that `save` wrote (or in its run directory), in eval mode, and the file's metadata."""
-    header = metadata(path)
+def load(source: str | Path, key: str | None = None) -> tuple[nn.Module, dict[str, str]]:
+    """The backbone in a file that `save` wrote, in its run directory, or in a checkpoint of train.py's (FILE, or FILE:encoder
+    where it also has the average of the weights; or `key`), in eval mode, and its header."""
+    path, suffix = weights.split_key(source)
+    path = locate(path)
+    if path.suffix == ".pt":
+        header, tensors = _checkpoint(path, key or suffix)
+    else:
+        header, tensors = metadata(path), weights.read(path)
     model = create(header["backbone"], image_size=int(header["image_size"]), stem=header["stem"])
-    weights.fill(model, locate(path))
-    return model.eval(), header
+    weights.fill_from(model, tensors, path)
+    return model.eval(), {**header, "num_features": str(model.num_features)}
+
+
+def _checkpoint(path: Path, key: str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of one of train.py's checkpoints; in older ones the run's config says what network it is."""
+    found = weights.checkpoint(path, key)
+    if found is None:
+        raise UserError(f"{path}: not a checkpoint of train.py; others' files go with timm:NAME --weights FILE")
+    content, tensors, network = found
+    header = content.get("header") or _header_of_run(path)
+    return {**header, "step": str(content["step"]), "network": network}, tensors
+
+
+def _header_of_run(path: Path) -> dict[str, str]:
+    folder = path.parent.parent
+    config = files.facts(folder / "config.json")
+    if not {"backbone", "stem", "size", "data"} <= config.keys():
+        raise UserError(f"{path}: no config.json in {folder} that says what network this is")
+    header = {
+        "backbone": config["backbone"],
+        "stem": config["stem"],
+        "image_size": str(config["size"]),
+        "source": folder.name,
+    }
+    if exported := _header(folder / "backbone.safetensors"):
+        return header | {name: exported[name] for name in ("mean", "std")}
+    store = Store(config["data"], training_split(config["data"]))
+    return header | {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
 
 
 def fill(model: nn.Module, name: str, source: str | Path) -> str:

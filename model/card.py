@@ -12,26 +12,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from torch import nn
 
 from manyview.model import backbone
 from manyview.pipeline import files
 from manyview.pipeline.errors import UserError
-from manyview.pipeline.views import crop_ratio
 
 FILES = ["config.json", "model.safetensors", "README.md"]
 TRAINED = ("dataset", "fraction", "objective", "beta", "views", "policy", "augment", "batch_size", "steps", "optimizer", "lr",
            "weight_decay", "projector_dim", "precision", "seed")  # fmt: skip
 
 
-def write(file: Path, header: dict[str, str], out: Path) -> str:
-    """Fill the folder `out` from a run's backbone.safetensors and its header; returns the lines of Python that load it.
+def write(model: nn.Module, file: Path, header: dict[str, str], out: Path) -> str:
+    """Fill the folder `out` with a network that was read from `file` (a run's backbone.safetensors or a checkpoint) and its
+    header; returns the lines of Python that load it.
 
     Where timm has no argument for the network (a ResNet with the small stem) there is no config.json, so that timm
     cannot load something else by mistake, and the lines say how the stem is changed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    save_file(load_file(file), out / "model.safetensors", metadata=header)
+    backbone.save(model, out / "model.safetensors", header)
     (out / "config.json").unlink(missing_ok=True)
     if backbone.stem_lines(header):
         lines = backbone.timm_snippet(header, str(out / "model.safetensors"))
@@ -54,7 +54,8 @@ def config(header: dict[str, str]) -> dict[str, Any]:
 
 def card(file: Path, header: dict[str, str], lines: str) -> str:
     """The model card in Markdown. What is not known (no eval.json, no config.json) is said to be so."""
-    run, size = file.parent, int(header["image_size"])
+    run, size = file.parent.parent if file.suffix == ".pt" else file.parent, int(header["image_size"])
+    evaluated = run / f"eval-{file.stem}" if file.suffix == ".pt" else run
     wanted = backbone.images(header)
     trained = files.facts(run / "config.json")
     named = trained.get("dataset") or header.get("source", "images")
@@ -64,18 +65,19 @@ def card(file: Path, header: dict[str, str], lines: str) -> str:
         f"# {header['backbone']}, pretrained without labels on {named}",
         f"A backbone of {header['num_features']} features for {size} px images, trained by manyview.",
         f"## Use\n\n```python\n{lines}\nmodel.eval()\n```",
-        f"Images: the centre square of {crop_ratio(size):g} of the short side, resized to {size} px (bilinear, antialiased), in "
+        f"Images: the centre square of {wanted['crop_pct']:g} of the short side, resized to {size} px "
+        f"({wanted['interpolation']}, antialiased), in "
         f"0..1, then normalized by mean {wanted['mean']} and std {wanted['std']}."
         + ("" if backbone.stem_lines(header) else by_timm),
-        f"## Scores\n\n{scores(file)}",
+        f"## Scores\n\n{scores(file, evaluated)}",
         f"## Training\n\n{training(run, trained)}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def scores(file: Path) -> str:
-    """A table of the accuracies in the run's eval.json, if it is of these very weights."""
-    results = files.facts(file.parent / "eval.json")
+def scores(file: Path, evaluated: Path) -> str:
+    """A table of the accuracies in the eval.json of a folder, if it is of these very weights."""
+    results = files.facts(evaluated / "eval.json")
     if not results.get("table"):
         return "These weights were not evaluated."
     if results.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():

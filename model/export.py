@@ -10,26 +10,31 @@ import numpy as np
 import torch
 from torch import nn
 
-from manyview.model import backbone, card
+from manyview.model import backbone, card, weights
 from manyview.pipeline import files
 from manyview.pipeline.errors import UserError
 
 TOLERANCE = 1e-5  # largest difference of a feature, relative to the largest feature
 
 
-def export(source: str | Path, to: str, out: str | Path | None = None) -> tuple[Path, str, float | None]:
-    """Export the backbone in a run directory or safetensors file `source`.
+def export(
+    source: str | Path, to: str, out: str | Path | None = None, given: str | None = None
+) -> tuple[Path, str, float | None]:
+    """Export the backbone in a run directory, in a safetensors file or checkpoint of train.py's, or a public network
+    (timm:NAME, torchvision:NAME), with the weights `given` in a file of someone else's or else its published ones.
 
     to: "timm", "hub", "torchvision" or "onnx". out: the file (of "hub": the folder) to write, by default in `export/` beside
-    the weights. Returns it, the lines of Python that use it, and how far its features are from ours on random images, relative
-    to the largest feature (None: onnxruntime is not installed, so nobody looked). UserError where the other
-    library has no such network, or where the features differ by more than TOLERANCE.
+    the weights; of a checkpoint in `export/step-…/` of its run. Returns it, the lines of Python that use it, and how far its
+    features are from ours on random images, relative to the largest feature (None: onnxruntime is not installed, so nobody
+    looked). UserError where the other library has no such network, or where the features differ by more than TOLERANCE.
     """
     if to not in EXPORTS:
         raise UserError(f"unknown target {to!r}; valid: {', '.join(EXPORTS)}")
-    file = backbone.locate(source)
-    model, header = backbone.load(file)
-    out = Path(out) if out else file.parent / "export" / EXPORTS[to][0]
+    if to == "hub" and str(source).startswith(("timm:", "torchvision:")):
+        raise UserError("--to hub is for what was trained here: its card tells of that training")
+    model, header, file = _loaded(str(source), given)
+    home = file.parent.parent / "export" / file.stem if "network" in header else file.parent / "export"
+    out = Path(out) if out else home / EXPORTS[to][0]
     out.parent.mkdir(parents=True, exist_ok=True)
     snippet, other = EXPORTS[to][1](model, file, header, out)
     size = int(header["image_size"])
@@ -44,6 +49,22 @@ def export(source: str | Path, to: str, out: str | Path | None = None) -> tuple[
     return out, snippet, difference
 
 
+def _loaded(source: str, given: str | None) -> tuple[nn.Module, dict[str, str], Path]:
+    """The network, its header, and the file that it comes from."""
+    if not source.startswith(("timm:", "torchvision:")):
+        if given is not None:
+            raise UserError("--weights goes with a source timm:NAME or torchvision:NAME")
+        model, header = backbone.load(source)
+        return model, header, backbone.locate(weights.split_key(source)[0])
+    public = weights.public(source, local=given is not None)
+    name, t = source.removeprefix("timm:").partition(".")[0], public.transform
+    model = backbone.create(name, image_size=t.size, stem="standard")
+    print(f"# {backbone.fill(model, name, given or source)}\n# {t.text}")
+    header = {"backbone": name, "stem": "standard", "image_size": str(t.size), "source": public.name, "mean": json.dumps(t.mean),
+              "std": json.dumps(t.std), "crop_pct": str(t.crop), "interpolation": t.interpolation}  # fmt: skip
+    return model.eval(), header, Path(given or Path("runs") / public.name.replace(":", "-") / "published")
+
+
 def _run(snippet: str) -> nn.Module:
     """The model that the printed lines make."""
     names: dict[str, Any] = {}
@@ -52,13 +73,13 @@ def _run(snippet: str) -> nn.Module:
 
 
 def _to_timm(model: nn.Module, file: Path, header: dict[str, str], out: Path):
-    files.write(out, file.read_bytes())
+    backbone.save(model, out, header)
     snippet = backbone.timm_snippet(header, str(out))
     return snippet, _run(snippet)
 
 
 def _to_hub(model: nn.Module, file: Path, header: dict[str, str], out: Path):
-    snippet = card.write(file, header, out)
+    snippet = card.write(model, file, header, out)
     return snippet, _run(snippet)
 
 
@@ -66,16 +87,17 @@ def _to_torchvision(model: nn.Module, file: Path, header: dict[str, str], out: P
     name = header["backbone"].removeprefix("torchvision:")
     if f"torchvision:{name}" not in backbone.names():
         raise UserError(f"torchvision has no {name!r}; `--to timm` and `--to onnx` take any backbone")
-    files.write(out, file.read_bytes())
+    backbone.save(model, out, header)
     lines = ["import torch, torchvision", "from safetensors.torch import load_file"]
     lines += [f"model = torchvision.models.{name}()", "model.fc = torch.nn.Identity()"]
     lines += backbone.stem_lines(header)
     lines += [f"model.load_state_dict(load_file({str(out)!r}), strict=True)"]
     wanted = backbone.images(header)
-    size = wanted["input_size"][-1]
+    size, kind = wanted["input_size"][-1], wanted["interpolation"].upper()
+    resize = f"v2.Resize({int(size / wanted['crop_pct'])}, v2.InterpolationMode.{kind})"
     lines += [
         "from torchvision.transforms import v2",
-        f"transform = v2.Compose([v2.Resize({int(size / wanted['crop_pct'])}), v2.CenterCrop({size}), v2.ToImage(), "
+        f"transform = v2.Compose([{resize}, v2.CenterCrop({size}), v2.ToImage(), "
         f"v2.ToDtype(torch.float32, scale=True), v2.Normalize({wanted['mean']}, {wanted['std']})])  # of PIL images",
     ]
     snippet = "\n".join(lines)
@@ -104,7 +126,7 @@ def _to_onnx(model: nn.Module, file: Path, header: dict[str, str], out: Path):
     snippet = (
         f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(out)!r})\n"
         f"# images: float32 (N, 3, {size}, {size}): the centre square of {wanted['crop_pct']:g} of the short side, resized\n"
-        f"# (bilinear, antialiased), in 0..1, less mean {wanted['mean']}, divided by std {wanted['std']}\n"
+        f"# ({wanted['interpolation']}, antialiased), in 0..1, less mean {wanted['mean']}, divided by std {wanted['std']}\n"
         'features = session.run(None, {"images": images})[0]'
     )
     return snippet, lambda images: _onnx_features(out, images.numpy())

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections import Counter
+import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from manyview.pipeline.errors import UserError, nearest
 
+TF_EPS = 1e-3  # of batch-norm in networks that came from TensorFlow
 COUNTER = "num_batches_tracked"  # of batch-norm: old files lack it, and it changes nothing in evaluation
 
 
@@ -47,7 +49,9 @@ def contents(path: Path) -> Any:
         return load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except Exception as error:  # torch and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        if isinstance(error, pickle.UnpicklingError):
+        if "TorchScript" in str(error):
+            reason = "a TorchScript archive, which is a program; save its state_dict instead"
+        elif isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             reason = "its pickle holds more than tensors and plain containers; save the network's state_dict alone"
         raise UserError(f"{path}: not readable as weights ({reason})") from None
 
@@ -62,6 +66,21 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def checkpoint(path: Path, key: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor], str] | None:
+    """Of one of train.py's checkpoints: what it holds, the tensors (`backbone.…`, `projector.…`) of the network `key` in it,
+    encoder or average, and that key; by default the average of the weights, where the run kept one. None for any other file.
+    UserError where it cannot be read, or has no such network."""
+    content = contents(path) if path.suffix == ".pt" else None
+    if not isinstance(content, dict) or "step" not in content or not isinstance(content.get("encoder"), dict):
+        return None
+    present = [name for name in ("encoder", "average") if content.get(name)]
+    key = key or present[-1]
+    if key not in present:
+        raise UserError(nearest(f"network in {path}", key, present))
+    tensors = {name.removeprefix("module."): value for name, value in content[key].items()}
+    return content, {name: v for name, v in tensors.items() if name.startswith(("backbone.", "projector."))}, key
+
+
 class _Skipped:
     """Stands for an object of a class that is not read: it takes what it is given and keeps nothing."""
 
@@ -72,26 +91,49 @@ class _Skipped:
         pass
 
 
+class _Mapping(_Skipped):
+    """Stands for a dict of such a class (settings that are also attributes, defaultdict): it becomes a plain one."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
+
+
+class _List(_Skipped, list):
+    """Stands for a list of such a class."""
+
+
 def _unpickled(path: Path) -> Any:
-    names: set[str] = set()
+    stand_ins: dict[str, type] = {}
     while True:
-        skipped: list[Any] = [(type("Skipped", (_Skipped,), {}), name) for name in sorted(names)]
+        classes: list[Any] = [(stand_in, name) for name, stand_in in sorted(stand_ins.items())]
         try:
-            with torch.serialization.safe_globals(skipped):
+            with torch.serialization.safe_globals(classes), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a file is of another format, which the error says too
                 return torch.load(path, "cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             unknown = re.search(r"Unsupported global: GLOBAL (\S+) was not", str(error))
-            if unknown is None or unknown[1] in names:
+            container = re.search(r"Can only (SETITEM|append).* but got <class 'skipped\.(.+)'>", str(error))
+            name, kind = (unknown[1], _Skipped) if unknown else ("", _Skipped)
+            if container:
+                name, kind = container[2], _Mapping if container[1] == "SETITEM" else _List
+            stand_in = type(name, (kind,), {"__module__": "skipped"})
+            names = [name] if "." in name else [f"builtins.{name}", name]  # torch leaves `builtins` out where it speaks
+            if not name or (not container and name in stand_ins):
                 raise
-            names.add(unknown[1])
+            stand_ins |= dict.fromkeys(names, stand_in)
+
+
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch's, anywhere in a name
 
 
 def _flat(content: Any, prefix: str) -> Iterable[tuple[str, Tensor]]:
     if isinstance(content, Tensor):
+        for wrapper in WRAPPERS:
+            prefix = prefix.replace(wrapper, "")
         yield prefix.rstrip("."), content
-    elif isinstance(content, dict):
-        for name, value in content.items():
-            if isinstance(name, str):
+    elif isinstance(content, dict | list | tuple):
+        for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+            if isinstance(name, str) or not isinstance(content, dict):
                 yield from _flat(value, f"{prefix}{name}.")
 
 
@@ -114,9 +156,15 @@ def fill_from(module: nn.Module, tensors: dict[str, Tensor], path: Path, key: st
     expected = module.state_dict()
     candidates = _candidates(expected, tensors)
     whole = [c for c in candidates if not c.missing(expected)]
-    chosen = (
-        _choose(whole, path, key) if whole else max(candidates, key=lambda c: len(c.tensors), default=_Candidate(""))
-    )
+    fitting = [c for c in whole if not _difference(c, _resampled(module, c.tensors, expected)[0], expected)]
+    if whole:
+        chosen = _choose(whole if key or not fitting else fitting, path, key)
+    else:
+        chosen = max(candidates, key=lambda c: len(c.tensors), default=_Candidate(""))
+    eps = getattr(getattr(module, "bn1", None), "eps", TF_EPS)
+    if eps != TF_EPS and any("._depthwise_conv." in name for name in chosen.taken):
+        reason = "weights of efficientnet_pytorch, whose networks pad and normalize as TensorFlow's do"
+        raise UserError(f"{path}: {reason}: the right network is timm:tf_NAME")
     state, resampled = _resampled(module, chosen.tensors, expected)
     if difference := _difference(chosen, state, expected):
         raise UserError(f"{path}: weights of another network: {difference}")
@@ -140,8 +188,8 @@ class _Candidate:
         return sorted(k for k in expected if k not in self.tensors and not k.endswith(COUNTER))
 
     def same(self, other: _Candidate) -> bool:
-        return all(v.shape == other.tensors[k].shape and v.equal(other.tensors[k]) for k, v in self.tensors.items()
-                   if k in other.tensors)  # fmt: skip
+        pairs = ((v, other.tensors[k]) for k, v in self.tensors.items() if k in other.tensors)
+        return all(a.shape == b.shape and a.to(b.dtype).equal(b) for a, b in pairs)
 
 
 def _candidates(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[_Candidate]:
@@ -218,7 +266,7 @@ def _choose(whole: list[_Candidate], path: Path, key: str | None) -> _Candidate:
     whole = sorted(whole, key=lambda c: len(c.prefix))
     names = {c.prefix: _distinct(c, whole) for c in whole}
     if key is not None:
-        asked = [c for c in whole if key == c.prefix.rstrip(".") or key in c.prefix.split(".")]
+        asked = [c for c in whole if f".{key}." in f".{c.prefix}"]
         if not asked:
             raise UserError(nearest(f"network in {path}", key, names.values()))
         whole = asked
@@ -348,6 +396,10 @@ def _timm(name: str, image_size: int | None, local: bool) -> Public:
     if local and "." not in name:
         module = timm.models.model_entrypoint(name).__module__
         transform = _assumed(transform, "vision_transformer" in module or bool(fixed))
+        if tag:
+            transform = replace(
+                transform, origin=f"{transform.origin}, or as timm's own weights have it: timm:{name}.{tag}"
+            )
     full = name if "." in name or local or not tag else f"{name}.{tag}"
     make = partial(_create, name, fixed)
     return Public(f"timm:{full}", make, transform, "" if local and "." not in name else trained_on(tag))

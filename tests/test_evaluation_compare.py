@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from manyview.evaluation import compare, figures, report
+from manyview.evaluation import compare, figures, report, tables
 from manyview.pipeline.errors import UserError
 
 
@@ -124,6 +124,10 @@ def test_only_encoders_of_the_same_pretraining_data_are_ranked_together():
     assert compare.correlate(first + unknown) == compare.correlate(first)
 
 
+def read(paths) -> list[dict]:
+    return compare.rows(compare.contents(paths))
+
+
 def write(folder, results):
     folder.mkdir(parents=True)
     (folder / "eval.json").write_text(json.dumps({"results": results}))
@@ -132,8 +136,8 @@ def write(folder, results):
 
 def test_runs_of_one_name_are_two_runs(tmp_path):
     one = [write(tmp_path / side / "x", [r | {"run": "x", "checkpoint": side} for r in rows(1)]) for side in "ab"]
-    assert {row["run"] for row in compare.read(one)} == {path.as_posix() for path in one}
-    assert {row["run"] for row in compare.read(one[:1])} == {"x"}
+    assert {row["run"] for row in read(one)} == {path.as_posix() for path in one}
+    assert {row["run"] for row in read(one[:1])} == {"x"}
 
 
 @pytest.mark.parametrize("change", [{"n_train": 100, "sample": "part"}, {"sample": "other"}])
@@ -142,7 +146,7 @@ def test_other_images_are_not_mixed(tmp_path, change):
     full = write(tmp_path / "full", [r | {"run": "full"} for r in rows(1)])
     part = write(tmp_path / "part", [r | {"run": "part"} | change for r in rows(1)])
     with pytest.raises(UserError, match=r"far was measured on different images: (full|part) with .*, (full|part) with"):
-        compare.read([full, part])
+        read([full, part])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"results": [{"run": "x"}]}', '{"results": 3}', '{"schema": 1}'])
@@ -151,9 +155,58 @@ def test_what_is_no_evaluation_gets_one_line(tmp_path, text):
     (tmp_path / "run" / "eval.json").write_text(text)
     for path in (tmp_path / "run", tmp_path / "run" / "eval.json"):
         with pytest.raises(UserError, match=r"run/eval\.json: not an eval\.json of this version"):
-            compare.read([path])
+            read([path])
     with pytest.raises(UserError, match=r"rnu: no such run"):
-        compare.read([tmp_path / "run", tmp_path / "rnu"])
+        read([tmp_path / "run", tmp_path / "rnu"])
+
+
+def test_one_dataset_is_held_against_the_others_over_all_encoders():
+    """By name, whatever they were pre-trained on; the same coefficients as over encoders of one pre-training set."""
+    known = compare.correlate(rows(12))
+    mixed = [row | {"pretrained_on": ("own", "imagenet", "")[int(row["step"]) % 3]} for row in rows(12)]
+    found = compare.correlate(mixed, reference="own")
+    assert [(c.r, c.low, c.n, c.group, c.dataset) for c in found] == [
+        (c.r, c.low, c.n, c.group, c.dataset) for c in known
+    ]
+    assert {(c.pretrained_on, c.measured_on) for c in found} == {("any", "own")}
+    assert {c.dataset for c in compare.correlate(mixed, reference="far")} == {"own"}
+    assert compare.averages(found)[0]["per_dataset"].keys() == {"far"}
+    with pytest.raises(UserError, match="unknown dataset 'owm'; nearest: own"):
+        compare.correlate(mixed, reference="owm")
+
+
+def test_encoders_side_by_side(tmp_path):
+    """A row each, the best first, with its own interval; the baselines once; variants of the same weights are two encoders."""
+    facts = {"train": 5000, "test": 1000, "classes": ["a", "b"], "shift": "unknown", "notes": ["a note"], "untrained": "random",
+             "pixels": "pixels at 32 px"}  # fmt: skip
+    for m in range(6):
+        common = rows(1)[0] | {"run": f"run{m}", "checkpoint": f"c{m}" + " 64px" * (m == 5), "text": "",
+                               "protocol": "linear-sweep", "norm": "bn"}  # fmt: skip
+        own = [
+            common | {"dataset": dataset, "weights": w, "metric": metric, "value": 0.3 + m / 10 + (w == "trained") / 20,
+                      "low": 0.38, "high": 0.42}
+            for dataset in ("own", "far") for w in ("trained", "untrained", "pixels")
+            for metric in ("top1", "mean_per_class", "top5")
+        ]  # fmt: skip
+        content = {
+            "run": f"run{m}", "backbone": "net", "pretrained_on": "own", "image_size": 32, "transform": "t", "sha256": "f" * 64,
+            "source": "checkpoints/step-000000010.pt" if m == 4 else "s", "step": "10", "loaded": "", "trained_by": "",
+            "evaluated_by": f"python evaluate {m}", "datasets": {"own": facts, "far": facts}, "results": own,
+        }  # fmt: skip
+        (tmp_path / f"run{m}").mkdir()
+        (tmp_path / f"run{m}" / "eval.json").write_text(json.dumps(content))
+    contents = compare.contents(sorted(tmp_path.glob("run*")))
+    pairs = compare.correlate(compare.rows(contents), reference="own")
+    facts = {"versions": {"torch": "9"}, "commit": "abc", "python": "3", "device": "cpu", "threads": 2}
+    text = tables.comparison(contents, pairs, "python tools/evaluate.py compare", facts)
+    names = [line.split(" |")[0] for line in text.partition("## far")[0].splitlines() if line.startswith("| ")]
+    assert names[2:4] == ["| run5, 64px", "| *net untrained, 32 px*"] and names.count("| *pixels at 32 px*") == 1
+    assert (
+        "| run4, step 10 | 75.00 ± 2.00 |" in text
+        and "a note" in text
+        and text.count("evaluated by: python evaluate") == 6
+    )
+    assert "| own | linear-sweep (bn) | +1.00 [+1.00, +1.00] |" in text and "over 6 to 6 encoders of 6 runs" in text
 
 
 def test_label_free_scores_untrained_networks_and_other_modes_are_not_ranked():
@@ -171,7 +224,7 @@ def test_files_report_and_pictures(tmp_path):
         (folder / "eval.json").write_text(json.dumps({"results": [rows(24)[j] for j in part]}))
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.csv").write_text("beside the runs, as runs/* finds it")
-    found = compare.read(sorted(tmp_path.glob("*")))
+    found = read(sorted(tmp_path.glob("*")))
     assert len(found) == 96
     out = tmp_path / "comparison"
     correlations = compare.write(found, out)
@@ -187,4 +240,4 @@ def test_files_report_and_pictures(tmp_path):
 def test_runs_without_results_are_named(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match=r"a: no eval.json there; make it with `python tools/evaluate.py"):
-        compare.read([tmp_path / "a"])
+        read([tmp_path / "a"])

@@ -14,8 +14,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
 from manyview.evaluation import command as cli
+from manyview.evaluation import compare, features, finetune, knn, protocols, suite
 from manyview.evaluation import encoder as encoders
-from manyview.evaluation import features, finetune, knn, protocols, suite
 from manyview.evaluation.bicubic import BicubicEngine
 from manyview.evaluation.data import open_data
 from manyview.evaluation.encoder import Asked
@@ -90,6 +90,51 @@ def test_an_encoder_of_a_flat_folder(made, flat, tmp_path):
     assert {row["metric"] for row in own["results"]} == {"rankme", "alpha", "lidar"}
 
 
+# ------------------------------------------------------------------------------------------------------- plain folders
+
+
+def test_a_folder_of_files_is_evaluated_as_its_shards_are(made, tmp_path):
+    """The same scores, whatever the order; what is no image is left out and said; other bytes are other images."""
+    folder = patterns.images(tmp_path / "images", per_class={"train": 8, "val": 4})
+    write_shards(Options("folder", encoding="raw"), folder, tmp_path / "shards", jobs=1, quiet=True)
+    (folder / "train" / "blob" / "0.png").write_text("no image")
+    run, asked = made[0][0], {"protocols": ("knn", "label-free", "overlap")}
+    files, shards = (evaluate(run, tmp_path / name, data=(tmp_path / name,), **asked) for name in ("images", "shards"))
+    values = [
+        {
+            (r["protocol"], r["norm"], r["weights"], r["metric"]): r["value"]
+            for r in c["results"]
+            if r["weights"] != "untrained"
+        }
+        for c in (files, shards)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-4) and len(values[0]) > 12
+    (facts,) = files["datasets"].values()
+    assert (facts["train"], facts["test"], facts["classes"]) == (40, 20, sorted(patterns.CLASSES))
+    assert "1 files of train left out, first blob/0.png: not an image" in "; ".join(facts["notes"])
+    before = open_data(folder, protocols.choose(["knn"])).sample
+    assert before == open_data(folder, protocols.choose(["knn"])).sample
+    shutil.copy(folder / "val" / "ring" / "0001.png", folder / "val" / "ring" / "0002.png")
+    assert open_data(folder, protocols.choose(["knn"])).sample != before
+
+
+def test_folders_without_val_without_labels_and_with_a_table(made, tmp_path):
+    """A tenth held out, label-free, and labels by name; a folder of nothing is refused."""
+    folder = patterns.images(tmp_path / "images", per_class={"train": 10}) / "train"
+    data = open_data(folder, protocols.choose(["knn"]))
+    assert (len(data.train_ids), len(data.test_ids), data.name) == (45, 5, "train")
+    assert "a tenth of each class (seed 0) is held out" in data.notes[0]
+    content = evaluate(made[0][0], tmp_path / "a", data=(folder / "ring",))
+    assert {row["protocol"] for row in content["results"]} == {"rankme", "rankme centred", "alpha-req"}
+    table = tmp_path / "labels.csv"
+    table.write_text("file,label\n" + "".join(f"{i:04}.png,{'even' if i % 2 else 'odd'}\n" for i in range(10)))
+    content = evaluate(made[0][0], tmp_path / "b", data=(folder / "ring",), protocols=("ridge",), labels=table)
+    assert content["datasets"]["ring"]["classes"] == ["even", "odd"] and content["datasets"]["ring"]["test"] == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: neither shards nor a folder of images"):
+        evaluate(made[0][0], tmp_path / "c", data=(tmp_path / "empty",))
+
+
 # ---------------------------------------------------------------------------------------------------------- baselines
 
 
@@ -153,6 +198,22 @@ def test_a_diverged_encoder_is_refused_by_name(made, tmp_path):
         backbone.save(module, run / "backbone.safetensors", header)
         with pytest.raises(UserError, match=words):
             evaluate(run, tmp_path / "out", protocols=("knn",))
+
+
+def test_a_collapsed_encoder_is_measured_in_json(made, tmp_path, capsys):
+    """The same features for all images: what is then not defined is null, never NaN, and is said."""
+    run = tmp_path / "run"
+    shutil.copytree(made[0][0], run, ignore=shutil.ignore_patterns("eval*", "features"))
+    header = {k: v for k, v in backbone.metadata(run).items() if k not in ("format", "num_features")}
+    module = encoders.load(str(run)).module
+    torch.nn.init.zeros_(module.layer4[-1].bn2.weight)
+    torch.nn.init.zeros_(module.layer4[-1].downsample[1].weight)
+    backbone.save(module, run / "backbone.safetensors", header)
+    evaluate(run, tmp_path / "out", protocols=("knn", "label-free"), plots=True)
+    text = (tmp_path / "out" / "eval.json").read_text()
+    rows = json.loads(text, parse_constant=pytest.fail)["results"]
+    assert [r["value"] for r in rows if r["metric"] == "alpha" and r["weights"] == "trained"] == [None]
+    assert "alpha-req (trained) undefined alpha" in capsys.readouterr().out
 
 
 def test_fine_tuning_refuses_before_anything_is_measured(made, tmp_path, monkeypatch):
@@ -231,6 +292,25 @@ def test_weights_of_one_architecture_have_folders_of_their_own(made, tmp_path, m
         assert "left out: classifier" in content["loaded"]
     assert len(set(runs)) == 2 and len(list(tmp_path.glob("runs/*/eval.json"))) == 2
     assert runs[0].startswith("torchvision:squeezenet1_1-checkpoint-")
+
+
+def test_variants_of_the_same_weights_do_not_overwrite_each_other(made, tmp_path):
+    """Another size, other layers or another transform: other folders, other models for `compare`, and no old results beside."""
+    run = tmp_path / "run"
+    shutil.copytree(made[0][0], run, ignore=shutil.ignore_patterns("eval*", "features"))
+    variants: list[dict] = [{}, {"image_size": 48}, {"layers": "last:2"}, {"crop": 0.8, "interpolation": "bicubic"}]
+    for settings in variants:
+        evaluate(run, None, protocols=("ridge",), limit=60, **settings)
+    assert {p.parent.name for p in run.rglob("eval.json")} == {
+        "run",
+        "eval-48px",
+        "eval-last-2",
+        "eval-crop0.8-bicubic",
+    }
+    columns = compare.table(compare.rows(compare.contents([run])))
+    assert all(len({m[1] for m in models}) == 4 and {m[0] for m in models} == {"run"} for models in columns.values())
+    content = evaluate(run, run, protocols=("knn",), limit=60, image_size=48)
+    assert not any(row["protocol"].startswith("ridge") for row in content["results"])
 
 
 def test_suite_of_several_processes_embeds_all_that_is_read(made, tmp_path):

@@ -292,11 +292,11 @@ def test_checkpoint_of_a_run_and_its_average(made, tmp_path):
     averaged = {f"module.backbone.{k}": v for k, v in teacher.items()} | {"n_averaged": torch.tensor(3)}
     torch.save(state | {"average": averaged}, path)
     assert torch.equal(encoders.load(str(path)).module.state_dict()["conv1.weight"], teacher["conv1.weight"])
-    chosen = encoders.load(str(path), Asked(key="encoder"))
+    chosen = encoders.load(str(path), Asked(weights_key="encoder"))
     assert torch.equal(chosen.module.state_dict()["conv1.weight"], student["conv1.weight"])
     assert chosen.source.endswith("(encoder)")
     with pytest.raises(UserError, match="nearest: average"):
-        encoders.load(str(path), Asked(key="averag"))
+        encoders.load(str(path), Asked(weights_key="averag"))
 
 
 def test_weights_of_another_network(made, tmp_path):
@@ -325,7 +325,7 @@ def test_public_weights_from_a_file(tmp_path):
         ({"student": bare, "teacher": {f"backbone.{k}": v for k, v in full.items()}}, "teacher"),
     ):
         torch.save(content, path)
-        found = encoders.load("timm:resnet10t", Asked(weights=str(path), key=key, image_size=64))
+        found = encoders.load("timm:resnet10t", Asked(weights=str(path), weights_key=key, image_size=64))
         assert all(torch.equal(v, full[k]) for k, v in found.module.state_dict().items())
         assert (found.image_size, found.weights, len(found.sha256)) == (64, "trained", 64)
     other = {f"backbone.{k}": v + 1 for k, v in full.items()}

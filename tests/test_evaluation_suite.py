@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 from manyview.evaluation import command as cli
-from manyview.evaluation import compare, encoder, finetune, protocols, suite
-from manyview.evaluation import data as datasets
+from manyview.evaluation import compare, encoder, finetune, folder, protocols, suite
 from manyview.evaluation.data import open_data
 from manyview.model import backbone
 from manyview.pipeline import engines
@@ -266,6 +265,27 @@ def test_smoke_of_every_protocol(made, tmp_path):
         assert words in done.stdout, words
 
 
+def test_a_baseline_of_several_targets_is_measured_once(made, tmp_path, monkeypatch):
+    """Plain pixels, and the untrained network of one architecture; each protocol's numbers are as if measured alone."""
+    run, asked, contents = copy(made[0][0], tmp_path), {"protocols": ("knn", "ridge"), "limit": 60}, []
+    for i in range(3):
+        if i in (0, 2):
+            monkeypatch.setattr(suite, "BASELINES", {})
+        module = encoder.load(str(run)).module
+        torch.nn.init.normal_(module.conv1.weight, std=0.1 * (i + 1))
+        backbone.save(module, run / "backbone.safetensors", backbone.metadata(run))
+        contents.append(evaluate(copy(run, tmp_path / str(i)), **asked))
+        assert len(suite.BASELINES) == 4
+    own, baselines = (
+        [
+            [(r["protocol"], r["metric"], r["value"]) for r in c["results"] if (r["weights"] == "trained") == mine]
+            for c in contents
+        ]
+        for mine in (True, False)
+    )
+    assert baselines[0] == baselines[1] == baselines[2] and own[0] != own[1] != own[2]
+
+
 def test_transfer_and_in_domain_probe_are_kept_apart(made, tmp_path):
     notes = ("shifted: more red than the others",)
     content = evaluate(
@@ -373,8 +393,8 @@ def test_fewer_test_classes_small_k_and_few_queries(made, tmp_path):
 
 
 def test_no_labels(made, tmp_path, monkeypatch):
-    store = datasets.Store
-    monkeypatch.setattr(datasets, "Store", lambda *a: _unlabelled(store(*a)))
+    store = folder.Store
+    monkeypatch.setattr(folder, "Store", lambda *a: _unlabelled(store(*a)))
     with pytest.raises(UserError, match=r"train split has no labels: only `--protocols label-free lidar`"):
         evaluate(made[0][0], out=tmp_path)
     content = evaluate(made[0][0], out=tmp_path, protocols=("label-free", "lidar"))
@@ -444,7 +464,7 @@ def test_checkpoints_of_a_run_are_compared_with_it(made, tmp_path):
         torch.save(state, run / "checkpoints" / f"step-{step:09d}.pt")
     for target in (run, *(run / "checkpoints").glob("*.pt")):
         evaluate(target, protocols=("knn",), limit=100)
-    rows = compare.read([run])
+    rows = compare.rows(compare.contents([run]))
     assert {row["step"] for row in rows if row["weights"] == "trained"} == {"0", "10", "20"}
     models = next(iter(compare.table(rows).values()))
     assert len(models) == 3 and {m[0] for m in models} == {run.name}
@@ -488,10 +508,8 @@ def test_results_on_other_images_do_not_stay(made, tmp_path, capsys):
 
 def test_an_encoder_of_images_without_labels_is_measured_elsewhere(made, tmp_path, monkeypatch):
     """The pre-training data may have no labels: the target's are what counts."""
-    run, store = copy(made[0][0], tmp_path), datasets.Store
-    monkeypatch.setattr(
-        datasets, "Store", lambda p, *a: (_unlabelled if p == made[1][0] else lambda s: s)(store(p, *a))
-    )
+    run, store = copy(made[0][0], tmp_path), folder.Store
+    monkeypatch.setattr(folder, "Store", lambda p, *a: (_unlabelled if p == made[1][0] else lambda s: s)(store(p, *a)))
     content = evaluate(run, data=(made[1][1],), protocols=("knn", "overlap", "in-domain"))
     assert {line["dataset"] for line in content["table"]} == {"shifted"}
     assert "overlap exact" in {r["protocol"] for r in content["results"]}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 from pictures import jpeg
 from PIL import Image
@@ -105,6 +106,54 @@ def test_the_files_say_by_themselves_what_the_network_saw(tmp_path):
     assert json.loads(session.get_modelmeta().custom_metadata_map["pretrained_cfg"]) == wanted
     file, _, _ = export(tmp_path, "timm")
     assert json.loads(backbone.metadata(file)["pretrained_cfg"]) == wanted
+
+
+def test_checkpoints_of_a_run(trained_run, tmp_path):
+    """By the same loader as evaluation and --init-from: the step's own weights, here, moved elsewhere, and as older versions
+    wrote them."""
+    checkpoint = sorted((trained_run / "checkpoints").glob("*.pt"))[0]
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["step"] < 50
+    (tmp_path / "moved.pt").write_bytes(checkpoint.read_bytes())
+    old = tmp_path / "old" / "checkpoints"
+    old.mkdir(parents=True)
+    torch.save({k: v for k, v in state.items() if k != "header"}, old / checkpoint.name)
+    (old.parent / "config.json").write_text((trained_run / "config.json").read_text())
+    for i, path in enumerate((checkpoint, tmp_path / "moved.pt", old / checkpoint.name)):
+        file, snippet, difference = export(path, "timm", tmp_path / f"{i}.safetensors")
+        assert difference == 0 and "mean" in snippet
+        model, header = backbone.load(file)
+        assert torch.equal(model.conv1.weight, state["encoder"]["backbone.conv1.weight"])
+        assert (header["step"], header["source"]) == (str(state["step"]), trained_run.name if i < 2 else "old")
+    assert export(old / checkpoint.name, "timm")[0] == old.parent / "export" / checkpoint.stem / "timm.safetensors"
+    card = export(checkpoint, "hub", tmp_path / "hub")[0] / "README.md"
+    assert "These weights were not evaluated" in card.read_text() and "--steps 50" in card.read_text()
+    with pytest.raises(UserError, match=r"unknown network in .*'teacher'; nearest: encoder"):
+        export(f"{checkpoint}:teacher", "timm", tmp_path / "x.safetensors")
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"not a checkpoint of train\.py"):
+        export(tmp_path / "other.pt", "timm")
+
+
+def test_weights_of_others(tmp_path):
+    """A public network with a file's weights; the lines show it what it was trained on, its own bicubic crop."""
+    module = timm.create_model("test_vit", num_classes=7)
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in module.state_dict().items()}}, tmp_path / "w.pth")
+    file, snippet, difference = export("timm:test_vit", "timm", tmp_path / "x.safetensors", f"{tmp_path}/w.pth:teacher")
+    assert difference == 0 and "'interpolation': 'bicubic', 'crop_pct': 0.875" in snippet
+    loaded, header = backbone.load(file)
+    size = int(header["image_size"])
+    x = torch.randn(2, 3, size, size)
+    module.reset_classifier(0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), module.eval()(x))
+    for source, to, given, words in (
+        (tmp_path / "x.safetensors", "timm", "w.pth", "--weights goes with a source timm:NAME"),
+        ("timm:test_vit", "hub", str(tmp_path / "w.pth"), "--to hub is for what was trained here"),
+        ("timm:test_vot", "timm", None, "unknown timm model 'test_vot'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            export(source, to, None, given)
 
 
 @pytest.mark.parametrize("to", ["timm", "torchvision"])

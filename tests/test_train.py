@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import Options
 from manyview.pipeline.store import Store
-from manyview.training import checkpoint, config, estimate, plots, run
+from manyview.training import checkpoint, config, estimate, plots, preemption, run
 from manyview.training.preemption import Stop
 
 
@@ -143,6 +144,24 @@ def test_ctrl_c_and_sigterm_save_and_exit_75_and_go_on(digits, trained_run, tmp_
         assert not (out / "backbone.safetensors").exists()
     assert train(digits, out, *FIFTY, "--resume") == 0
     assert_equal_runs(trained_run, out)
+
+
+def test_every_signal_that_asks_to_stop_is_heard():
+    """A closed terminal's and a scheduler's too; what was ignored, as nohup has it, stays so, and all is put back."""
+    for sign in preemption.SIGNALS:
+        before = signal.getsignal(sign)
+        with Stop(torch.device("cpu")) as stop:
+            assert not stop()
+            signal.raise_signal(sign)
+            assert stop()
+        assert signal.getsignal(sign) is before
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop(torch.device("cpu")) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
@@ -427,6 +446,15 @@ def test_out_of_memory_advice_is_less_than_what_failed(digits, words, rows, want
     found = estimate.what_fits(cfg, views.policy("cifar", cfg.views, 32, {}), 32, 1, rows)
     assert wanted in found and found.count("--batch-size") <= 1
     assert ("--view-chunk" in found) == ("--view-chunk" in wanted)
+
+
+def test_more_memory_than_there_is_is_refused_before_anything_is_written(digits, tmp_path):
+    """Where the system would end the run: also by --dry-run, with what fits."""
+    words = ["--size", 512, "--views", 64, "--batch-size", 1400]
+    for more in (["--dry-run"], []):
+        (line,) = refused(digits, tmp_path / "x", *words, *more)
+        assert "out of memory with 64 views x 1400 images x 512 px" in line and re.search(r"--batch-size \d", line)
+    assert not (tmp_path / "x").exists()
 
 
 def test_out_of_memory_on_the_cpu_is_advice(digits, monkeypatch):

@@ -1,11 +1,14 @@
 """Weights that others wrote, in the layouts that their programs write, into a network of timm."""
 
 import argparse
+import collections
+import datetime
 import logging
 import os
 import pathlib
 import pickle
 import re
+import signal
 import types
 
 import numpy as np
@@ -140,7 +143,68 @@ def test_names_of_efficientnet_pytorch(tmp_path):
     torch.save(dict(zip(names, net.values())), tmp_path / "lite0.pth")
     module = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     assert weights.fill(module, tmp_path / "lite0.pth").endswith("; left out: _fc")
+    # The same tensors fit a network that pads otherwise, and is 20 points worse with them.
+    with pytest.raises(UserError, match="the right network is timm:tf_NAME"):
+        weights.fill(timm.create_model("efficientnet_lite0", num_classes=0), tmp_path / "lite0.pth")
     assert all(torch.equal(value, net[name]) for name, value in module.state_dict().items())
+
+
+class Settings(dict):
+    """As EasyDict, ConfigDict and CfgNode: settings that are also attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+class History(list):
+    pass
+
+
+def test_what_else_programs_put_beside_the_tensors(resnet, tmp_path):
+    """Dicts and lists of classes of their own, a state_dict that is one, networks in a list, wrappers in the middle of names,
+    half precision beside full, tensors as parameters."""
+    args = Settings(lr=0.1, nested=Settings(a=[1, 2]), history=History([1.0]), counts=collections.defaultdict(list, x=[1]),
+                    level=signal.Signals.SIGTERM, when=datetime.date(2024, 1, 1))  # fmt: skip
+    wrapped = {name.replace("layer1.", "layer1._fsdp_wrapped_module."): value for name, value in resnet.items()}
+    contents = {
+        "settings": {"state_dict": resnet, "args": args},
+        "own dict": {"model": Settings(under("backbone.", resnet)), "args": args},
+        "ordered": collections.OrderedDict(resnet),
+        "list": {"networks": [under("encoder.", resnet)]},
+        "wrapped": {"model": wrapped, "step": 3},
+        "parameters": {name: torch.nn.Parameter(v) if v.is_floating_point() else v for name, v in resnet.items()},
+    }
+    for legacy in (False, True):
+        for name, content in contents.items():
+            torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+            module = timm.create_model("resnet10t", num_classes=0)
+            weights.fill(module, tmp_path / "w.pth")
+            assert all(torch.equal(v, resnet[k]) for k, v in module.state_dict().items()), name
+    half = {k: v.half() if v.is_floating_point() else v for k, v in resnet.items()}
+    torch.save({"student": {k: v.float() for k, v in half.items()}, "teacher": half}, tmp_path / "w.pth")
+    weights.fill(module, tmp_path / "w.pth")  # the same network twice
+    assert module.conv1[0].weight.dtype == torch.float32 and torch.equal(
+        module.conv1[0].weight, half["conv1.0.weight"].float()
+    )
+
+
+def test_of_several_networks_the_one_that_fits(resnet, tmp_path):
+    """A deeper one, or one of other widths, beside it is no choice to be made; asked for by name it is refused for what it is."""
+    deep = timm.create_model("resnet14t", num_classes=0).state_dict()
+    wide = {k: torch.cat([v, v]) if v.ndim else v for k, v in resnet.items()}
+    for name, other in (("deep", deep), ("wide", wide)):
+        torch.save({"small": {"trunk": resnet}, name: {"trunk": other}}, tmp_path / "w.pth")
+        module = timm.create_model("resnet10t", num_classes=0)
+        assert f"left out: {name}" in weights.fill(module, tmp_path / "w.pth")
+        assert torch.equal(module.conv1[0].weight, resnet["conv1.0.weight"])
+        weights.fill(module, tmp_path / "w.pth", "small.trunk")
+        with pytest.raises(UserError, match=f"weights of another network: .*under '{name}.trunk'"):
+            weights.fill(module, tmp_path / "w.pth", name)
+
+
+def test_a_program_is_no_weights(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    with pytest.raises(UserError, match=r"script\.pt: not readable as weights \(a TorchScript archive"):
+        weights.read(tmp_path / "script.pt")
 
 
 def test_position_embeddings_are_resampled(vit, tmp_path):
@@ -234,6 +298,11 @@ def test_published_weights_know_their_input():
         t = weights.public(target, local=True).transform
         assert t.mean == pytest.approx((123.675, 116.28, 103.53)) and (t.crop, t.interpolation) == (0.875, kind)
         assert "assumed" in t.text
+    assert (
+        "timm:tf_efficientnet_lite0.in1k" in weights.public("timm:tf_efficientnet_lite0", local=True).transform.origin
+    )
+    lite = weights.public("timm:tf_efficientnet_lite0.in1k", local=True).transform
+    assert lite.mean == lite.std == (127.5,) * 3 and lite.interpolation == "bicubic"
     small = weights.public("torchvision:efficientnet_b3")
     assert (small.transform.size, small.transform.interpolation) == (300, "bicubic")
     assert small.transform.crop == pytest.approx(300 / 320) and small.trained_on == "imagenet"

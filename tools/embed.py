@@ -14,7 +14,6 @@ if __name__ == "__main__":  # the checkout on the path instead of this folder, w
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass
-from typing import Literal
 
 import tyro
 
@@ -23,8 +22,8 @@ from manyview.evaluation.embed import embed
 from manyview.pipeline import engines, errors
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(encoder.Asked):
     """Names, splits, labels where they are known, and features of images."""
 
     target: tyro.conf.Positional[str]
@@ -35,20 +34,6 @@ class Config:
     """The file to write: .parquet or .npz."""
     split: str | None = None
     """Only this split; default: all there are."""
-    layers: str = "pooled"
-    """What the features are: pooled, last:N (the last N blocks or stages, concatenated), layer:N (one of them) or tokens."""
-    weights: str | None = None
-    """A local file for a timm or torchvision target: FILE, or FILE:teacher where it holds several networks."""
-    image_size: int | None = None
-    """Pixels; default: those the encoder was trained on."""
-    mean: tuple[float, float, float] | None = None
-    """Of the input, in 0..1; default: what comes with the weights."""
-    std: tuple[float, float, float] | None = None
-    """As the mean."""
-    crop: float | None = None
-    """The share of the short side that is shown."""
-    interpolation: Literal["bilinear", "bicubic"] | None = None
-    """Of the view."""
     batch: int = 256
     """Images a forward pass."""
     device: str = "auto"
@@ -61,11 +46,9 @@ class Config:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    if config.batch < 1:
-        raise errors.UserError(f"--batch must be at least 1, not {config.batch}")
-    asked = encoder.Asked(config.weights, None, config.image_size, config.mean, config.std, config.crop, config.interpolation,
-                          layers=config.layers)  # fmt: skip
-    loaded = encoder.load(config.target, asked)
+    if wrong := config.check() + [f"--batch must be at least 1, not {config.batch}"] * (config.batch < 1):
+        raise errors.UserError("\n".join(wrong))
+    loaded = encoder.load(config.target, config)
     print(f"encoder    {loaded.run}: {loaded.transform}")
     about = embed(loaded, config.data, config.to, split=config.split, batch=config.batch, threads=config.threads,
                   device=engines.device_of(config.device), engine=config.engine)  # fmt: skip

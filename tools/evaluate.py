@@ -2,8 +2,10 @@
 
 python tools/evaluate.py runs/NAME                                    kNN, linear, ridge few-shot, label-free; report.html
 python tools/evaluate.py runs/NAME/checkpoints/*.pt                   checkpoints of a run, each into its own folder
-python tools/evaluate.py timm:resnet18.a1_in1k --data shards/x        any weights of timm or torchvision
+python tools/evaluate.py timm:resnet18.a1_in1k --data photos/         any weights of timm or torchvision; a folder of images
+python tools/evaluate.py timm:resnet50 --weights dino.pth:teacher --data shards/x --layers last:4
 python tools/evaluate.py compare runs/*                               how well one evaluation predicts another
+python tools/evaluate.py compare runs/* --reference x --write all.md  encoders of any pre-training side by side, as Markdown
 """
 
 import os

@@ -52,21 +52,6 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def weights(path: Path) -> dict[str, torch.Tensor] | None:
-    """Backbone and projector in `path`, the average of the weights where the run kept one; None where it is no checkpoint of
-    train.py's."""
-    if path.suffix != ".pt" or not path.is_file():
-        return None
-    try:
-        state = load(path)
-    except UserError:  # a file of someone else's
-        return None
-    if not isinstance(state, dict) or not {"step", "encoder", "identity"} <= state.keys():
-        return None
-    tensors = state["average"] or state["encoder"]
-    return {key.removeprefix("module."): value for key, value in tensors.items() if key != "n_averaged"}
-
-
 def random_state() -> dict[str, Any]:
     """State of every generator the training loop can draw from (data needs none: order and views are pure functions)."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -121,6 +122,16 @@ def available_memory(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def check_memory(needed: int, device: torch.device) -> None:
+    """MemoryError where a step needs more bytes a process than there are at all: on a CPU nothing would say so later, as the
+    system ends whatever takes too much."""
+    import psutil
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if needed > (available_memory(device) if device.type == "cuda" else psutil.virtual_memory().total // ranks):
+        raise MemoryError
 
 
 def rows_in_graph(cfg: Config, policy: Policy, size: int, world: int) -> float:

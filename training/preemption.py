@@ -1,4 +1,5 @@
-"""Being asked to stop: by SIGTERM, by SIGUSR1 or SIGUSR2, which schedulers send before they kill, or by Ctrl-C."""
+"""Being asked to stop: by SIGTERM, by a terminal that is closed (SIGHUP), by what schedulers send before they kill (SIGUSR1,
+SIGUSR2; SIGXCPU at a limit of CPU time), or by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 PREEMPTED = 75  # EX_TEMPFAIL: saved, start the same command again with --resume
 
 
@@ -27,14 +29,17 @@ class Stop:
         self.handlers: dict[int, Any] = {}  # as they were
 
     def __enter__(self) -> Stop:
-        for sign in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            self.handlers[sign] = signal.signal(sign, self._ask)
+        for sign in SIGNALS:
+            self._listen(sign)
         return self
+
+    def _listen(self, sign: int) -> None:
+        if signal.getsignal(sign) is not signal.SIG_IGN:  # as nohup has SIGHUP, and a shell in its background SIGINT
+            self.handlers[sign] = signal.signal(sign, self._ask)
 
     def listen_to_ctrl_c(self) -> None:
         """From here on there is something to save, so the first Ctrl-C asks too; the second one interrupts at once."""
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it in its background
-            self.handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._ask)
+        self._listen(signal.SIGINT)
 
     def __exit__(self, *_: Any) -> None:
         for sign, handler in self.handlers.items():

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from manyview.model import backbone, objective, projector
+from manyview.model import backbone, objective, projector, weights
 from manyview.model.objective import Loss
 from manyview.pipeline import views
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.views import Policy
-from manyview.training import checkpoint, config, optim, precision
+from manyview.training import config, optim, precision
 from manyview.training.config import Config
 from manyview.training.step import (
     Objective,
@@ -76,7 +76,7 @@ def create(cfg: Config, size: int, device: torch.device) -> Training:
     go over all its ranks. UserError for a backbone, objective or file of weights that does not fit.
     """
     model: Any = network(cfg, size)
-    weights = fill(model, cfg) if cfg.init_from else "fresh weights"
+    origin = fill(model, cfg) if cfg.init_from else "fresh weights"
     model.to(device, memory_format=torch.channels_last)
     synchronize_batchnorm(model, device)
     loss_of = objective.create(cfg.objective, **config.objective_options(cfg))
@@ -92,30 +92,29 @@ def create(cfg: Config, size: int, device: torch.device) -> Training:
     )
     called = _wrapped(model, cfg.compile, device)
     gradients = partial(step, called, objective=loss_of, scale=update.scale, autocast=autocast)
-    return Training(model, called, loss_of, optimizer, update, gradients, autocast, dtype, reason, lr, lr_rule, weights)
+    return Training(model, called, loss_of, optimizer, update, gradients, autocast, dtype, reason, lr, lr_rule, origin)
 
 
 def fill(model: PretrainingModel, cfg: Config) -> str:
     """Start `model` from --init-from: one of train.py's checkpoints has a backbone and, where it fits, a projector; any other
     file of weights a backbone. Returns what was taken. UserError where it is another network's."""
-    path = cfg.init_from
-    assert path is not None
-    tensors = checkpoint.weights(path)
-    if tensors is None:
-        return f"backbone: {backbone.fill(model.backbone, cfg.backbone, path)}"
-    parts = {
-        part: {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
-        for part in ("backbone.", "projector.")
-    }
+    assert cfg.init_from is not None
+    path, key = weights.split_key(cfg.init_from)
+    found = weights.checkpoint(path, key)
+    if found is None:
+        return f"backbone: {backbone.fill(model.backbone, cfg.backbone, cfg.init_from)}"
+    parts = [
+        {k.removeprefix(p): v for k, v in found[1].items() if k.startswith(p)} for p in ("backbone.", "projector.")
+    ]
     try:
-        model.backbone.load_state_dict(parts["backbone."], strict=True)
-    except RuntimeError as error:
-        what = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} holds another network than --backbone {cfg.backbone} ({what})") from error
+        weights.fill_from(model.backbone, parts[0], path)
+    except UserError as error:
+        what = str(error).rpartition("of another network: ")[2]
+        raise UserError(f"{path} holds another network than --backbone {cfg.backbone} ({what})") from None
     own = {name: value.shape for name, value in model.projector.state_dict().items()}
-    if own != {name: value.shape for name, value in parts["projector."].items()}:
+    if own != {name: value.shape for name, value in parts[1].items()}:
         return f"backbone from {path}, its projector has another shape"
-    model.projector.load_state_dict(parts["projector."])
+    model.projector.load_state_dict(parts[1])
     return f"backbone and projector from {path}"
 
 
