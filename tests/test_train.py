@@ -185,18 +185,18 @@ def test_resume_refuses_another_experiment_by_name(digits, trained_run):
 def test_resume_compares_what_is_learned_not_how_it_was_spelled(digits, trained_run, tmp_path, capsys):
     """Every word of `same` says what the finished run has anyway; every one of `other` something else."""
     rule = json.loads((trained_run / "config.json").read_text())["lr"]
-    same = ["--beta", "3/D", "--form", "mean", "--standardize", "view", "--epochs", 7, "--stem", "small", "--lr", rule,
-            "--projector-hidden", 16, "--augment", "hue=0.2", "blur=[0.5,0.5]"]  # fmt: skip
+    same = ["--beta", "20/D", "--form", "mean", "--standardize", "view", "--epochs", 7, "--stem", "small", "--lr", rule,
+            "--projector-hidden", 16, "--augment", "hue=0.1", "blur=[0,0]"]  # fmt: skip
     out = tmp_path / "copy"
     shutil.copytree(trained_run, out)
     assert train(digits, out, *FIFTY, "--resume", *same) == 0
     assert "resumed at step 50" in capsys.readouterr().out
     for words, key in (
         (["--beta", "4/D"], "beta"),
-        (["--augment", "hue=0.1"], "global.hue"),
+        (["--augment", "hue=0.2"], "global.hue"),
         (["--lr", 2 * rule], "lr"),
         (["--projector-hidden", 8], "projector_hidden"),
-        (["--form", "cross"], "form"),
+        (["--form", "cross", "--beta", "20/D"], "form"),
     ):
         (line,) = refused(digits, out, *FIFTY, "--resume", *words)
         assert line.split()[1] == key
