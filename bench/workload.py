@@ -150,7 +150,7 @@ def trial_batch(work: Workload, size: int, step_seconds: float) -> int:
     if work.training is not None:
         cost = estimate.trial(work.training.model, size, work.device, work.training.autocast)
         seconds = cost.seconds_per_view * sum(group.count * (group.size / size) ** 2 for group in work.policy.groups)
-    drawn = work.draw(work.plan.ids[:4])
-    work.engine(*drawn)  # compiles what is compiled on first use
-    seconds += spent(lambda: work.engine(*drawn)).wall / len(drawn[0])
+    some = work.draw(work.plan.ids[:4])
+    work.engine(*some)  # compiles what is compiled on first use
+    seconds += spent(lambda: work.engine(*some)).wall / len(some[0])
     return min(work.setup.batch_size, max(2, int(step_seconds / seconds)))
