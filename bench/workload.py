@@ -133,6 +133,7 @@ def build(asked: Setup, step_seconds: float = float("inf")) -> Workload:
     device = engines.device_of(asked.device)
     tune(device)
     store = Store(asked.data, asked.split or training_split(asked.data))
+    store.refuse_other_than_rgb("the profiler")
     size = asked.size or store.default_size()
     policy = views.policy(asked.policy, asked.views, size, views.overrides(asked.augment), store.grey)
     engine, reason = engines.create(asked.engine, store, device, threads=asked.threads or None)

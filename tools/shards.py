@@ -36,7 +36,8 @@ class Write:
     format: str = "webdataset"
     """webdataset (.tar) or ffcv (.beton)."""
     encoding: str = "jpeg"
-    """jpeg, raw or yuv420. Images of 64 pixels and under are always raw."""
+    """jpeg, raw, yuv420, or array: any number of channels, 8 or 16 bits, every value as it is (docs/datasets.md). Images of 64
+    pixels and under are always raw."""
     size: int = 0
     """Short side in pixels to shrink larger images to; 0 leaves them, and baseline JPEGs then keep their bytes."""
     quality: int = 95
@@ -180,7 +181,7 @@ class Import(Foreign):
     format: str = "webdataset"
     """webdataset (.tar) or ffcv (.beton)."""
     encoding: str = "jpeg"
-    """jpeg, raw or yuv420."""
+    """jpeg, raw, yuv420, or array: any number of channels, 8 or 16 bits, every value as it is."""
     size: int = 0
     """Short side in pixels to shrink larger images to; 0 leaves them."""
     unlabelled: bool = False
