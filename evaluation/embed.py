@@ -71,7 +71,7 @@ def embed(
             ids = np.arange(start, min(start + PART, len(store)))
             rows = _part(encoder, module, store, ids, batch, device, engine, threads)
             with files.whole(parts / f"{number:06d}.npz") as file:
-                np.savez(file, **rows)
+                np.savez(file, **rows)  # type: ignore[arg-type]  # numpy's stub takes any name for allow_pickle
             print(f"part {number + 1} of {len(places)}: {len(rows['names']):,} images")
     with files.whole(to) as file:
         (_parquet if to.suffix == ".parquet" else _npz)(

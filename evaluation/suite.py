@@ -164,8 +164,8 @@ class Suite:
         try:
             content = json.loads(self.file.read_text())
             of = self.trained
-            same = (content["checkpoint"], content["transform"], content["layers"], content["version"])
-            same = same == (of.checkpoint, of.transform, of.layers, VERSION)
+            before = (content["checkpoint"], content["transform"], content["layers"], content["version"])
+            same = before == (of.checkpoint, of.transform, of.layers, VERSION)
         except (ValueError, KeyError):
             same = False
         if not same:
