@@ -1,8 +1,8 @@
 """Views a second beside other pipelines: python tools/profile.py peers --data shards/photos --json results/pipeline.json
 
 All contenders get the same photos: ours as shards, the peers as files in a temporary folder (ffcv as a .beton, TurboLoader
-as a tar). For each number of views all are built and warmed, then measured in turn, round after round, so that a noisy
-neighbour hits all. Wall time and the core time of the process tree are both kept; ratios are medians over rounds of the
+as a tar). For each number of views all are built and warmed, then measured in turn, each round in another order, so that a
+noisy neighbour hits all. Wall time and the core time of the process tree are both kept; ratios are medians over rounds of the
 same round's ratio. Another call with the same `--json` adds its rows, if commit and machine are the same.
 """
 
@@ -101,10 +101,9 @@ def main(argv: list[str]) -> None:
         result["parity"] |= parity(case)
         for views in counts:
             compare(case, views, result)
-    result["fits"] = fits(result["rows"]) if args.device == "cpu" else []
-    text = markdown(result)
-    print(text, end="")
-    output.write(args.json, result, text)
+            result["fits"] = fits(result["rows"]) if args.device == "cpu" else []
+            output.write(args.json, result, markdown(result))  # what there is, should it be stopped
+    print(markdown(result), end="")
 
 
 def begun(args: Args, env: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +131,7 @@ def cases(args: Args) -> list[Case]:
         if path is None:
             continue
         store = Store(path)
+        store.refuse_other_than_rgb("the comparison with peers")
         side = size or int(store.heights[0])
         if not size and side > engines.SMALL:
             raise UserError(f"--small {path}: its images have {side} px, more than {engines.SMALL}")
@@ -160,7 +160,7 @@ def compare(case: Case, views: int, result: dict[str, Any]) -> None:
             run = stack.enter_context(one.build(case.setting(one, views, files, folder)))
             running[one] = partial(measure, run, images * views, process_seconds if one.engine else tree_seconds)
             running[one]()
-        taken = interleaved(running, args.rounds, lambda call: call())
+        taken = interleaved(running, args.rounds, lambda call: call(), shuffled=True)
     rows = []
     for one, times in taken.items():
         walls, core = [t.wall for t in times], [t.core for t in times]

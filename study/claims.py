@@ -36,9 +36,10 @@ def rows_of(study: Study, path: Path, *grids: str) -> list[Row]:
     return [typed({**study.train, **done[name]}) for name in names if name in done]
 
 
-def curves(path: Path) -> list[Row]:
+def curves(study: Study, path: Path) -> list[Row]:
     """The online probe on held-out training images while training; none where the file is not there."""
-    return [typed(row) for row in csv.DictReader(io.StringIO(path.read_text()))] if path.exists() else []
+    points = csv.DictReader(io.StringIO(path.read_text())) if path.exists() else []
+    return [typed({**study.train, **point}) for point in points]
 
 
 def typed(row: Settings) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,14 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from manyview.study import claims
 from manyview.study.claims import Row, Sample, Spread, cost, percent, select, values
+from manyview.training.plots import STYLE
 
 MARKERS = "osD^v<>"
+
+
+def style() -> AbstractContextManager[None]:
+    """The project's look, for as long as it is entered."""
+    return plt.rc_context(STYLE)
 
 
 def projector(
@@ -54,7 +61,7 @@ def convergence(points: list[Row], rows: list[Row], picture: Path) -> None:
         steps = values(mine, "step")
         samples = [percent(mine, step=s) for s in steps]
         for axis, scale in zip(axes, (v * b, 1, v * b * cost(select(rows, views=v, batch_size=b)))):
-            band(axis, [s * scale for s in steps], samples, spread, f"V = {v}, {b} images a step", marker, shaded=True)
+            band(axis, [s * scale for s in steps], samples, spread, f"V = {v}, {b} images a step", marker)
     for axis, x in zip(axes, ("views seen", "steps", "core-seconds of training")):
         axis.set(xlabel=x, xscale="log")
         ticks(axis)
@@ -109,14 +116,12 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def band(
-    axis: Any, x: list[float], samples: list[Sample], spread: Spread, label: str, marker: str, shaded: bool = False
-) -> None:
-    """Means with intervals: as bars, or for curves of many points as a shade."""
+def band(axis: Any, x: list[float], samples: list[Sample], spread: Spread, label: str, marker: str) -> None:
+    """Means with intervals: as bars, or where there are many points as a shade."""
     points = [(a, spread.estimate(sample)) for a, sample in zip(x, samples) if sample]
     at, means = [a for a, _ in points], [e.mean for _, e in points]
     half = np.array([e.half if np.isfinite(e.half) else 0 for _, e in points])
-    if shaded:
+    if len(points) > 7:
         (line,) = axis.plot(at, means, marker=marker, label=label)
         axis.fill_between(at, means - half, means + half, color=line.get_color(), alpha=0.12, lw=0)
     else:

@@ -155,6 +155,18 @@ def test_a_test_split_comes_once_in_order_and_clean(photos, monkeypatch):
         assert sorted(id for part in parts for ids in part for id in ids) == list(range(7))
 
 
+def test_what_images_in_order_do_not_have_is_refused(photos, monkeypatch):
+    with pytest.raises(UserError, match=r"fraction 0\.5 is of images that are shuffled"):
+        manyview.Views(photos, split="val", fraction=0.5)
+    state = manyview.Views(photos, split="val", batch_size=6, size=8).state_dict()
+    processes(monkeypatch, 2, 0)  # each process would go through a part of its own
+    with pytest.raises(UserError, match="the state's processes is 1, now 2"):
+        manyview.Views(photos, split="val", batch_size=3, size=8).load_state_dict(state)
+    processes(monkeypatch, 8, 0)
+    with pytest.raises(UserError, match="7 images are too few for 8 processes"):
+        manyview.Views(photos, split="val")
+
+
 def test_clean_views_are_what_the_evaluation_sees(photos):
     for size in (32, 112):
         network: nn.Module = backbone.create("resnet10-narrow", image_size=size).eval()

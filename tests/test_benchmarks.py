@@ -263,7 +263,7 @@ def test_sets_without_a_split_are_divided_once(tmp_path, name, folder, train):
 def test_lists_lead_nowhere_else(tmp_path):
     put(tmp_path, ["secret.jpg", "set/here.jpg"])
     names = ["here.jpg", "../secret.jpg", str(tmp_path / "secret.jpg"), "./here.jpg", "gone.jpg"]
-    found = benchmarks.listed(tmp_path / "set", ["one"], {"train": (names, [0] * 5)})
+    found = benchmarks.listed(tmp_path / "set", ["one"], {"train": [(name, 0) for name in names]})
     assert found.splits[0].names == ["here.jpg"]
     reasons = [problem["reason"] for problem in found.problems]
     assert [("out of" in r, "twice" in r, "not there" in r) for r in reasons] == [
@@ -273,7 +273,7 @@ def test_lists_lead_nowhere_else(tmp_path):
         (0, 0, 1),
     ]
     with pytest.raises(UserError, match=r"the list of train gives class 1 of 1"):
-        benchmarks.listed(tmp_path / "set", ["one"], {"train": (["here.jpg"], [1])})
+        benchmarks.listed(tmp_path / "set", ["one"], {"train": [("here.jpg", 1)]})
 
 
 @pytest.mark.parametrize("name", sorted(BENCHMARKS))

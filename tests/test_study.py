@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,8 +95,8 @@ def test_a_killed_study_goes_on_and_the_page_is_written(study: Path, tmp_path: P
     rows = list(csv.DictReader(table.open()))
     assert len(rows) == 7 and all(row in rows for row in before)  # what was done is not done again
     assert all(0 <= float(row["linear"]) <= 1 for row in rows)
-    others = len(Store(sweep.read(study).train["data"], "train").labels) - 200  # training images that the probe has not
-    assert all(row["probe"].endswith(f"200 images, held out {others}") for row in rows)
+    bank, held_out = (int(n) for n in re.findall(r"(\d+) images, held out (\d+)", rows[0]["probe"])[0])
+    assert 190 < bank <= 200 and bank + held_out == len(Store(sweep.read(study).train["data"], "train").labels)
     trained = [row for row in rows if row["budget"] != "0"]
     assert all(int(row["views_seen"]) == 640 and float(row["core_seconds"]) > 0 for row in trained)
     assert (tmp_path / "tiny.curves.csv").read_text().count("\n") == 1 + 2 * (10 // 5) + 2 * (
@@ -114,13 +115,12 @@ def test_a_killed_study_goes_on_and_the_page_is_written(study: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_a_failing_run_is_named_and_the_others_are_done(study: Path, tmp_path: Path):
-    study.write_text(
-        study.read_text().replace("fraction: [0.5, 1.0]", "fraction: [1.0, 2.0]").replace("seed: [0, 1]", "seed: 0")
-    )
+    grid = "  views: [{views: 2, fraction: [1.0, 2.0], budget: 64, eval_every: -1, seed: [0, 1]}]"
+    study.write_text(study.read_text().split("  untrained:")[0] + grid)
     done = subprocess.run(command(study, tmp_path, "--jobs", "2"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.count("FAILED") == 2, done.stdout + done.stderr
     assert "--fraction must be from 0 to 1, not 2.0" in done.stdout
-    assert len(list(csv.DictReader((tmp_path / "tiny.csv").open()))) == 5
+    assert len(list(csv.DictReader((tmp_path / "tiny.csv").open()))) == 2
 
 
 # --- statistics
@@ -238,7 +238,7 @@ def test_a_study_that_is_none_is_one_line(tmp_path: Path, content: str | None):
 
 
 def run_of(v: int, b: int, fraction: float, budget: int, seed: int, linear: float) -> claims.Row:
-    return {"views": v, "batch_size": b, "fraction": fraction, "budget": budget, "seed": seed, "linear": linear + 0.01 * seed,
+    return {"views": v, "batch_size": b, "fraction": fraction, "budget": budget, "seed": seed, "linear": linear + 0.002 * seed,
             "steps": budget // b // v, "views_seen": budget, "core_seconds": budget / 1e4 / v, "peak_bytes": 2**20}  # fmt: skip
 
 
@@ -250,17 +250,14 @@ def test_views_are_compared_at_equal_views_and_at_equal_epochs_by_both_batches(t
     cells = [(2, 100, 500, 0.30), (2, 100, 1000, 0.36), (4, 100, 1000, 0.33), (4, 50, 1000, 0.37), (8, 25, 1000, 0.38)]
     rows = [run_of(v, b, 1.0, budget, s, linear) for v, b, budget, linear in cells for s in (0, 1)]
     text = text_of(report.convergence(rows, [], claims.spread(rows), tmp_path / "x.png"))
-    assert "| 1,000 | 100 images a step | 36.50 ± 1.29 | 33.50 ± 1.29 (-3.00) | - |" in text
-    assert "| 1,000 | 200 views a step | 36.50 ± 1.29 | 37.50 ± 1.29 (+1.00) | 38.50 ± 1.29 (+2.00) |" in text
+    assert "| 1,000 | 100 images a step | 36.10 ± 0.26 | 33.10 ± 0.26 | - |" in text
+    assert "| 1,000 | 200 views a step | 36.10 ± 0.26 | 37.10 ± 0.26 | 38.10 ± 0.26 |" in text
     assert "| 500 |" not in text  # nothing to compare with
-    assert (
-        "100 images a step, V = 4 at least level (0.5 below at most) with V = 2: 1,000 views against 500: holds (3.00"
-        in text
-    )
-    assert (
-        "200 views a step, V = 4 at least level (0.5 below at most) with V = 2: 1,000 views against 500: holds (7.00"
-        in text
-    )
+    level = "at least level (0.5 below at most) with V = 2"
+    assert f"100 images a step, 1,000 views: V = 4 {level}: does not hold (-3.00 ± 0.36)" in text
+    assert f"200 views a step, 1,000 views: V = 4 {level}: holds (1.00 ± 0.36)" in text
+    assert f"100 images a step, 1,000 views against 500: V = 4 {level}: holds (3.00 ± 0.36)" in text
+    assert f"200 views a step, 1,000 views against 500: V = 4 {level}: holds (7.00 ± 0.36)" in text
 
 
 def test_views_replace_images_only_where_images_are_worth_something(tmp_path: Path):

@@ -38,15 +38,11 @@ OPTIONAL = (  # module, what is lost without it, the command
     ("submitit", "tools/submit.py: SLURM", "pip install submitit"),
     ("tensorboard", "--log tensorboard", "pip install tensorboard"),
     ("wandb", "--log wandb", "pip install wandb"),
-    ("lightly", "an example, and the bench of its losses", "pip install lightly"),
-    ("pytorch_lightning", "an example", "pip install pytorch-lightning"),
-    ("accelerate", "an example", "pip install accelerate"),
+    ("lightly", "examples/lightly_loss.py, and the bench of its losses", "pip install lightly"),
+    ("pytorch_lightning", "examples/lightning_loop.py", "pip install pytorch-lightning"),
+    ("accelerate", "examples/accelerate_loop.py", "pip install accelerate"),
 )
-JPEG_HARDWARE = {
-    (8, 0),
-    (9, 0),
-    (10, 0),
-}  # compute capabilities of the data centre's cards that have nvJPEG's own engine
+JPEG_HARDWARE = {(8, 0), (9, 0), (10, 0)}  # compute capabilities: the data centre's cards that have nvJPEG's own engine
 OPEN_FILES, SHARED_MEMORY = 4096, 2 << 30
 
 
@@ -70,7 +66,7 @@ def rows() -> Iterator[Row]:
     yield from system()
     for name, lost, command in OPTIONAL:
         version = installed(name)
-        yield Row(name, bool(version), version or f"not installed: without it no {lost}", "" if version else command)
+        yield Row(name, bool(version), version or f"not installed: without it no {lost}", command)
 
 
 @functools.cache
@@ -95,20 +91,14 @@ def installed(module: str) -> str:
 def packages() -> Iterator[Row]:
     python = ".".join(map(str, sys.version_info[:3]))
     try:
-        wanted = importlib.metadata.requires("manyview") or []
+        wanted = [text for text in importlib.metadata.requires("manyview") or [] if "extra ==" not in text]
     except importlib.metadata.PackageNotFoundError:
-        yield Row(
-            "packages",
-            False,
-            f"Python {python}; manyview is not installed, so what it needs is not known",
-            "pip install -e .",
-        )
+        unknown = f"Python {python}; manyview is not installed, so what it needs is not known"
+        yield Row("packages", False, unknown, "pip install -e .")
         return
-    wanted = [text for text in wanted if "extra ==" not in text]
-    wrong = [text for text in wanted if not satisfied(text)]
-    if wrong:
-        text = f"Python {python} lacks {', '.join(wrong)}: nothing trains"
-        yield Row("packages", False, text, f"pip install {' '.join(map(repr, wrong))}", needed=True)
+    if wrong := [text for text in wanted if not satisfied(text)]:
+        lacks = f"Python {python} lacks {', '.join(wrong)}: nothing trains"
+        yield Row("packages", False, lacks, f"pip install {' '.join(map(repr, wrong))}", needed=True)
     else:
         yield Row("packages", True, f"Python {python}, and the {len(wanted)} packages that everything needs")
 
@@ -144,28 +134,17 @@ def gpu() -> Iterator[Row]:
     import torch
 
     if not torch.cuda.is_available():
-        built = (
-            f"this torch is built for CUDA {torch.version.cuda}"
-            if torch.version.cuda
-            else "this torch is built without CUDA"
-        )
-        yield Row(
-            "GPU",
-            False,
-            f"none: training is for small networks and images; {built}",
-            "an NVIDIA driver that fits torch",
-        )
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        lost = f"none: training is for small networks and images; this torch is built {built}"
+        yield Row("GPU", False, lost, "an NVIDIA driver that fits torch")
         return
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         bf16 = "bf16" if about.major >= 8 else "fp16 only: with a loss scaler"
         yield Row(f"GPU {number}", about.major >= 8, f"{about.name}, {about.total_memory / 2**30:.0f} GiB, {bf16}")
         has = (about.major, about.minor) in JPEG_HARDWARE
-        yield Row(
-            "JPEG engine",
-            has,
-            "nvJPEG decodes in hardware" if has else "no hardware decoder: the card's cores decode JPEGs",
-        )
+        text = "nvJPEG decodes in hardware" if has else "no hardware decoder: the card's cores decode JPEGs"
+        yield Row("JPEG engine", has, text)
 
 
 def processor() -> Row:
@@ -178,10 +157,9 @@ def processor() -> Row:
     ]  # as training/precision.py, which loads torch
     wide = "avx512f" in flags
     text = f"{name}, {cores()} cores, {', '.join(units) or 'no bf16'}, {'AVX-512' if wide else 'no AVX-512'}"
-    lost = [
-        *([] if units else ["bf16 is no faster than fp32 here"]),
-        *([] if wide else ["the views' kernels run on 256 bits"]),
-    ]
+    lost = ([] if units else ["bf16 is no faster than fp32 here"]) + (
+        [] if wide else ["the views' kernels run on 256 bits"]
+    )
     return Row("processor", bool(units) and wide, "; ".join([text, *lost]))
 
 
@@ -192,24 +170,14 @@ def system() -> Iterator[Row]:
     good = soft == resource.RLIM_INFINITY or soft >= OPEN_FILES
     text = f"{'any number' if soft == resource.RLIM_INFINITY else soft} at once"
     lost = "" if good else "; a set of more shards cannot be open at a time"
-    yield Row(
-        "open files",
-        good,
-        text + lost,
-        "" if good else f"ulimit -n {OPEN_FILES if hard < 0 else min(hard, OPEN_FILES)}",
-    )
-    shared = Path("/dev/shm")
+    yield Row("open files", good, text + lost, f"ulimit -n {OPEN_FILES if hard < 0 else min(hard, OPEN_FILES)}")
+    shared, larger = Path("/dev/shm"), "docker run --shm-size=8g …"
     if not shared.is_dir() or not os.access(shared, os.W_OK):
-        yield Row(
-            "/dev/shm", False, "cannot be written: DALI and DataLoader's workers need it", "docker run --shm-size=8g …"
-        )
+        yield Row("/dev/shm", False, "cannot be written: DALI and DataLoader's workers need it", larger)
         return
     free = shutil.disk_usage(shared).free
-    text = f"{free / 2**30:.1f} GiB free"
     lost = "" if free >= SHARED_MEMORY else "; DataLoader's workers (of the bench's peers) and DALI may fail"
-    yield Row(
-        "/dev/shm", free >= SHARED_MEMORY, text + lost, "" if free >= SHARED_MEMORY else "docker run --shm-size=8g …"
-    )
+    yield Row("/dev/shm", free >= SHARED_MEMORY, f"{free / 2**30:.1f} GiB free{lost}", larger)
 
 
 def main() -> int:

@@ -97,7 +97,7 @@ def accuracy(options: Options, seconds: float) -> Iterator[list[str]]:
         fits = 6 if options.rehearse else int(0.95 * (seconds - EVALUATION) * steps_a_second)
         plan.write_text(json.dumps({"views_per_s": speed, "steps": fits}))
     steps = json.loads(plan.read_text())["steps"]
-    every = ["--eval-every", str(max(1, steps // 5)), "--save-every", "500"]
+    every = ["--eval-every", str(max(1, steps // (2 if options.rehearse else 5))), "--save-every", "500"]
     yield [*train, "--steps", str(steps), *every, "--out", str(options.out / "accuracy"), "--resume"]
     words = ["--protocols", "knn", "linear", "--no-plots", "--write", options.out / "accuracy.md"]
     yield python("tools/evaluate.py", options.out / "accuracy", "--limit", 200 if options.rehearse else 0, *words)
@@ -114,7 +114,7 @@ def views(options: Options, _: float) -> list[list[str]]:
     words = ["tools/profile.py", "peers", "--json", options.out / "views.json", "--device", device(options)]
     if options.rehearse:
         toy = ["--views", "2", "--size", "16", "--batch-size", "16", "--images", "64", "--rounds", "1"]
-        return [python(*words, "--data", "None", "--small", data(options), *toy, "--only", "manyview")]
+        return [python(*words, "--data", "None", "--small", data(options), *toy, "--only", "manyview cpu")]
     photos = ["--data", options.photos or "None"]
     small = ["--small", data(options)] if not no_cifar(options) else []
     return [python(*words, *photos, *small, "--views", "2,4,8,16", "--batch-size", "256")]
@@ -205,7 +205,7 @@ def perform(one: Step, options: Options, about: dict, ends: float) -> None:
             codes.append(call(command, options.out / f"{one.name}.txt", left - (time.monotonic() - begun)))
             if codes[-1] != 0:
                 break
-        status = "done" if not any(codes) else "out of time" if codes[-1] is None else "failed"
+        status = "done" if all(code == 0 for code in codes) else "out of time" if codes[-1] is None else "failed"
         row |= {"status": status, "seconds": round(time.monotonic() - begun, 1)}
     with open(options.out / "steps.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")

@@ -71,9 +71,8 @@ class Run:
         said = [("good", "finished")] if step and step >= wanted else [("fair", f"at step {step:,} of {wanted:,}")]
         rank = self.last.get("rank")
         if self.last and (rank is None or rank < COLLAPSED):
-            said.append(
-                ("bad", "diverged: embeddings are not finite" if rank is None else f"collapsed: rank {rank:.1f}")
-            )
+            text = "diverged: embeddings are not finite" if rank is None else f"collapsed: rank {rank:.1f}"
+            said.append(("bad", text))
         if skipped := self.last.get("skipped"):
             said.append(("fair", f"{skipped:,} steps skipped as not finite"))
         if self.last.get("bad"):
@@ -114,18 +113,16 @@ def find(paths: list[Path]) -> list[Run]:
         if not path.is_dir():
             raise UserError(f"{path} is no folder")
         below = [path] if (path / "config.json").is_file() else sorted({*path.glob("*/"), *path.glob("*/*/")})
-        folders += [
-            folder for folder in below if (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
-        ]
+        wanted = ("config.json", "metrics.jsonl")
+        folders += [folder for folder in below if all((folder / name).is_file() for name in wanted)]
     if not folders:
         raise UserError(f"no runs in {', '.join(map(str, paths))}: a run has a config.json and a metrics.jsonl")
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
     runs = [read(folder) for folder in folders]
     short = [folder.name for folder in folders]
     for run in runs:
-        run.name = (
-            run.folder.name if short.count(run.folder.name) == 1 else f"{run.folder.parent.name}/{run.folder.name}"
-        )
+        twice = short.count(run.folder.name) > 1
+        run.name = f"{run.folder.parent.name}/{run.folder.name}" if twice else run.folder.name
     return runs
 
 
@@ -155,13 +152,8 @@ def table(runs: list[Run]) -> str:
         scores = [f"{100 * row['top1']:.1f}" if (row := run.score(column)) else "-" for column in TESTS]
         said = "; ".join(text for _, text in run.verdict)
         rows.append([run.name, *(setting(run.config.get(key)) for key in keys), *numbers, *scores, said])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    left = {0, len(head) - 1}
-    lines = [
-        "  ".join(f"{c:<{w}}" if i in left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    forms = [f"{'<' if i in (0, len(head) - 1) else '>'}{max(map(len, column))}" for i, column in enumerate(zip(*rows))]
+    return "\n".join("  ".join(map(format, row, forms)).rstrip() for row in rows)
 
 
 def curves(run: Run) -> dict[str, Any]:
@@ -192,9 +184,8 @@ def sheet(run: Run) -> str:
 
 def page(runs: list[Run]) -> str:
     """The page as HTML."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    templates = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters["setting"] = setting
     data = [{"config": run.config, "curves": curves(run)} for run in runs]
     return templates.get_template("runs.html").render(

@@ -6,22 +6,21 @@ the test images. Where a set has no official split, the split here is drawn once
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from manyview.pipeline.convert.sources import Reading, Source, Split, folders, read_bytes
-from manyview.pipeline.convert.sources.arrays import array_split
+from manyview.pipeline.convert.sources.arrays import array_split, explained
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.plan import permutation, subset
 
-Listed = tuple[list[str], list[int]]  # paths and labels of a split
+Listed = list[tuple[str, int]]  # a split's images: path and label of each
 VOC_CLASSES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
     "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -34,11 +33,11 @@ def listed(root: Path, classes: list[str], parts: dict[str, Listed]) -> Source:
     """The files that lists name. What is not there, is named twice or lies outside `root` goes to the problems; UserError: a
     list whose labels are not those of the classes."""
     result, base = Source(classes, [], watch=[str(root.resolve())]), os.path.abspath(root)
-    for split, (paths, labels) in parts.items():
-        if wrong := [label for label in labels if not 0 <= label < len(classes)]:
+    for split, images in parts.items():
+        if wrong := [label for _, label in images if not 0 <= label < len(classes)]:
             raise UserError(f"{root}: the list of {split} gives class {wrong[0]} of {len(classes)} (from 0)")
         rows: dict[str, tuple[int, os.stat_result]] = {}
-        for path, label in zip(paths, labels):
+        for path, label in images:
             name = os.path.relpath(os.path.normpath(os.path.join(base, path)), base)
             if reason := _unusable(name, rows, os.path.join(base, name)):
                 result.problems.append({"split": split, "name": name, "reason": reason})
@@ -66,21 +65,6 @@ def _split(split: str, base: str, rows: dict[str, tuple[int, os.stat_result]]) -
     return Split(split, names, labels, sizes, lambda i: read_bytes(os.path.join(base, names[i])), times)
 
 
-@contextlib.contextmanager
-def explained(name: str, root: Path, download: bool) -> Iterator[None]:
-    """Whatever a parser stumbles over (files that are not there, lists that are cut off) in one line."""
-    try:
-        yield
-    except (RuntimeError, OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        text = text.replace("You can use download=True to download it", "--download fetches it")
-        if download:
-            raise UserError(f"{name} cannot be fetched into {root}: {text}") from None
-        raise UserError(
-            f"{name} is not in {root}, or not whole ({text}); docs/datasets.md says what belongs there"
-        ) from None
-
-
 def root_of(source: Path | None, base: str) -> Path:
     """The folder that holds `base`; SOURCE may be either."""
     source = source or Path("data")
@@ -98,39 +82,38 @@ def by_torchvision(
     from torchvision import datasets
 
     root = root_of(source, base)
-    parts: dict[str, Listed] = {"train": ([], []), "val": ([], [])}
+    parts: dict[str, Listed] = {"train": [], "val": []}
     classes: list[str] = []
     for split, part in [*(("train", part) for part in train), ("val", test)]:
         with explained(kind, root, reading.download):
             data: Any = getattr(datasets, kind)(str(root), split=part, download=reading.download)
-        parts[split][0].extend(os.path.abspath(path) for path in getattr(data, files))
-        parts[split][1].extend(int(label) for label in data._labels)
+        parts[split] += [(os.path.abspath(path), int(label)) for path, label in zip(getattr(data, files), data._labels)]
         classes = list(getattr(data, "classes", ())) or classes
-    count = max((label for _, labels in parts.values() for label in labels), default=-1) + 1
+    count = max((label for images in parts.values() for _, label in images), default=-1) + 1
     return listed(root, classes or [str(i) for i in range(count)], parts)
 
 
-def cars(source: Path | None, reading: Reading) -> Source:
+def train_and_test(kind: str, root: Path, reading: Reading) -> dict[str, Any]:
+    """torchvision's class `kind` of both splits."""
     from torchvision import datasets
 
+    with explained(kind, root, reading.download):
+        make = partial(getattr(datasets, kind), str(root), download=reading.download)
+        return {split: make(split=part) for split, part in (("train", "train"), ("val", "test"))}
+
+
+def cars(source: Path | None, reading: Reading) -> Source:
     root = root_of(source, "stanford_cars")
-    with explained("Stanford Cars", root, reading.download):
-        sets = {split: datasets.StanfordCars(str(root), split=part, download=reading.download)
-                for split, part in (("train", "train"), ("val", "test"))}  # fmt: skip
+    sets = train_and_test("StanfordCars", root, reading)
     parts = {
-        split: ([os.path.abspath(path) for path, _ in data._samples], [int(label) for _, label in data._samples])
-        for split, data in sets.items()
+        split: [(os.path.abspath(path), int(label)) for path, label in data._samples] for split, data in sets.items()
     }
     return listed(root, list(sets["train"].classes), parts)
 
 
 def svhn(source: Path | None, reading: Reading) -> Source:
-    from torchvision import datasets
-
     root = source or Path("data")
-    with explained("SVHN", root, reading.download):
-        sets = {split: datasets.SVHN(str(root), split=part, download=reading.download)
-                for split, part in (("train", "train"), ("val", "test"))}  # fmt: skip
+    sets = train_and_test("SVHN", root, reading)
     files = {split: (root / data.filename).resolve() for split, data in sets.items()}
     splits = [
         array_split(split, data.data.transpose(0, 2, 3, 1), data.labels, [files[split]]) for split, data in sets.items()
@@ -149,19 +132,11 @@ def voc2012(source: Path | None, reading: Reading) -> Source:
             sets[split] = datasets.VOCSegmentation(str(root), year="2012", image_set=split, download=fetch)
     parts, problems = {}, []
     for split, data in sets.items():
-        labels = [largest_class(path) for path in data.targets]
-        parts[split] = (
-            [os.path.abspath(path) for path, label in zip(data.images, labels) if label >= 0],
-            [label for label in labels if label >= 0],
-        )
+        images = [(os.path.abspath(path), largest_class(mask)) for path, mask in zip(data.images, data.targets)]
+        parts[split] = [(path, label) for path, label in images if label >= 0]
+        wrong = [os.path.relpath(path, os.path.abspath(root)) for path, label in images if label < 0]
         problems += [
-            {
-                "split": split,
-                "name": os.path.relpath(path, root),
-                "reason": "its mask shows no class, or cannot be read",
-            }
-            for path, label in zip(data.images, labels)
-            if label < 0
+            {"split": split, "name": name, "reason": "its mask shows no class, or cannot be read"} for name in wrong
         ]
     result = listed(root, VOC_CLASSES, parts)
     result.problems += problems
@@ -192,7 +167,7 @@ def drawn(root: Path, training: Callable[[np.ndarray], np.ndarray], leave_out: s
     labels = np.array([number[name.split("/")[0]] for name in names], np.int64)
     mask = training(labels) if len(labels) else np.zeros(0, bool)
     parts = {
-        split: ([names[i] for i in np.flatnonzero(chosen)], labels[chosen].tolist())
+        split: [(names[i], int(labels[i])) for i in np.flatnonzero(chosen)]
         for split, chosen in (("train", mask), ("val", ~mask))
     }
     return listed(root, classes, parts)
@@ -279,7 +254,7 @@ def cub200(source: Path | None, reading: Reading) -> Source:
         train = {image for image, one in lines(root / "train_test_split.txt", 2) if one == "1"}
         rows = [(f"images/{name}", label[image], image in train) for image, name in lines(root / "images.txt", 2)]
     parts = {
-        split: ([name for name, _, one in rows if one == wanted], [number for _, number, one in rows if one == wanted])
+        split: [(name, number) for name, number, one in rows if one == wanted]
         for split, wanted in (("train", True), ("val", False))
     }
     return listed(root, classes, parts)
@@ -291,24 +266,20 @@ def domainnet(domain: str, source: Path | None, reading: Reading) -> Source:
     with explained(f"DomainNet's {domain}", root, False):
         parts: dict[str, Listed] = {}
         for split, part in (("train", "train"), ("val", "test")):
-            rows = [
-                line.rsplit(maxsplit=1)
-                for line in (root / f"{domain}_{part}.txt").read_text().splitlines()
-                if line.strip()
-            ]
-            parts[split] = [path for path, _ in rows], [int(label) for _, label in rows]
+            text = (root / f"{domain}_{part}.txt").read_text()
+            rows = [line.rsplit(maxsplit=1) for line in text.splitlines() if line.strip()]
+            parts[split] = [(path, int(label)) for path, label in rows]
         names: dict[int, str] = {}
-        for paths, labels in parts.values():
-            for path, label in zip(paths, labels):
-                if names.setdefault(label, path.split("/")[-2]) != path.split("/")[-2]:
-                    raise ValueError(f"label {label} is {names[label]} and {path.split('/')[-2]}")
+        for path, label in itertools.chain(*parts.values()):
+            if names.setdefault(label, path.split("/")[-2]) != path.split("/")[-2]:
+                raise ValueError(f"label {label} is {names[label]} and {path.split('/')[-2]}")
     return listed(root, [names.get(i, str(i)) for i in range(max(names, default=-1) + 1)], parts)
 
 
 def inaturalist(source: Path | None, reading: Reading) -> Source:
     """The 500,000 images of `train_mini` and the 100,000 of `val`, by family (1,103 of them): the folders' names say it."""
     root = by_hand("inat21-mini-family", source, reading)
-    parts: dict[str, tuple[list[str], list[str]]] = {}
+    parts: dict[str, list[tuple[str, str]]] = {}
     for split, places in (("train", ("train_mini", "2021_train_mini")), ("val", ("val", "2021_valid"))):
         place = next((place for place in places if (root / place).is_dir()), None)
         if place is None:
@@ -318,12 +289,11 @@ def inaturalist(source: Path | None, reading: Reading) -> Source:
             raise UserError(
                 f"{root / place / wrong[0]}: its folder names no family (00000_Kingdom_Phylum_Class_Order_Family_…)"
             )
-        parts[split] = [f"{place}/{name}" for name in names], [name.split("/")[0].split("_")[FAMILY] for name in names]
-    classes = sorted({family for _, families in parts.values() for family in families})
+        parts[split] = [(f"{place}/{name}", name.split("/")[0].split("_")[FAMILY]) for name in names]
+    classes = sorted({family for _, family in itertools.chain(*parts.values())})
     number = {name: i for i, name in enumerate(classes)}
-    return listed(
-        root, classes, {split: (names, [number[f] for f in families]) for split, (names, families) in parts.items()}
-    )
+    by_number = {split: [(name, number[family]) for name, family in rows] for split, rows in parts.items()}
+    return listed(root, classes, by_number)
 
 
 def sun397(source: Path | None, reading: Reading) -> Source:
@@ -343,7 +313,7 @@ def sun397(source: Path | None, reading: Reading) -> Source:
             places = (root / part, root / "Partitions" / part, root.parent / "Partitions" / part)
             file = next((place for place in places if place.is_file()), places[0])
             names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-            parts[split] = [name.lstrip("/") for name in names], [number[name.rpartition("/")[0]] for name in names]
+            parts[split] = [(name.lstrip("/"), number[name.rpartition("/")[0]]) for name in names]
     return listed(root, [name[3:] for name in classes], parts)
 
 

@@ -74,24 +74,24 @@ def labels(source: Path, splits: Splits, reading: Reading, result: Source) -> di
     if not reading.labels and not reading.unlabelled:
         for split, (root, names) in splits.items():
             folders = [root, *(folder for folder in root.parents if folder == source or source in folder.parents)]
-            if path := next(
-                (place for folder in folders for name in BESIDE if (place := folder / name).is_file()), None
-            ):
-                by_table.setdefault(path, {})[split] = root, names
+            places = [folder / name for folder in folders for name in BESIDE]
+            if there := [place for place in places if place.is_file()]:
+                by_table.setdefault(there[0], {})[split] = root, names
     given: dict[str, list[str | None]] = {}
+    column = ""
     for path, named in by_table.items():
         if table := read(path, reading.columns if reading.labels else ("", "")):
-            given |= _apply(table, named, result)
+            given, column = given | _apply(table, named, result), table.column
         elif reading.labels:
             raise UserError(f"which column of {path} holds the labels? --label-column NAME says it")
         else:
-            place = f"{path.parent.name}/{path.name}"
-            result.notes.append(f"{place} has no column of labels: --labels and --label-column NAME can take one")
+            where = f"{path.parent.name}/{path.name}"
+            result.notes.append(f"{where} has no column of labels: --labels and --label-column NAME can take one")
     texts = [text for names in given.values() for text in names if text is not None]
-    if given and not reading.columns[1] and len(texts) > 1 and len(set(texts)) == len(texts):
+    if not reading.columns[1] and len(texts) > 1 and len(set(texts)) == len(texts):
+        tables = " and ".join(map(str, by_table))
         raise UserError(
-            f"{', '.join(map(str, by_table))}: no two images have the same label, so it is no class: "
-            "--labels FILE --label-column NAME says what is"
+            f"{tables}: no two images have the same {column!r}, so it is no class: --label-column NAME says what is"
         )
     return given
 
