@@ -31,6 +31,7 @@ from manyview.pipeline.store import Store, training_split
 VERSION = 5
 ENCODER = ("run", "checkpoint", "sha256", "source", "loaded", "step", "backbone", "method", "pretrained_on", "trained_by",
            "image_size", "transform", "layers")  # fmt: skip
+CONFUSED = 100  # classes, up to which a confusion matrix is kept
 BASELINES: dict[tuple[str, str], list[Result]] = {}  # of this process, by protocol and key of the cell
 
 
@@ -330,7 +331,8 @@ class Suite:
         same = (cell.protocol.name, key)
         results = BASELINES[same] if shared and same in BASELINES else list(cell.protocol.run(cell))
         if shared:
-            BASELINES[same] = [replace(r, scores=None) for r in results]
+            few = cell.data.classes <= CONFUSED  # of more, the scores are large and not shown
+            BASELINES[same] = results if few else [replace(r, scores=None) for r in results]
         return results
 
     def _forget(self, data: Data) -> None:
@@ -389,6 +391,6 @@ def rows(r: Result, data: Data) -> list[dict]:
     if s.detection:
         value, low, high = s.detection
         accuracies.append(common | {"metric": "average_precision", "value": value, "low": low, "high": high, "n": s.n})
-    if r.scores is not None and data.classes <= 100:
+    if r.scores is not None and data.classes <= CONFUSED:
         accuracies[0]["confusion"] = metrics.confusion(r.scores, data.labels("test")).tolist()
     return accuracies
