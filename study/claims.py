@@ -33,17 +33,17 @@ def rows_of(study: Study, path: Path, *grids: str) -> list[Row]:
     """The finished rows of these grids, each once, numbers as numbers, `beta` as a number too and `c` = beta x D beside it."""
     done = finished(study, path)
     names = {name_of(settings): None for grid in grids for settings in study.grids.get(grid, [])}
-    return [typed({**study.train, **done[name]}) for name in names if name in done]
+    return [row_of(study, done[name]) for name in names if name in done]
 
 
 def curves(study: Study, path: Path) -> list[Row]:
     """The online probe on held-out training images while training; none where the file is not there."""
     points = csv.DictReader(io.StringIO(path.read_text())) if path.exists() else []
-    return [typed({**study.train, **point}) for point in points]
+    return [row_of(study, point) for point in points]
 
 
-def typed(row: Settings) -> Row:
-    converted: Row = {key: number(value) for key, value in row.items()}
+def row_of(study: Study, cells: Settings) -> Row:
+    converted: Row = {**study.train, **{key: number(value) for key, value in cells.items() if value != ""}}
     if isinstance(beta := converted.get("beta"), str) and beta.endswith("/D"):
         converted["beta"] = float(beta.removesuffix("/D")) / converted["projector_dim"]
     if isinstance(converted.get("beta"), float | int):
