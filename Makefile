@@ -23,10 +23,10 @@ shards: setup ## convert images: DATASET= [SOURCE= LABELS=table HOLDOUT=25% FORM
 	@$(PY) tools/shards.py write --dataset $(DATASET) --out "$(OUT)" $(SHARD_FLAGS)
 
 test: setup check ## lint, types and every test (under 10 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not quiet"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not quiet"
 
 test-fast: setup ## the tests that take seconds (under a minute)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not quiet"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not quiet"
 
 test-quiet: setup ## the tests that measure time: on a machine with nothing else to do
 	@$(PY) -m pytest -m quiet

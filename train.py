@@ -23,6 +23,7 @@ import torch.distributed as dist
 from manyview.evaluation import online
 from manyview.model import backbone, objective, projector
 from manyview.pipeline import engines, sheet, views
+from manyview.pipeline.codec import RGB
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.errors import run as run_program
 from manyview.pipeline.loader import Loader, normalize
@@ -81,7 +82,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
 
     # model, objective, optimizer
     checkpointed = resume.newest(folder) if cfg.resume else None  # which has the weights that --init-from had once
-    training = setup.create(replace(cfg, init_from=None) if checkpointed else cfg, size, device)
+    training = setup.create(replace(cfg, init_from=None) if checkpointed else cfg, size, device, store.layout.channels)
     model, update, optimizer = training.model, training.update, training.optimizer
     lr_at = optim.schedule(training.lr, steps, round(cfg.warmup * steps), cfg.final_lr)
     average = torch.optim.swa_utils.AveragedModel(
@@ -95,9 +96,10 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
     estimate.check_memory(int(memory * 2**30), device)
     loss_text, loss_options = objective.describe(training.objective, cfg.projector_dim)
     seen = steps * cfg.batch_size
+    no_color = f"; {store.layout}, so views have no step of color" if store.layout != RGB else ""
     said = [
         f"data       {store.name}{' unlabelled' * (store.split != 'train')}: {order.n:,} of {len(store):,} images, {size} px, "
-        f"policy {policy.describe()}, {order.describe()}",
+        f"policy {policy.describe()}, {order.describe()}{no_color}",
         f"engine     {engine.name}: {engine_reason}",
         f"model      {cfg.backbone}, {training.weights}, on {device}, {training.precision}; batch-norm statistics "
         + ("per view" if cfg.bn == "view" else "pooled over views"),
@@ -151,7 +153,7 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
             )
     final: Any = average.module.backbone if average else model.backbone  # what is probed and exported
     header = {"backbone": cfg.backbone, "stem": cfg.stem, "image_size": str(size), "source": folder.name}
-    header |= {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
+    header |= store.described()
     eval_every = cfg.eval_every or max(1, steps // 10)
     probe = None
     if rank == 0 and cfg.eval_every >= 0:

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from manyview.bench import output
-from manyview.bench.harness import Neighbours, interleaved, spent
+from manyview.bench.harness import Neighbours, Spent, interleaved, spent
 from manyview.model import backbone, objective
 from manyview.model.projector import Projector
 from manyview.pipeline import engines
@@ -152,7 +152,7 @@ class Task:
     dim: int
     batch: int
     at_once: bool  # one backward at the end, or one after each term, where the whole graph would not fit
-    seconds: list[tuple[float, float, float]] = field(default_factory=list)  # wall, core, wall of the forward
+    seconds: list[Spent] = field(default_factory=list)
     product_ms: float = float("inf")
     peak_bytes: int = 0
     product_flops: int | None = None  # not counted where a step is slow
@@ -160,21 +160,9 @@ class Task:
 
     def step(self) -> None:
         """Forward and backward."""
-        self.forward_wall = 0.0
-        whole = torch.zeros((), device=self.leaves[0].device)
-        terms = iter(self.terms(self.leaves[0] if len(self.leaves) == 1 else self.leaves))
-        while (term := self.forward(terms)) is not None:
-            if self.at_once:
-                whole = whole + term
-            else:
-                term.backward()
-        if self.at_once:
-            whole.backward()
-
-    def forward(self, terms: Iterator[Tensor]) -> Tensor | None:
-        box: list[Tensor | None] = []
-        self.forward_wall += spent(lambda: box.append(next(terms, None)), self.leaves[0].device).wall
-        return box[0]
+        terms = self.terms(self.leaves[0] if len(self.leaves) == 1 else self.leaves)
+        for term in [torch.stack(list(terms)).sum()] if self.at_once else terms:
+            term.backward()
 
     def clear(self) -> None:
         for leaf in self.leaves:
@@ -182,16 +170,15 @@ class Task:
 
     def timed(self, device: torch.device) -> float:
         self.clear()
-        taken = spent(self.step, device)
-        self.seconds.append((taken.wall, taken.core, self.forward_wall))
-        return taken.wall
+        self.seconds.append(spent(self.step, device))
+        return self.seconds[-1].wall
 
     def row(self) -> dict[str, Any]:
-        wall, core, forward = (round(1e3 * median(values), 3) for values in zip(*self.seconds))
+        wall, core = (round(1e3 * median(values), 3) for values in zip(*((s.wall, s.core) for s in self.seconds)))
         return {
             "form": self.form, "views": self.views, "dim": self.dim, "batch": self.batch, "ms": wall, "core_ms": core,
-            "forward_ms": forward, "backward_ms": round(wall - forward, 3), "product_ms": round(self.product_ms, 3),
-            "product_flops": self.product_flops, "peak_bytes": self.peak_bytes, "repeats": len(self.seconds),
+            "product_ms": round(self.product_ms, 3), "product_flops": self.product_flops,
+            "peak_bytes": self.peak_bytes, "repeats": len(self.seconds),
             "note": "; ".join(NOTES[note].format(batch=self.batch) for note in self.notes),
         }  # fmt: skip
 

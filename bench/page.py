@@ -41,9 +41,9 @@ def plots(report: dict[str, Any]) -> list[dict[str, Any]]:
     sweep = report.get("sweep")
     if not sweep:
         return []
-    found, fit = [], sweep["fit"]
+    charts, fit = [], sweep["fit"]
     if fit:
-        found.append(
+        charts.append(
             plot(
                 "views an image", list(zip(fit["views"], fit["core_ms"])), "core-ms an image", law=(fit["a"], fit["b"])
             )
@@ -51,8 +51,8 @@ def plots(report: dict[str, Any]) -> list[dict[str, Any]]:
     for name in ("threads", "batch", "prefetch"):
         points = [(p["value"], p["images_per_s"]) for p in sweep["lines"][name]]
         if len(points) > 1:
-            found.append(plot(name, points, "images/s", knee=sweep["knees"][name]))
-    return found
+            charts.append(plot(name, points, "images/s", knee=sweep["knees"][name]))
+    return charts
 
 
 def plot(

@@ -131,6 +131,7 @@ def cases(args: Args) -> list[Case]:
         if path is None:
             continue
         store = Store(path)
+        store.refuse_other_than_rgb("the comparison with peers")
         side = size or int(store.heights[0])
         if not size and side > engines.SMALL:
             raise UserError(f"--small {path}: its images have {side} px, more than {engines.SMALL}")

@@ -160,22 +160,22 @@ class StageCosts:
         """read and decode on their own; then the whole engine, and again with one step of a view less each time."""
         work, n, cost = self.work, len(ids), self.cost
         n_views = work.policy.views
-        _, drawn = work.draw(ids, epoch=int(self.rng.integers(100)))
+        _, parameters = work.draw(ids, epoch=int(self.rng.integers(100)))
         numbers = [int(i) for i in ids]
         read = self._in_threads("read", work.store.read, numbers)
         cost["read"].add(read, n)
         decode = None  # where the engine reads and decodes in one go, in its own way
         if work.engine.name == "cpu":
             decode = self._in_threads("decode", codec.decode, [work.store.read(i) for i in numbers])
-        whole = self._spent(lambda: work.engine(ids, drawn))
+        whole = self._spent(lambda: work.engine(ids, parameters))
         self.parallel.append(whole.core / whole.wall)
         for name in OPERATIONS:
-            less = without(drawn, name)
-            if less is drawn:  # the policy has none of it
+            less = without(parameters, name)
+            if less is parameters:  # the policy has none of it
                 cost[name].add(Spent(0, 0), 1)
                 continue
-            drawn = less
-            rest = self._spent(lambda p=drawn: work.engine(ids, p))  # type: ignore[misc]
+            parameters = less
+            rest = self._spent(lambda p=parameters: work.engine(ids, p))  # type: ignore[misc]
             cost[name].add(whole - rest, n * n_views)
             whole = rest
         tiny = one_tiny_view(work, ids)
@@ -225,14 +225,14 @@ class StageCosts:
         return taken
 
 
-def without(drawn: ViewParameters, name: str) -> ViewParameters:
-    """The same views without one of their steps; `drawn` itself where there is none of it."""
+def without(parameters: ViewParameters, name: str) -> ViewParameters:
+    """The same views without one of their steps; `parameters` itself where there is none of it."""
     field, nothing = {"blur": ("sigma", 0), "color": ("color", np.eye(3, 4))}.get(name, (name, 0))
-    if (drawn.views[field] == nothing).all():
-        return drawn
-    views = drawn.views.copy()
+    if (parameters.views[field] == nothing).all():
+        return parameters
+    views = parameters.views.copy()
     views[field] = nothing
-    return replace(drawn, views=views)
+    return replace(parameters, views=views)
 
 
 def one_tiny_view(work: Workload, ids: np.ndarray) -> ViewParameters:

@@ -133,6 +133,7 @@ def build(asked: Setup, step_seconds: float = float("inf")) -> Workload:
     device = engines.device_of(asked.device)
     tune(device)
     store = Store(asked.data, asked.split or training_split(asked.data))
+    store.refuse_other_than_rgb("the profiler")
     size = asked.size or store.default_size()
     policy = views.policy(asked.policy, asked.views, size, views.overrides(asked.augment), store.grey)
     engine, reason = engines.create(asked.engine, store, device, threads=asked.threads or None)
@@ -150,7 +151,7 @@ def trial_batch(work: Workload, size: int, step_seconds: float) -> int:
     if work.training is not None:
         cost = estimate.trial(work.training.model, size, work.device, work.training.autocast)
         seconds = cost.seconds_per_view * sum(group.count * (group.size / size) ** 2 for group in work.policy.groups)
-    drawn = work.draw(work.plan.ids[:4])
-    work.engine(*drawn)  # compiles what is compiled on first use
-    seconds += spent(lambda: work.engine(*drawn)).wall / len(drawn[0])
+    some = work.draw(work.plan.ids[:4])
+    work.engine(*some)  # compiles what is compiled on first use
+    seconds += spent(lambda: work.engine(*some)).wall / len(some[0])
     return min(work.setup.batch_size, max(2, int(step_seconds / seconds)))

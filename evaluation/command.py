@@ -234,6 +234,9 @@ def compare_runs(config: Config) -> None:
     out = config.out or Path("runs") / "comparison"
     contents = compare.contents([Path(t) for t in config.targets[1:]])
     rows = compare.rows(contents)
+    for name, text in (map(str.strip, note.split(":", 1)) for note in config.notes if ":" in note):
+        for content in (content for content in contents if name in content["datasets"]):
+            content["datasets"][name]["notes"].append(text)
     correlations = compare.write(rows, out, seed=config.seed, reference=config.reference)
     pictures = figures.comparison(rows, correlations, out)
     page = report.comparison(out, correlations, compare.averages(correlations), pictures)

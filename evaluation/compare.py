@@ -123,7 +123,9 @@ def contents(paths: list[Path]) -> list[dict]:
         raise UserError("\n".join(f"{path}: no such run" for path in absent))
     result: list[dict] = []
     missing: list[str] = []
-    homes: dict[str, set[str]] = {}
+    homes: dict[
+        str, dict[str, set[str]]
+    ] = {}  # of a run's name: the weights that lie there, whatever their size or layers
     for path in sorted(set(paths)):
         if path.is_dir():
             files = [f for f in (path / "eval.json", *sorted(path.glob("eval-*/eval.json"))) if f.is_file()]
@@ -132,7 +134,8 @@ def contents(paths: list[Path]) -> list[dict]:
         own = [_content(file) | {"home": path.as_posix()} for file in files]
         result += own
         for row in (row for content in own for row in content["results"]):
-            homes.setdefault(row["run"], set()).add(path.as_posix())
+            weights = homes.setdefault(row["run"], {}).setdefault(path.as_posix(), set())
+            weights |= {row["checkpoint"].partition(" ")[0]} if row["weights"] == "trained" else set()
         if not own and path.is_dir() and not (path / "correlations.csv").exists():
             missing.append(f"{path}: no eval.json there; make it with `python tools/evaluate.py {path}`")
     if not any(content["results"] for content in result):
@@ -143,7 +146,8 @@ def contents(paths: list[Path]) -> list[dict]:
         print(f"left out: {line}")
     for content in result:
         for row in content["results"]:
-            row["run"] = content["home"] if len(homes[row["run"]]) > 1 else row["run"]
+            alike = homes[row["run"]].values()
+            row["run"] = row["run"] if all(weights == next(iter(alike)) for weights in alike) else content["home"]
     _same_images(rows(result))
     return result
 

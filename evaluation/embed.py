@@ -22,6 +22,7 @@ from manyview.evaluation.encoder import Encoder
 from manyview.evaluation.features import finite
 from manyview.evaluation.folder import FileStore, engine_name, is_folder, listed
 from manyview.pipeline import engines, files
+from manyview.pipeline.codec import RGB, Layout
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.loader import normalize
 from manyview.pipeline.store import Corrupt, Store, splits
@@ -30,11 +31,12 @@ from manyview.pipeline.views import clean
 PART = 8192  # images
 
 
-def open_images(path: Path, wanted: str | None) -> tuple[list[Any], str]:
+def open_images(path: Path, wanted: str | None, layout: Layout = RGB) -> tuple[list[Any], str]:
     """Stores of all splits (or the one that is wanted) of shards or of a folder of image files, and their fingerprint."""
     if is_folder(path):
-        source = listed(path)
-        stores = [FileStore(split, source.classes, path) for split in source.splits if wanted in (None, split.name)]
+        source = listed(path, layout)
+        splits_wanted = [split for split in source.splits if wanted in (None, split.name)]
+        stores: list[Any] = [FileStore(split, source.classes, path, layout) for split in splits_wanted]
         fingerprint = source.fingerprint()
     else:
         stores = [Store(path, name) for name in splits(path) if wanted in (None, name)]
@@ -50,7 +52,9 @@ def embed(
 ) -> dict[str, Any]:  # fmt: skip
     """Write `to` (.parquet or .npz) and return what it says about itself. UserError where nothing could be embedded."""
     _check(to)
-    stores, fingerprint = open_images(data, split)
+    stores, fingerprint = open_images(data, split, encoder.layout)
+    for store in stores:
+        encoder.check(store)
     about = {
         "encoder": encoder.run, "weights": encoder.checkpoint, "source": encoder.source, "transform": encoder.transform,
         "layers": encoder.layers, "data": str(data), "fingerprint": fingerprint, "classes": stores[0].classes,
@@ -67,7 +71,7 @@ def embed(
             ids = np.arange(start, min(start + PART, len(store)))
             rows = _part(encoder, module, store, ids, batch, device, engine, threads)
             with files.whole(parts / f"{number:06d}.npz") as file:
-                np.savez(file, **rows)
+                np.savez(file, **rows)  # type: ignore[arg-type]  # numpy's stub takes any name for allow_pickle
             print(f"part {number + 1} of {len(places)}: {len(rows['names']):,} images")
     with files.whole(to) as file:
         (_parquet if to.suffix == ".parquet" else _npz)(

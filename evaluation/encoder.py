@@ -18,6 +18,7 @@ from manyview.evaluation import layers
 from manyview.model import backbone, weights
 from manyview.model.weights import Transform, in_255
 from manyview.pipeline import files, index
+from manyview.pipeline.codec import RGB, Layout
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.views import crop_ratio
 
@@ -26,15 +27,16 @@ PIXEL_SIZE, PIXEL_BYTES = 32, 2**31  # of the images that the baseline of plain 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen network (N, 3, S, S) -> (N, F), and what has to be known to feed it."""
+    """A frozen network (N, C, S, S) -> (N, F), and what has to be known to feed it."""
 
     module: nn.Module
     fresh: Callable[[], nn.Module]  # the same architecture with random weights
     run: str  # how the tables name it
     backbone: str
     image_size: int
-    mean: tuple[float, float, float]  # of the input, in 0..255
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # of the input, a channel, in 0..layout.white
+    std: tuple[float, ...]
+    layout: Layout = RGB  # of the images
     crop: float | None = None  # the share of the short side that the evaluation view shows; None: by the size
     interpolation: str = "bilinear"  # of the evaluation view: or bicubic
     origin: str = ""  # of mean, std, crop and interpolation
@@ -59,7 +61,20 @@ class Encoder:
     @property
     def transform(self) -> str:
         """What an image becomes before it enters the network, in words."""
-        return Transform(self.image_size, self.mean, self.std, self.crop_ratio, self.interpolation, self.origin).text
+        crop, white = self.crop_ratio, self.layout.white
+        return Transform(self.image_size, self.mean, self.std, crop, self.interpolation, self.origin, white).text
+
+    @property
+    def no_image(self) -> Tensor:
+        """(1, C, S, S) of zeros."""
+        return torch.zeros(1, self.layout.channels, self.image_size, self.image_size)
+
+    def check(self, store: Any) -> None:
+        """UserError where the network takes other images than these."""
+        if self.layout != store.layout:
+            raise UserError(f"{self.run} takes images of {self.layout}, {store.name} has {store.layout}")
+        if self.interpolation == "bicubic" and store.layout != RGB:
+            raise UserError(f"bicubic views are of {RGB}, {store.name} has {store.layout}: --interpolation bilinear")
 
     @cached_property
     def checkpoint(self) -> str:
@@ -151,6 +166,8 @@ def load(target: str, asked: Asked | None = None) -> Encoder:
     if asked.image_size:
         _check_size(encoder)
     changes: dict[str, Any] = {name: in_255(values) for name in ("mean", "std") if (values := getattr(asked, name))}
+    if changes and encoder.layout != RGB:
+        raise UserError(f"--mean and --std are three numbers for RGB, {encoder.run} takes {encoder.layout}")
     changes |= {"crop": asked.crop} if asked.crop else {}
     changes |= {"interpolation": asked.interpolation} if asked.interpolation else {}
     if changes:
@@ -181,11 +198,11 @@ def _ours(path: Path, key: str | None) -> Encoder:
     config = files.facts(folder / "config.json")
     name = folder.resolve().name if config else header.get("source") or file.stem
     network = f" ({header['network']})" if "network" in header else ""
-    fresh = partial(backbone.create, header["backbone"], image_size=size, stem=header["stem"])
+    mean, std = (tuple(float(value) for value in json.loads(header[word])) for word in ("mean", "std"))
     return Encoder(
-        module, fresh, name, header["backbone"], size,
-        _three(header["mean"]), _three(header["std"]), float(header["crop_pct"]) if "crop_pct" in header else None,
-        header.get("interpolation", "bilinear"), "as it was trained", sha256=_sha256(file), source=file.as_posix() + network,
+        module, partial(backbone.described, header), name, header["backbone"], size, mean, std, backbone.layout(header),
+        float(header["crop_pct"]) if "crop_pct" in header else None, header.get("interpolation", "bilinear"),
+        "as it was trained", sha256=_sha256(file), source=file.as_posix() + network,
         step=header.get("step", str(config.get("steps", ""))), **_history(folder, config),
     )  # fmt: skip
 
@@ -206,7 +223,7 @@ def _public(target: str, asked: Asked) -> Encoder:
         name = "-".join(filter(None, [network.name, path.stem, asked.weights_key or key, sha[:8]]))
     t = network.transform
     return Encoder(
-        module.eval(), partial(network.make, False), name, target.removeprefix("timm:"), t.size, t.mean, t.std, t.crop,
+        module.eval(), partial(network.make, False), name, target.removeprefix("timm:"), t.size, t.mean, t.std, RGB, t.crop,
         t.interpolation, t.origin, sha256=sha, source=source, loaded=loaded, pretrained_on=network.trained_on,
     )  # fmt: skip
 
@@ -231,12 +248,11 @@ def _resized(encoder: Encoder, size: int) -> Encoder:
 
 def _check_size(encoder: Encoder) -> None:
     """UserError where the network does not take images of its size."""
-    size = encoder.image_size
     try:
         with torch.inference_mode():
-            encoder.module(torch.zeros(1, 3, size, size))
+            encoder.module(encoder.no_image)
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        raise _does_not_take(encoder, size, error) from None
+        raise _does_not_take(encoder, encoder.image_size, error) from None
 
 
 def _does_not_take(encoder: Encoder, size: int, error: Exception) -> UserError:
@@ -246,11 +262,14 @@ def _does_not_take(encoder: Encoder, size: int, error: Exception) -> UserError:
 
 def pixels(trained: Encoder, images: int) -> Encoder:
     """No network: what an image is after the encoder's own crop and resize, at its size or a smaller one, as numbers."""
-    affordable = int((PIXEL_BYTES / (4 * 3 * max(1, images))) ** 0.5)
+    channels, white = trained.layout.channels, float(trained.layout.white)
+    affordable = int((PIXEL_BYTES / (4 * channels * max(1, images))) ** 0.5)
     size = max(1, min(trained.image_size, PIXEL_SIZE, affordable))
     name = f"pixels at {size} px"
-    return replace(trained, module=nn.Flatten().eval(), fresh=nn.Flatten, image_size=size, mean=(0.0, 0.0, 0.0), std=(255.0,) * 3,
-                   weights="pixels", sha256="", source=name, step="", recipe=name, layers="pooled")  # fmt: skip
+    return replace(
+        trained, module=nn.Flatten().eval(), fresh=nn.Flatten, image_size=size, mean=(0.0,) * channels, std=(white,) * channels,
+        weights="pixels", sha256="", source=name, step="", recipe=name, layers="pooled",
+    )  # fmt: skip
 
 
 def _history(run: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -259,11 +278,6 @@ def _history(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     command = f"python {environment['command']} (commit {environment['commit']})" if "command" in environment else ""
     return {"method": str(config.get("objective", "")), "pretrained_on": data, "trained_by": command,
             "policy": config.get("policy", "simclr"), "augment": tuple(config.get("augment", ()))}  # fmt: skip
-
-
-def _three(text: str) -> tuple[float, float, float]:
-    r, g, b = json.loads(text)
-    return float(r), float(g), float(b)
 
 
 def _sha256(path: Path) -> str:

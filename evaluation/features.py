@@ -143,6 +143,7 @@ def finite(x: Tensor, encoder: Encoder, store: Store) -> Tensor:
 
 def pixels_of(encoder: Encoder, store: Store, batches: list[np.ndarray], engine: Any, views: Views) -> Iterator[Tensor]:
     """(V, B, 3, S, S) uint8 of each batch; the next one is under way while this one is used."""
+    encoder.check(store)
     waiting: deque = deque()
     with clean_engine(encoder, store, engine) as clean_views:
         for ids in [*batches, None]:

@@ -21,6 +21,7 @@ from manyview.evaluation.data import Data
 from manyview.evaluation.scaling import zscore
 from manyview.evaluation.suite import Suite
 from manyview.pipeline import views
+from manyview.pipeline.sheet import in_colors
 from manyview.pipeline.store import Store
 from manyview.training.plots import STYLE
 
@@ -163,7 +164,8 @@ def _tile(axes, image: np.ndarray, color: str) -> None:
 def _images(work: Suite, store: Store, ids: np.ndarray, size: int) -> np.ndarray:
     """(n, S, S, 3) uint8 of the clean views."""
     boxes = views.clean(size, store.heights[ids], store.widths[ids], work.trained.crop_ratio)
-    return work.engine(store)(ids, boxes)[0][0].permute(0, 2, 3, 1).cpu().numpy()
+    pixels = work.engine(store)(ids, boxes)[0][0].permute(0, 2, 3, 1).cpu().numpy()
+    return np.stack([in_colors(one, store) for one in pixels])
 
 
 MAP = "Test images laid out by t-SNE on the features, coloured by class; distances between far groups mean little."

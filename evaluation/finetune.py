@@ -75,8 +75,7 @@ def classifier(encoder: Encoder, classes: int, *, bn: bool, seed: int) -> Classi
     # A copy that shares no statistics: the width is asked of it in evaluation mode, so that BatchNorm sees nothing.
     with torch.no_grad():
         parameter = next(module.parameters())
-        probe = torch.zeros(1, 3, encoder.image_size, encoder.image_size, device=parameter.device)
-        features = module.eval()(probe).shape[1]
+        features = module.eval()(encoder.no_image.to(parameter.device)).shape[1]
     if is_vit(module):
         set_drop_path(module, DROP_PATH)
     return Classifier(module, features, classes, bn=bn, seed=seed)
@@ -163,7 +162,7 @@ def train(
 def _batches(
     encoder: Encoder, store: Store, ids: np.ndarray, engine: Any, preset: Preset, seed: int
 ) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-    """(epoch, ids, images (B, 3, S, S) uint8), the next batch under way while one is used."""
+    """(epoch, ids, images (B, C, S, S)), the next batch under way while one is used."""
     policy = Policy("finetune", (Group(1, encoder.image_size, jitter=0.0, grey=0.0),))
     # Of equal size to within one: a last batch of a single sample would have no BatchNorm statistics.
     count = math.ceil(len(ids) / preset.batch)

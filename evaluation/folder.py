@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from manyview.pipeline import storage
-from manyview.pipeline.convert import encode
-from manyview.pipeline.convert.sources import Source, Split
+from manyview.pipeline.codec import ARRAY, RGB, Layout
+from manyview.pipeline.convert import bands
+from manyview.pipeline.convert.sources import Reading, Source, Split
 from manyview.pipeline.convert.sources.folders import folder
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.machine import cores
@@ -28,7 +29,7 @@ class FileStore:
     Sizes are known, and what is no image is put down in `unusable`, of the samples that were `load`ed.
     """
 
-    def __init__(self, split: Split, classes: list[str], path: Path):
+    def __init__(self, split: Split, classes: list[str], path: Path, layout: Layout = RGB):
         self.files, self.split, self.classes, self.path = split, split.name, classes, path
         self.name, self.labels = path.resolve().name, split.labels
         self.heights, self.widths = np.zeros(len(split.names), np.int32), np.zeros(len(split.names), np.int32)
@@ -37,7 +38,9 @@ class FileStore:
         self.notes: list[str] = []
         self._kept: dict[int, np.ndarray] = {}
         self._room = MEMORY
-        self._options = Options("folder")
+        self.layout, self.mean = layout, (0.0,) * layout.channels  # a clean view does not ask for the mean
+        options = Options("folder", encoding="jpeg" if layout == RGB else ARRAY)
+        self._convert = partial(bands.convert, options=options, wanted=layout, look="headers")
 
     def __len__(self) -> int:
         return len(self.files.names)
@@ -50,7 +53,7 @@ class FileStore:
         if i in self._kept:
             return self._kept[i]
         try:
-            return encode.convert(self.files.read(i), self._options, look="headers").payload
+            return self._convert(self.files.read(i)).payload
         except ValueError as error:
             raise Corrupt(i, self.key(i), str(error)) from None
 
@@ -64,7 +67,7 @@ class FileStore:
 
     def _look(self, i: int) -> bytes:
         try:
-            image = encode.convert(self.files.read(i), self._options, look="headers")
+            image = self._convert(self.files.read(i))
         except ValueError as error:
             self.unusable[i] = str(error)
             return b""
@@ -80,9 +83,9 @@ def is_folder(path: Path) -> bool:
     return storage.address(path) is None and path.is_dir() and not (path / MANIFEST).exists()
 
 
-def listed(path: Path) -> Source:
-    """What a folder of image files holds. UserError: no image."""
-    source = folder(path)
+def listed(path: Path, layout: Layout = RGB) -> Source:
+    """What a folder of image files holds, for an encoder of this layout. UserError: no image."""
+    source = folder(path, Reading(arrays=layout != RGB))
     if not sum(len(split.names) for split in source.splits):
         raise UserError(f"{path}: neither shards nor a folder of images")
     return source

@@ -19,7 +19,7 @@ TEXT = "pooled, last:N (the last N blocks or stages, concatenated), layer:N (one
 
 
 class Layers(nn.Module):
-    """(N, 3, S, S) -> (N, F), or (N, T, F) for `tokens`, from a network of timm.
+    """(N, C, S, S) -> (N, F), or (N, T, F) for `tokens`, from a network of timm.
 
     Of a ViT a block is its class token after the final norm (the mean of its tokens where it has none), as DINO's linear
     probe takes them; of other networks a stage is the mean over its map.
@@ -54,7 +54,7 @@ def select(encoder: Encoder, spec: str) -> Encoder:
     module = Layers(encoder.module, spec).eval()
     try:
         with torch.inference_mode():
-            module(torch.zeros(1, 3, encoder.image_size, encoder.image_size))
+            module(encoder.no_image)
     except (AttributeError, AssertionError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{encoder.run} ({encoder.backbone}) has no {spec}: {str(error).splitlines()[0][:100]}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 
@@ -74,6 +73,8 @@ def _per_class(right: list[int], seen: list[int]) -> tuple[float, float, float]:
 def average_precision(scores: Tensor, labels: Tensor) -> float:
     """Mean over the classes of the average precision (scikit-learn's) of scores (N, C) for labels (N, C) bool; classes
     that no sample has are left out. NaN scores come last."""
+    from sklearn.metrics import average_precision_score  # here: a second and a half that training can do without
+
     scores, labels = scores.nan_to_num(-torch.inf).clamp(-1e30, 1e30).cpu(), labels.cpu()
     seen = labels.any(0)
     return float(average_precision_score(labels[:, seen], scores[:, seen], average="macro"))

@@ -19,7 +19,7 @@ from manyview.pipeline.loader import clean_views, normalize
 from manyview.pipeline.store import Store
 
 BANK, QUERIES = 4000, 1000
-PIXEL_BUDGET = 2**28  # bytes of uint8 pixels kept for the whole run
+PIXEL_BUDGET = 2**28  # bytes of pixels kept for the whole run
 
 
 class Probe:
@@ -29,7 +29,7 @@ class Probe:
     """
 
     def __init__(self, store: Store, size: int, seed: int):
-        affordable = PIXEL_BUDGET // (3 * size * size)
+        affordable = PIXEL_BUDGET // (store.layout.bytes * size * size)
         n = min(BANK + QUERIES, len(store), affordable)
         ids = np.random.Generator(np.random.Philox(key=seed)).permutation(len(store))[:n]
         engine = CPUEngine(store)

@@ -164,8 +164,8 @@ class Suite:
         try:
             content = json.loads(self.file.read_text())
             of = self.trained
-            same = (content["checkpoint"], content["transform"], content["layers"], content["version"])
-            same = same == (of.checkpoint, of.transform, of.layers, VERSION)
+            before = (content["checkpoint"], content["transform"], content["layers"], content["version"])
+            same = before == (of.checkpoint, of.transform, of.layers, VERSION)
         except (ValueError, KeyError):
             same = False
         if not same:
@@ -266,6 +266,7 @@ class Suite:
 
     def plan(self, data: Data, own: Data | None) -> list[Cell]:
         """What there is to do on a dataset, in order. UserError where a part of it cannot be done."""
+        self.trained.check(data.train)
         scored = data.labelled and not data.multilabel and any(p.labels for p in data.protocols)
         cells = [Cell(self, MAJORITY, data, "untrained")] if scored else []
         for network in ("trained", "untrained", "pixels"):

@@ -320,6 +320,8 @@ def _side_by_side(dataset: str, contents: list[dict]) -> list[str]:
         kinds = {"trained": _encoder_name(content), "untrained": f"*{content['backbone']} untrained, {content['image_size']} px*",
                  "pixels": f"*{facts['pixels'] if len(measured) == 1 else content['datasets'][dataset]['pixels']}*"}  # fmt: skip
         for weights, name in kinds.items():
+            if weights != "trained" and name in shown:
+                continue
             own = [{**row, "weights": "trained"} for row in rows if row["weights"] == weights]
             for line in lines(own):
                 column = f"{line.protocol} ({line.norm})"

@@ -31,7 +31,7 @@ from manyview.pipeline.views import policy as named_policy
 class Batch(NamedTuple):
     """V views of B images, on the device. Where the policy has local crops, `views` is a list: global views, local ones."""
 
-    views: Any  # (V, B, 3, S, S), channels-last memory
+    views: Any  # (V, B, C, S, S), channels-last memory
     labels: Tensor  # (B,) int64, -1 = unlabelled; as `ids`, places in the shards, and `epochs`, on the CPU
     ids: Tensor
     epochs: Tensor
@@ -84,8 +84,8 @@ class Views:
         self.batch_size, self.seed, self.fraction, self.order = batch_size, seed, fraction, order
         self.shuffle = store.split in ("train", "unlabelled") if shuffle is None else shuffle
         self.classes, self.size = store.classes, size or store.default_size()
-        self.mean = tuple(mean or (value / 255 for value in store.mean))
-        self.std = tuple(std or (value / 255 for value in store.std))
+        self.mean = tuple(mean or (value / store.layout.white for value in store.mean))
+        self.std = tuple(std or (value / store.layout.white for value in store.std))
         self.policy = chosen_policy(policy or ("simclr" if self.shuffle else "clean"), views, self.size, store.grey)
         self._normalize, self._prefetch = normalize, prefetch
         self._engine_options = (engine, device, threads)
@@ -173,7 +173,8 @@ class Views:
 
     def _finished(self, groups: list[Tensor]) -> Any:
         if self._normalize:
-            mean, std = (tuple(255 * value for value in values) for values in (self.mean, self.std))
+            white = self.store.layout.white
+            mean, std = (tuple(white * value for value in values) for values in (self.mean, self.std))
             groups = [normalize(group, mean, std, torch.float32) for group in groups]
         return groups[0] if len(groups) == 1 else groups
 

@@ -1,6 +1,6 @@
 """Backbones from timm and torchvision, and their weights on disk under names that both load.
 
-`create` gives a module that maps images (N, 3, H, W) to features (N, num_features). Small images get a small stem: a
+`create` gives a module that maps images (N, C, H, W) to features (N, num_features). Small images get a small stem: a
 3x3, stride 1 convolution without max-pool for ResNets, small patches for ViTs; no parameter changes its name.
 
 A name may carry timm's keyword arguments: `resnet18:layers=[1,1,1,1],channels=[32,64,128,256]`. It is written into the
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from manyview.model import weights
 from manyview.pipeline import files
+from manyview.pipeline.codec import Layout
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.store import Store, training_split
 from manyview.pipeline.views import crop_ratio
@@ -54,15 +55,17 @@ def check(name: str) -> None:
         raise UserError(f"{name} names trained weights; training starts from fresh ones, or --init-from: {network}")
 
 
-def create(name: str, *, image_size: int, stem: str = "auto", other_sizes: bool = False) -> nn.Module:
-    """A backbone with fresh weights for square images of `image_size` pixels: (N, 3, H, W) -> (N, num_features).
+def create(
+    name: str, *, image_size: int, stem: str = "auto", other_sizes: bool = False, channels: int = 3
+) -> nn.Module:
+    """A backbone with fresh weights for square images of `image_size` pixels: (N, channels, H, W) -> (N, num_features).
 
     stem: "small", "standard", or "auto", which is "small" up to 64 pixels where the backbone has one. other_sizes: it will
     see images of other sizes too (a ViT resamples its position embedding for them); the weights are the same.
     UserError for an unknown name, and for a network that does not fit the image size.
     """
-    model = _build(name, image_size, resolve(name, stem, image_size), other_sizes)
-    model.num_features = _features(model, name, image_size)
+    model = _build(name, image_size, resolve(name, stem, image_size), other_sizes, channels)
+    model.channels, model.num_features = channels, _features(model, name, image_size, channels)
     return model
 
 
@@ -111,9 +114,9 @@ def resolve(name: str, stem: str, image_size: int) -> str:
     return stem
 
 
-def _kwargs(name: str, stem: str, image_size: int) -> dict[str, Any]:
+def _kwargs(name: str, stem: str, image_size: int, channels: int = 3) -> dict[str, Any]:
     """What timm.create_model needs beside its name and num_classes=0."""
-    kwargs = _timm(name)[1]
+    kwargs = {**_timm(name)[1], **({"in_chans": channels} if channels != 3 else {})}
     if _fixed_size(name):
         kwargs = {**kwargs, "img_size": image_size}
     if stem == "small" and _family(name) == "vit":
@@ -140,18 +143,24 @@ def _fixed_size(name: str) -> bool:
     return bool(timm.models.get_pretrained_cfg_value(_timm(name)[0], "fixed_input_size"))
 
 
-def _build(name: str, image_size: int, stem: str, other_sizes: bool = False) -> Any:
+def _build(name: str, image_size: int, stem: str, other_sizes: bool = False, channels: int = 3) -> Any:
     if name.startswith("torchvision:"):
+        if channels != 3:
+            raise UserError(
+                f"torchvision's networks take 3 channels, not {channels}; timm's of the same name takes any"
+            )
         model = torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None)
         model.fc = nn.Identity()
     else:
-        kwargs = _kwargs(name, stem, image_size)
+        kwargs = _kwargs(name, stem, image_size, channels)
         try:
             model = _timm_model(name, kwargs, other_sizes and _fixed_size(name))
         except (AssertionError, AttributeError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"backbone {name!r} does not take {image_size} px images: {_line(error)}") from error
+            raise UserError(
+                f"backbone {name!r} does not take {_images(image_size, channels)}: {_line(error)}"
+            ) from error
     if stem == "small" and _family(name) == "resnet":
-        _small_stem(model)
+        _small_stem(model, channels)
     return model
 
 
@@ -164,24 +173,28 @@ def _timm_model(name: str, kwargs: dict[str, Any], other_sizes: bool) -> Any:
     return timm.create_model(_timm(name)[0], pretrained=False, num_classes=0, **kwargs)
 
 
-def _small_stem(model: Any) -> None:
+def _images(size: int, channels: int) -> str:
+    return f"{size} px images" + f" of {channels} channels" * (channels != 3)
+
+
+def _small_stem(model: Any, channels: int) -> None:
     """First convolution 3x3 at stride 1, no max-pool; BatchNorm and ReLU after it stay."""
     if isinstance(model.conv1, nn.Sequential):  # a deep stem is 3x3 already
         deep: Any = model.conv1[0]
         deep.stride = (1, 1)
     else:
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+        model.conv1 = nn.Conv2d(channels, model.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
 
 
 @torch.no_grad()
-def _features(model: nn.Module, name: str, image_size: int) -> int:
+def _features(model: nn.Module, name: str, image_size: int, channels: int) -> int:
     """The width of the output, by asking: a few of timm's networks state another one."""
     try:
-        y = model.eval()(torch.zeros(1, 3, image_size, image_size))
+        y = model.eval()(torch.zeros(1, channels, image_size, image_size))
     except (AssertionError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"backbone {name!r} does not take {image_size} px images: {_line(error)}") from error
+        raise UserError(f"backbone {name!r} does not take {_images(image_size, channels)}: {_line(error)}") from error
     finally:
         model.train()
     if y.ndim != 2:
@@ -197,7 +210,8 @@ def _line(error: Exception) -> str:
 
 
 def save(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
-    """Write weights as safetensors, atomically. `metadata` names at least `backbone`, `stem` and `image_size`.
+    """Write weights as safetensors, atomically. `metadata` names at least `backbone`, `stem` and `image_size`; also `channels`
+    and `bits` of the images where they are no RGB of 8 bits.
 
     UserError where they cannot be written.
 
@@ -220,18 +234,25 @@ def save(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
         ) from error
 
 
+def layout(header: dict[str, str]) -> Layout:
+    """Of the images that the network wants."""
+    return Layout(int(header.get("channels", 3)), int(header.get("bits", 8)))
+
+
 def images(header: dict[str, str]) -> dict[str, Any]:
     """What the network wants to see, in timm's words: size, crop, interpolation, and mean and std of values 0..1.
 
-    UserError where the weights do not say by which mean and std (in the header: of 0..255) their images are normalized.
+    UserError where the weights do not say by which mean and std (in the header: of 0..255, or 0..65535) their images are
+    normalized.
     """
-    size = int(header["image_size"])
+    size, pixels = int(header["image_size"]), layout(header)
+    digits = 6 if pixels.bits == 8 else 9
     try:
-        mean, std = ([round(value / 255, 6) for value in json.loads(header[name])] for name in ("mean", "std"))
+        mean, std = ([round(v / pixels.white, digits) for v in json.loads(header[name])] for name in ("mean", "std"))
     except (KeyError, ValueError):
         raise UserError("these weights do not say by which mean and std their images are normalized") from None
     crop, kind = float(header.get("crop_pct", crop_ratio(size))), header.get("interpolation", "bilinear")
-    return {"input_size": [3, size, size], "interpolation": kind, "crop_pct": crop, "crop_mode": "center",
+    return {"input_size": [pixels.channels, size, size], "interpolation": kind, "crop_pct": crop, "crop_mode": "center",
             "mean": mean, "std": std}  # fmt: skip
 
 
@@ -266,7 +287,7 @@ def load(source: str | Path, key: str | None = None) -> tuple[nn.Module, dict[st
         header, tensors = _checkpoint(path, key or suffix)
     else:
         header, tensors = metadata(path), weights.read(path)
-    model = create(header["backbone"], image_size=int(header["image_size"]), stem=header["stem"])
+    model = described(header)
     weights.fill_from(model, tensors, path)
     return model.eval(), {**header, "num_features": str(model.num_features)}
 
@@ -293,9 +314,14 @@ def _header_of_run(path: Path) -> dict[str, str]:
         "source": folder.name,
     }
     if exported := _header(folder / "backbone.safetensors"):
-        return header | {name: exported[name] for name in ("mean", "std")}
-    store = Store(config["data"], training_split(config["data"]))
-    return header | {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
+        return header | {name: exported[name] for name in ("mean", "std", "channels", "bits") if name in exported}
+    return header | Store(config["data"], training_split(config["data"])).described()
+
+
+def described(header: dict[str, str]) -> nn.Module:
+    """The backbone of which a header tells, with fresh weights."""
+    size, channels = int(header["image_size"]), layout(header).channels
+    return create(header["backbone"], image_size=size, stem=header["stem"], channels=channels)
 
 
 def fill(model: nn.Module, name: str, source: str | Path) -> str:
@@ -336,7 +362,8 @@ def _header(path: Path) -> dict[str, str]:
 def timm_arguments(header: dict[str, str]) -> tuple[str, dict[str, Any]]:
     """timm's name of the network and what `timm.create_model` needs beside it, but for a ResNet's small stem."""
     name, image_size = header["backbone"], int(header["image_size"])
-    return _timm(name)[0], _kwargs(name, resolve(name, header["stem"], image_size), image_size)
+    stem = resolve(name, header["stem"], image_size)
+    return _timm(name)[0], _kwargs(name, stem, image_size, layout(header).channels)
 
 
 def timm_snippet(header: dict[str, str], path: str = "backbone.safetensors") -> str:
@@ -351,11 +378,22 @@ def timm_snippet(header: dict[str, str], path: str = "backbone.safetensors") -> 
     lines.append(f"model = timm.create_model({name!r}, num_classes=0{arguments})")
     lines += stem_lines(header)
     lines.append(f"model.load_state_dict(load_file({path!r}), strict=True)")
-    if known:
+    if known and made_by_timm(header):
         lines.append(
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # of PIL images"
         )
+    elif known:
+        pixels = layout(header)
+        lines.append(
+            f"# images: {pixels}, divided by {pixels.white}, then normalized by model.pretrained_cfg's mean and std"
+        )
     return "\n".join(lines)
+
+
+def made_by_timm(header: dict[str, str]) -> bool:
+    """Whether timm's transform makes its images, which PIL must be able to hold."""
+    channels, bits = layout(header)
+    return channels in (1, 3) and bits == 8
 
 
 def stem_lines(header: dict[str, str]) -> list[str]:
@@ -363,9 +401,10 @@ def stem_lines(header: dict[str, str]) -> list[str]:
     name, image_size = header["backbone"], int(header["image_size"])
     if _family(name) != "resnet" or resolve(name, header["stem"], image_size) != "small":
         return []
-    conv = _build(name, image_size, "small").conv1
+    channels = layout(header).channels
+    conv = _build(name, image_size, "small", channels=channels).conv1
     if isinstance(conv, nn.Sequential):
         first = "model.conv1[0].stride = (1, 1)"
     else:
-        first = f"model.conv1 = torch.nn.Conv2d(3, {conv.out_channels}, 3, padding=1, bias=False)"
+        first = f"model.conv1 = torch.nn.Conv2d({channels}, {conv.out_channels}, 3, padding=1, bias=False)"
     return [first, "model.maxpool = torch.nn.Identity()"]

@@ -16,6 +16,7 @@ from torch import nn
 
 from manyview.model import backbone
 from manyview.pipeline import files
+from manyview.pipeline.codec import RGB
 from manyview.pipeline.errors import UserError
 
 FILES = ["config.json", "model.safetensors", "README.md"]
@@ -59,16 +60,18 @@ def card(file: Path, header: dict[str, str], lines: str) -> str:
     wanted = backbone.images(header)
     trained = files.facts(run / "config.json")
     named = trained.get("dataset") or header.get("source", "images")
+    pixels = backbone.layout(header)
+    kind = f" of {pixels}" if pixels != RGB else ""
     by_timm = " `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` does it."
     parts = [
         "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\ntags:\n- self-supervised\n- manyview\n---",
         f"# {header['backbone']}, pretrained without labels on {named}",
-        f"A backbone of {header['num_features']} features for {size} px images, trained by manyview.",
+        f"A backbone of {header['num_features']} features for {size} px images{kind}, trained by manyview.",
         f"## Use\n\n```python\n{lines}\nmodel.eval()\n```",
         f"Images: the centre square of {wanted['crop_pct']:g} of the short side, resized to {size} px "
-        f"({wanted['interpolation']}, antialiased), in "
-        f"0..1, then normalized by mean {wanted['mean']} and std {wanted['std']}."
-        + ("" if backbone.stem_lines(header) else by_timm),
+        f"({wanted['interpolation']}, antialiased), "
+        f"0..{pixels.white} made 0..1, then normalized by mean {wanted['mean']} and std {wanted['std']}."
+        + (by_timm if backbone.made_by_timm(header) and not backbone.stem_lines(header) else ""),
         f"## Scores\n\n{scores(file, evaluated)}",
         f"## Training\n\n{training(run, trained)}",
     ]

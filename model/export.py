@@ -12,6 +12,7 @@ from torch import nn
 
 from manyview.model import backbone, card, weights
 from manyview.pipeline import files
+from manyview.pipeline.codec import RGB
 from manyview.pipeline.errors import UserError
 
 TOLERANCE = 1e-5  # largest difference of a feature, relative to the largest feature
@@ -38,7 +39,7 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     snippet, other = EXPORTS[to][1](model, file, header, out)
     size = int(header["image_size"])
-    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(4, backbone.layout(header).channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = model(images), other(images)
     if theirs is None:
@@ -87,6 +88,8 @@ def _to_torchvision(model: nn.Module, file: Path, header: dict[str, str], out: P
     name = header["backbone"].removeprefix("torchvision:")
     if f"torchvision:{name}" not in backbone.names():
         raise UserError(f"torchvision has no {name!r}; `--to timm` and `--to onnx` take any backbone")
+    if (pixels := backbone.layout(header)) != RGB:
+        raise UserError(f"torchvision's networks take {RGB}, this one {pixels}; `--to timm` and `--to onnx` take any")
     backbone.save(model, out, header)
     lines = ["import torch, torchvision", "from safetensors.torch import load_file"]
     lines += [f"model = torchvision.models.{name}()", "model.fc = torch.nn.Identity()"]
@@ -105,11 +108,12 @@ def _to_torchvision(model: nn.Module, file: Path, header: dict[str, str], out: P
 
 
 def _to_onnx(model: nn.Module, file: Path, header: dict[str, str], out: Path):
-    size, wanted = int(header["image_size"]), backbone.images(header)
+    wanted, white = backbone.images(header), backbone.layout(header).white
+    shape = ", ".join(map(str, wanted["input_size"]))
     try:
         program = torch.onnx.export(
             model,
-            (torch.zeros(2, 3, size, size),),
+            (torch.zeros(2, *wanted["input_size"]),),
             input_names=["images"],
             output_names=["features"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -125,8 +129,9 @@ def _to_onnx(model: nn.Module, file: Path, header: dict[str, str], out: Path):
     files.write(out, proto.SerializeToString())
     snippet = (
         f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(out)!r})\n"
-        f"# images: float32 (N, 3, {size}, {size}): the centre square of {wanted['crop_pct']:g} of the short side, resized\n"
-        f"# ({wanted['interpolation']}, antialiased), in 0..1, less mean {wanted['mean']}, divided by std {wanted['std']}\n"
+        f"# images: float32 (N, {shape}): the centre square of {wanted['crop_pct']:g} of the short side, resized\n"
+        f"# ({wanted['interpolation']}, antialiased), 0..{white} made 0..1, less mean {wanted['mean']}, "
+        f"divided by std {wanted['std']}\n"
         'features = session.run(None, {"images": images})[0]'
     )
     return snippet, lambda images: _onnx_features(out, images.numpy())

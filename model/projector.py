@@ -39,7 +39,8 @@ class Cost(NamedTuple):
 def cost(backbone: nn.Module, projector: nn.Module, image_size: int) -> Cost:
     """Counted on the meta device with the size given (pixels): takes no memory and leaves both modules alone."""
     # Two rows, since a BatchNorm1d in training mode wants more than one.
-    features, of_backbone = _forward(backbone, torch.empty(2, 3, image_size, image_size, device="meta"))
+    channels = getattr(backbone, "channels", 3)
+    features, of_backbone = _forward(backbone, torch.empty(2, channels, image_size, image_size, device="meta"))
     _, of_projector = _forward(projector, features)
     return Cost(_parameters(backbone), _parameters(projector), of_backbone // 2, of_projector // 2)
 

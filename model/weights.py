@@ -21,6 +21,7 @@ import torchvision
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from manyview.pipeline.errors import UserError, nearest
@@ -166,12 +167,18 @@ def fill_from(module: nn.Module, tensors: dict[str, Tensor], path: Path, key: st
         reason = "weights of efficientnet_pytorch, whose networks pad and normalize as TensorFlow's do"
         raise UserError(f"{path}: {reason}: the right network is timm:tf_NAME")
     state, resampled = _resampled(module, chosen.tensors, expected)
+    state, adapted = _adapted(module, state, expected)
     if difference := _difference(chosen, state, expected):
         raise UserError(f"{path}: weights of another network: {difference}")
     module.load_state_dict({name: state.get(name, expected[name]) for name in expected})
     left = _left_out(tensors, chosen)
     under = f" under {chosen.prefix.rstrip('.')!r}" if chosen.prefix else ""
-    parts = [f"{len(expected)} tensors{under} of {path}", f"left out: {', '.join(left)}" if left else "", resampled]
+    parts = [
+        f"{len(expected)} tensors{under} of {path}",
+        f"left out: {', '.join(left)}" if left else "",
+        resampled,
+        adapted,
+    ]
     return "; ".join(filter(None, parts))
 
 
@@ -304,6 +311,20 @@ def _resampled(module: Any, tensors: dict[str, Tensor], expected: dict[str, Tens
     return tensors | {"pos_embed": resized.to(theirs.dtype)}, said
 
 
+def _adapted(module: Any, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """A first convolution of RGB for the channels of `module`, as timm does it (for one channel their sum, for more repeated
+    and scaled to the same sum), and the words that say so."""
+    channels = getattr(module, "channels", 3)
+    first = {
+        name: adapt_input_conv(channels, value)
+        for name, value in tensors.items()
+        if channels != 3 and value.ndim == 4 and value.shape[1] == 3
+        and expected[name].shape == (len(value), channels, *value.shape[2:])
+    }  # fmt: skip
+    said = f"first convolution adapted from 3 channels to {channels}" if first else ""
+    return tensors | first, said
+
+
 def _difference(chosen: _Candidate, state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
     """How what was found differs from the network; "" where it does not. A tensor in a part of the network that it has itself
     (a thirteenth block) is a difference, one in a part that it has not (a head) is none."""
@@ -336,25 +357,26 @@ def _left_out(tensors: dict[str, Tensor], chosen: _Candidate) -> list[str]:
 
 @dataclass(frozen=True)
 class Transform:
-    """What an image becomes before it enters a network. `mean`, `std`: of values in 0..255, a channel."""
+    """What an image becomes before it enters a network. `mean`, `std`: of values in 0..`white`, a channel."""
 
     size: int  # pixels, square
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     crop: float  # the centre square's share of the short side
     interpolation: str = "bilinear"  # or bicubic
     origin: str = ""  # where it comes from, for the reader
+    white: int = 255
 
     @property
     def text(self) -> str:
-        mean, std = (", ".join(f"{v / 255:.3f}" for v in values) for values in (self.mean, self.std))
+        digits = ".3f" if self.white == 255 else ".3g"
+        mean, std = (", ".join(f"{v / self.white:{digits}}" for v in values) for values in (self.mean, self.std))
         shown = f"centre square of {self.crop:g} of the short side, {self.interpolation} to {self.size} px"
         return f"{shown}, mean ({mean}), std ({std})" + (f": {self.origin}" if self.origin else "")
 
 
-def in_255(values: Sequence[float]) -> tuple[float, float, float]:
-    r, g, b = (255 * float(v) for v in values)
-    return r, g, b
+def in_255(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(255 * float(v) for v in values)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ A payload is a numpy array, and its shape says what it is:
 1-D uint8             the bytes of a JPEG file
 (H, W, 3) uint8       raw RGB
 (H * 3 / 2, W) uint8  planar 4:2:0 (I420, BT.601 as OpenCV has it), H and W even
+(H, W, C)             raw, of a set of another `Layout`: C channels, uint8 or uint16
 ====================  ==================================================================
 
 JPEG goes through libjpeg-turbo (package simplejpeg): no torch, no interpreter lock, and damage that libjpeg
@@ -18,18 +19,53 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 
 JPEG, RAW, YUV420 = 0, 1, 2  # kinds of payload, as the index stores them
-ENCODINGS = ("jpeg", "raw", "yuv420")
+ENCODINGS = ("jpeg", "raw", "yuv420")  # of RGB
+ARRAY = "array"  # the encoding that keeps any number of channels, and 16 bits
+MAX_CHANNELS = 512  # what OpenCV resizes
 QUALITY, SUBSAMPLING = 95, "420"  # of a JPEG that is encoded here
 # Of luma and the two chromas, as in a header: 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1, 4:4:1.
 SAMPLINGS = frozenset(bytes([luma, 0x11, 0x11]) for luma in (0x11, 0x21, 0x12, 0x22, 0x41, 0x14))
 STRAY = 16  # bytes before the end marker that touch no pixel; more of them is image data that found no place
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a frame, which says the size
 STANDALONE = frozenset((0x01, *range(0xD0, 0xD8)))  # markers without a length: TEM, RST0-7
+
+
+class Layout(NamedTuple):
+    """What all pixels of a set are: so many channels, of 8 or 16 bits each. Those of another than RGB are stored raw."""
+
+    channels: int = 3
+    bits: int = 8
+
+    @classmethod
+    def of(cls, pixels: np.ndarray) -> Layout:
+        """Of (H, W, C) uint8 or uint16."""
+        return cls(pixels.shape[2], 8 * pixels.itemsize)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(f"<u{self.bits // 8}")
+
+    @property
+    def white(self) -> int:
+        """The largest value there is."""
+        return (1 << self.bits) - 1
+
+    @property
+    def bytes(self) -> int:
+        """Of a pixel."""
+        return self.channels * self.bits // 8
+
+    def __str__(self) -> str:
+        return f"{self.channels} channel{'s' * (self.channels > 1)} of {self.bits} bits"
+
+
+RGB = Layout()
 
 
 class UnknownSampling(ValueError):
@@ -50,16 +86,16 @@ class Jpeg:
 
 
 def decode(payload: np.ndarray) -> np.ndarray:
-    """A payload's pixels: (H, W, 3) uint8 RGB. A raw payload is returned as it is, not copied.
+    """A payload's pixels: (H, W, 3) uint8 RGB, or (H, W, C) of another `Layout`. A raw payload is returned as it is, not copied.
 
     Raises ValueError for anything that is not a payload or does not decode to its end.
     """
+    if payload.ndim == 3 and payload.dtype in (np.uint8, np.uint16):
+        return payload
     if payload.dtype != np.uint8:
         raise ValueError(f"a payload is uint8, not {payload.dtype}")
     if payload.ndim == 1:
         return decode_jpeg(payload)
-    if payload.ndim == 3 and payload.shape[2] == 3:
-        return payload
     if payload.ndim == 2 and payload.shape[0] % 3 == 0 and payload.shape[1] % 2 == 0:
         import cv2  # here, not above: nothing else in a conversion needs it
 
@@ -97,11 +133,13 @@ def kind(payload: np.ndarray) -> int:
     return (JPEG, YUV420, RAW)[payload.ndim - 1]
 
 
-def view(data: np.ndarray, kind: int, height: int, width: int) -> np.ndarray:
+def view(data: np.ndarray, kind: int, height: int, width: int, layout: Layout = RGB) -> np.ndarray:
     """Bytes (1-D) as the payload they are."""
     if kind == JPEG:
         return data
-    return data.reshape((height, width, 3) if kind == RAW else (height * 3 // 2, width))
+    if kind == RAW:
+        return (data if layout == RGB else data.view(layout.dtype)).reshape(height, width, layout.channels)
+    return data.reshape(height * 3 // 2, width)
 
 
 def jpeg_header(data: np.ndarray) -> Jpeg | None:

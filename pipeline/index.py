@@ -143,10 +143,10 @@ def read(path: Path, checksum: str = "") -> Index:
     return Index(columns, columns.pop("key_starts"), memoryview(data)[at : at + key_bytes], data)
 
 
-def check(index: Index, part: dict, classes: int) -> None:
+def check(index: Index, part: dict, classes: int, layout: codec.Layout = codec.RGB) -> None:
     """ValueError unless every row fits its shard and its kind of payload, so that none of them leads native code astray.
 
-    `part`: the split's part of the manifest. `classes`: how many there are, 0 if that is not said.
+    `part`: the split's part of the manifest. `classes`: how many there are, 0 if that is not said. `layout`: of the set.
     """
     if len(index) != part["count"]:
         raise ValueError(f"has {len(index)} rows, the manifest {part['count']}")
@@ -158,7 +158,7 @@ def check(index: Index, part: dict, classes: int) -> None:
         raise ValueError(f"has {len(index)} rows, the shards of the manifest {ends[-1]}")
     for first in range(0, len(index), ROWS):
         rows = slice(first, first + ROWS)
-        wrong = _wrong({name: index[name][rows] for name in COLUMNS}, sizes.astype(np.uint64), classes)
+        wrong = _wrong({name: index[name][rows] for name in COLUMNS}, sizes.astype(np.uint64), classes, layout)
         number = np.arange(first, first + len(index["shard"][rows]))
         wrong["shard"] = index["shard"][rows] != np.searchsorted(ends, number, side="right")
         starts = index.key_starts[first : first + ROWS + 1]
@@ -171,7 +171,7 @@ def check(index: Index, part: dict, classes: int) -> None:
         index.forget()
 
 
-def _wrong(row: dict[str, np.ndarray], sizes: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+def _wrong(row: dict[str, np.ndarray], sizes: np.ndarray, classes: int, layout: codec.Layout) -> dict[str, np.ndarray]:
     """Which rows are wrong, by what."""
     height, width, length, kind = (
         row["height"].astype(np.int64),
@@ -186,7 +186,7 @@ def _wrong(row: dict[str, np.ndarray], sizes: np.ndarray, classes: int) -> dict[
         "label": (row["label"] < -1) | (row["label"] >= (classes or np.iinfo(np.int64).max)),
         "place": (row["offset"] > sizes[shard]) | (length > sizes[shard] - row["offset"]) | (length == 0),
         "size": sides | (planar & ((height | width) % 2 > 0)),
-        "kind": kind > codec.YUV420,
-        "length": (raw & (length != 3 * height * width))
+        "kind": kind > codec.YUV420 if layout == codec.RGB else ~raw,
+        "length": (raw & (length != layout.bytes * height * width))
         | (planar & (2 * length.astype(np.int64) != 3 * height * width)),
     }

@@ -29,7 +29,7 @@ class Batch:
     ids: torch.Tensor  # (B,) int64, as `epochs` and `labels` (-1 = unlabelled)
     epochs: torch.Tensor
     labels: torch.Tensor
-    views: list[torch.Tensor]  # per group (V, B, 3, S, S) uint8, channels-last memory
+    views: list[torch.Tensor]  # per group (V, B, C, S, S), uint8 or uint16, channels-last memory
 
 
 class Loader:
@@ -151,9 +151,9 @@ _MEMORY = Memory()
 
 
 def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """(x - mean) / std with mean and std in 0..255, on the views' device; (..., 3, S, S), channels-last memory.
+    """(x - mean) / std, mean and std of the views' own values, a channel, on their device; (..., C, S, S), channels-last memory.
 
-    Along rows of 3 S numbers: a kernel that repeats three numbers spends two to four times as long on the CPU.
+    Along rows of C S numbers: a kernel that repeats three numbers spends two to four times as long on the CPU.
     """
     width = views.shape[-1]
     scale, shift = _rows_of(tuple(mean), tuple(std), width, views.device)
@@ -163,7 +163,7 @@ def normalize(views: torch.Tensor, mean: Sequence[float], std: Sequence[float], 
     else:
         rows = pixels.to(torch.float32, copy=True)  # torch keeps a device's memory by itself
     torch.addcmul(shift, rows, scale, out=rows)
-    return rows.unflatten(-1, (width, 3)).movedim(-1, -3).to(dtype)
+    return rows.unflatten(-1, (width, -1)).movedim(-1, -3).to(dtype)
 
 
 @lru_cache
@@ -175,7 +175,7 @@ def _rows_of(mean: tuple, std: tuple, width: int, device: torch.device) -> tuple
 
 
 def clean_views(store: Store, engine: Engine, size: int, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-    """One centre view of each of these images that can be read: (their ids (B,), views (B, 3, size, size) uint8)."""
+    """One centre view of each of these images that can be read: (their ids (B,), views (B, C, size, size))."""
     while True:
         try:
             (group,) = engine(ids, clean(size, store.heights[ids], store.widths[ids]))
@@ -183,4 +183,5 @@ def clean_views(store: Store, engine: Engine, size: int, ids: np.ndarray) -> tup
         except Corrupt as error:
             ids = ids[ids != error.id]
             if not len(ids):
-                return ids, torch.empty(0, 3, size, size, dtype=torch.uint8)
+                empty = np.empty((0, store.layout.channels, size, size), store.layout.dtype)
+                return ids, torch.from_numpy(empty)

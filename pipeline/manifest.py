@@ -57,6 +57,11 @@ def read_manifest(out: Path) -> dict | None:
     return manifest
 
 
+def layout(manifest: dict) -> codec.Layout:
+    """Of a set's pixels. Sets of RGB, and older ones, do not say it."""
+    return codec.Layout(manifest.get("channels", 3), manifest.get("bits", 8))
+
+
 KEYS = {"name": str, "format": str, "options": dict, "classes": list, "source": dict, "rejected": int, "splits": dict}
 PART_KEYS = {"count": int, "mean": list, "std": list, "fingerprint": str, "index": dict, "shards": list}
 SHARD_KEYS = {"file": str, "count": int, "bytes": int, "sha256": str}
@@ -70,15 +75,18 @@ def _odd(manifest: Any) -> str:
         return "name"
     if manifest["format"] not in ("webdataset", "ffcv") or not manifest["splits"]:
         return "splits" if not manifest["splits"] else "format"
+    channels, bits = layout(manifest)
+    if type(channels) is not int or not 1 <= channels <= codec.MAX_CHANNELS or bits not in (8, 16):
+        return "channels or bits"
     anywhere = manifest["options"].get("dataset") == "shards"  # what was indexed lies where it lies
-    odd_parts = ((name, _odd_part(part, anywhere)) for name, part in manifest["splits"].items())
+    odd_parts = ((name, _odd_part(part, channels, anywhere)) for name, part in manifest["splits"].items())
     return next((f"split {name}, {odd}," for name, odd in odd_parts if odd), "")
 
 
-def _odd_part(part: Any, anywhere: bool) -> str:
+def _odd_part(part: Any, channels: int, anywhere: bool) -> str:
     if odd := _lacking(part, PART_KEYS) or _lacking(part["index"], {"file": str, "sha256": str}):
         return odd
-    if not all(len(part[word]) == 3 and all(map(_finite, part[word])) for word in ("mean", "std")):
+    if not all(len(part[word]) == channels and all(map(_finite, part[word])) for word in ("mean", "std")):
         return "mean or std"
     names = [part["index"]["file"]]
     for shard in part["shards"]:
@@ -127,7 +135,7 @@ def write_rejected(out: Path, rejected: list[dict], total: int, allowed: float) 
 
 
 def finish_split(out: Path, name: str, rows: index.Index, shards: list[dict], average, rejected: int) -> dict:
-    """Write a split's index; returns its part of the manifest. `average`: (2, 3), mean and mean square a channel."""
+    """Write a split's index; returns its part of the manifest. `average`: (2, C), mean and mean square a channel."""
     if not len(rows):
         raise UserError(f"not one image of split {name} could be used: see {out / 'rejected.jsonl'}")
     digest = index.write(rows, out / f"{name}.index")
@@ -153,6 +161,7 @@ def write_manifest(
     source: str,
     ignored: int = 0,
     notes: Iterable[str] = (),
+    pixels: codec.Layout = codec.RGB,
     **about: Any,
 ) -> dict:
     """The last thing to be written: with it the shards are complete. `source`: fingerprint of where they come from;
@@ -164,6 +173,7 @@ def write_manifest(
         "version": VERSION,
         "format": options.format,
         "encoding": options.encoding,
+        **(pixels._asdict() if pixels != codec.RGB else {}),
         "encoder": {
             "quality": options.quality,
             "subsampling": codec.SUBSAMPLING,

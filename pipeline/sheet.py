@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from manyview.pipeline.codec import decode
+from manyview.pipeline.codec import RGB, Layout, decode
 from manyview.pipeline.store import Store
 from manyview.pipeline.views import Policy, ViewParameters, parameters
 
@@ -34,6 +35,7 @@ def contact_sheet(
     ids = np.asarray(ids, np.int64)
     p = parameters(policy, seed, 0 * ids, ids, store.heights[ids], store.widths[ids])
     pixels = {name: [view for group in render(ids, p) for view in group.cpu()] for name, render in renders.items()}
+    shown = partial(in_colors, store=store)
     views, tall = len(p.views), len(pixels) * (CELL + GAP) - GAP
     first = 2 * CELL + GAP  # the original's width
     width = 2 * MARGIN + first + views * (CELL + GAP) + 2 * GAP
@@ -45,7 +47,9 @@ def contact_sheet(
     pen.text((MARGIN, MARGIN + 26), f"seed {seed}, epoch 0; {legend}", FAINT, _font(14))
     for b, i in enumerate(ids.tolist()):
         top = MARGIN + 3 * LINE + GAP + b * block
-        below = top + _original(sheet, decode(store.read(i)), p.views["box"][:, b], (MARGIN, top), first, tall) + 8
+        below = (
+            top + _original(sheet, shown(decode(store.read(i))), p.views["box"][:, b], (MARGIN, top), first, tall) + 8
+        )
         pen.text((MARGIN, below), _shorten(store.key(i), first), INK, _font(13, bold=True))
         label = f", class {store.classes[store.labels[i]]}" if store.labels[i] >= 0 else ""
         about = f"sample {i}, {store.widths[i]} x {store.heights[i]} px{label}"
@@ -55,25 +59,39 @@ def contact_sheet(
         for v in range(views):
             left = MARGIN + first + 3 * GAP + v * (CELL + GAP)
             for row, pictures in enumerate(pixels.values()):
-                _place(sheet, pictures[v][b].permute(1, 2, 0).numpy(), (left, top + row * (CELL + GAP)))
+                _place(sheet, shown(pictures[v][b].permute(1, 2, 0).numpy()), (left, top + row * (CELL + GAP)))
             pen.rectangle((left, top + tall + 4, left + CELL - 1, top + tall + 7), _hue(v, views))
-            for k, line in enumerate(describe(p.views[v, b], int(p.heights[b] * p.widths[b]))):
+            for k, line in enumerate(describe(p.views[v, b], int(p.heights[b] * p.widths[b]), store.layout)):
                 pen.text((left, top + tall + 12 + k * LINE), line, INK if k == 0 else FAINT, _font(12))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
 
 
-def describe(view: np.void, pixels: int) -> list[str]:
+def in_colors(pixels: np.ndarray, store: Store) -> np.ndarray:
+    """(H, W, C) of a set as (H, W, 3) uint8 to look at: its first three channels as red, green and blue, or its only one as grey,
+    two deviations of the set around its mean."""
+    if store.layout == RGB:
+        return pixels
+    low = np.array(store.mean) - 2 * np.array(store.std)
+    spread = (255 * (pixels - low) / (4 * np.array(store.std))).clip(0, 255).astype(np.uint8)
+    if spread.shape[2] == 2:
+        return np.dstack([spread, np.zeros_like(spread[..., :1])])
+    return np.repeat(spread, 3, 2) if spread.shape[2] == 1 else np.ascontiguousarray(spread[..., :3])
+
+
+def describe(view: np.void, pixels: int, layout: Layout = RGB) -> list[str]:
     """What was drawn for a view (of `views.VIEW`) of an image of so many pixels, in three short lines."""
     _, _, height, width = view["box"].tolist()
     share = f"{100 * height * width / pixels:.0f} %, {width} x {height}"
     brightness, contrast, saturation, hue = factors(view["color"])
-    color = f"b {brightness:.2f} c {contrast:.2f} " + (
-        f"s {saturation:.2f} h {hue:+.0f}°" if saturation > 1e-3 else "grey"
-    )
+    color = f"b {brightness:.2f} c {contrast:.2f}"
+    if layout == RGB:
+        color += f" s {saturation:.2f} h {hue:+.0f}°" if saturation > 1e-3 else " grey"
     if np.array_equal(view["color"], np.eye(3, 4)):
         color = "color as it is"
-    rest = [f"blur {view['sigma']:.2f} px"] * bool(view["sigma"]) + ["solarize"] * bool(view["solarize"])
+    rest = [f"blur {view['sigma']:.2f} px"] * bool(view["sigma"]) + ["solarize"] * bool(
+        view["solarize"] and layout == RGB
+    )
     mirrored = {"flip": "flipped", "vflip": "upside down", "transposed": "transposed"}
     return ["  ".join([share, *(word for name, word in mirrored.items() if view[name])]), color, "  ".join(rest)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from functools import lru_cache
 from itertools import groupby
@@ -13,7 +14,7 @@ from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
 from manyview.pipeline import bucket, codec, files, index, storage
 from manyview.pipeline.errors import UserError
-from manyview.pipeline.manifest import MANIFEST, read_manifest
+from manyview.pipeline.manifest import MANIFEST, layout, read_manifest
 
 GAP = 128 << 10  # bytes: reading over less than this is cheaper than another request
 REQUEST = 128 << 10  # bytes: the kernel cuts a longer read-ahead short without saying so
@@ -30,9 +31,9 @@ class Corrupt(UserError):
 class Store:
     """One split of shards in a folder, or in a bucket (see `bucket`). Reads may come from any number of threads.
 
-    `labels`: (n,) int64, -1 = unlabelled; `heights`, `widths`: (n,) int32, pixels of the stored image. `mean`, `std`: a
-    channel, of values 0..255, over the training split. `fingerprint`: identity of this split's samples, the same
-    for both formats. `shard_of`: (n,) uint32, the shard a sample lies in.
+    `labels`: (n,) int64, -1 = unlabelled; `heights`, `widths`: (n,) int32, pixels of the stored image; `layout`: what those
+    are. `mean`, `std`: a channel, of values 0..255 (or 0..65535), over the training split. `fingerprint`: identity of this
+    split's samples, the same for both formats. `shard_of`: (n,) uint32, the shard a sample lies in.
 
     UserError: no shards, no such split, another version, an index that is damaged, a shard that is missing or of the wrong
     length (named).
@@ -46,6 +47,7 @@ class Store:
         self.manifest, self.name, self.classes = manifest, manifest["name"], manifest["classes"]
         part = manifest["splits"][split]
         self.fingerprint: str = part["fingerprint"]
+        self.layout = layout(manifest)
         self.mean, self.std = statistics(manifest)
         self.shards: list[dict] = part["shards"]
         url = storage.address(path)
@@ -74,7 +76,7 @@ class Store:
         path = self.path / part["index"]["file"]
         try:
             rows = self.bucket.read_index(part["index"]) if self.bucket else index.read(path, part["index"]["sha256"])
-            index.check(rows, part, len(self.classes))
+            index.check(rows, part, len(self.classes), self.layout)
         except (OSError, ValueError) as error:
             raise UserError(f"index {storage.where(path)}: {error}") from None
         return rows
@@ -98,7 +100,7 @@ class Store:
             raise Corrupt(
                 i, self.key(i), f"its bytes in {self.shards[rows['shard'][i]]['file']} have changed (checksum)"
             )
-        return codec.view(payload, rows["kind"][i], int(rows["height"][i]), int(rows["width"][i]))
+        return codec.view(payload, rows["kind"][i], int(rows["height"][i]), int(rows["width"][i]), self.layout)
 
     def prefetch(self, ids: np.ndarray) -> None:
         """Say that these samples ((n,) ids, any order) will be read soon. A hint: it returns at once, brings them into the
@@ -143,8 +145,18 @@ class Store:
 
     @property
     def grey(self) -> bool:
-        """Whether its pictures have no color: what is measured of them is the same in every channel."""
-        return len(set(self.mean)) == len(set(self.std)) == 1
+        """Whether its pictures have no color: what is measured of them is the same in every channel, or they are no RGB."""
+        return self.layout != codec.RGB or len(set(self.mean)) == len(set(self.std)) == 1
+
+    def refuse_other_than_rgb(self, what: str) -> None:
+        """UserError where `what` cannot take these images."""
+        if self.layout != codec.RGB:
+            raise UserError(f"{what} takes images of {codec.RGB}, {self.name} has {self.layout}")
+
+    def described(self) -> dict[str, str]:
+        """What weights trained on it say of the images they want: mean, std, and the layout where it is not RGB."""
+        text = {"mean": json.dumps(self.mean), "std": json.dumps(self.std)}
+        return text | ({} if self.layout == codec.RGB else {key: str(n) for key, n in self.layout._asdict().items()})
 
     def default_size(self) -> int:
         """View side in pixels: the median short side of the images, at most 224."""
@@ -177,16 +189,18 @@ def _manifest(path: Path) -> dict:
 
 def statistics(manifest: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation a channel, 0..255, of `train` (of the first split where there is no such). A channel that
-    hardly varies (of blank or padded channels) gets a tenth of the largest deviation, so that it does not drown the others."""
+    hardly varies (of blank or padded channels) gets a tenth of the largest deviation, so that it does not drown the others; where
+    channels are not RGB, but bands with ranges of their own, one step of their values."""
     part = _measured(manifest)
-    floor = max(1.0, max(part["std"]) / 10)
+    floor = max(1.0, max(part["std"]) / 10) if layout(manifest) == codec.RGB else 1.0
     return tuple(part["mean"]), tuple(max(value, floor) for value in part["std"])
 
 
 def flat_channels(manifest: dict) -> list[str]:
     """A line that names the channels whose deviation `statistics` raises; none where there are none."""
-    own, used = _measured(manifest)["std"], statistics(manifest)[1]
-    flat = [f"{name} (deviation {a:.2g} of 255)" for name, a, b in zip(("red", "green", "blue"), own, used) if b > a]
+    own, used, pixels = _measured(manifest)["std"], statistics(manifest)[1], layout(manifest)
+    names = ("red", "green", "blue") if pixels == codec.RGB else range(1, pixels.channels + 1)
+    flat = [f"{name} (deviation {a:.2g} of {pixels.white})" for name, a, b in zip(names, own, used) if b > a]
     return [f"channel {', '.join(flat)} hardly varies: it is normalized as if by {min(used):.2g}"] if flat else []
 
 

@@ -37,7 +37,7 @@ class Writer:
 
     def add(self, key: str, label: int, payload: np.ndarray) -> int:
         """Returns the offset of the payload."""
-        extension, front = ("jpg", b"") if payload.ndim == 1 else ("npy", npy_header(payload.shape))
+        extension, front = ("jpg", b"") if payload.ndim == 1 else ("npy", npy_header(payload))
         text = b"%d" % label
         size = len(front) + payload.nbytes
         data_at = self.at + BLOCK
@@ -49,7 +49,7 @@ class Writer:
 
     def _write(self, *parts) -> None:
         for part in parts:  # not joined: that would be another copy of the payload
-            data = part.reshape(-1).data if isinstance(part, np.ndarray) else part
+            data = part.reshape(-1).view(np.uint8).data if isinstance(part, np.ndarray) else part
             self.file.write(data)
             self.digest.update(data)
             self.at += len(data)
@@ -74,9 +74,9 @@ def header(name: str, size: int) -> bytes:
     return b"%b%b%b%b%06o%b" % (encoded.ljust(100, b"\0"), FRONT, digits, MIDDLE, check, BACK)
 
 
-def npy_header(shape: tuple[int, ...]) -> bytes:
-    """The 128 bytes `numpy.save` puts before a C-ordered uint8 array."""
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
+def npy_header(array: np.ndarray) -> bytes:
+    """The 128 bytes `numpy.save` puts before a C-ordered array."""
+    text = f"{{'descr': {array.dtype.str!r}, 'fortran_order': False, 'shape': {array.shape}, }}"
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
 
 

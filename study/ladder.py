@@ -36,6 +36,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from manyview.bench import output
 from manyview.evaluation import encoder as encoders
 from manyview.evaluation import features, knn, linear
 from manyview.evaluation.metrics import score
@@ -114,7 +115,7 @@ def run(ladder: Ladder, out: Path, runs: Path, todo: list[Row], precision: str) 
     """Make the rows of `todo` that the CSV `out` lacks, one after the other; the number of those that failed."""
     failed = 0
     for row in todo:
-        if row.key in {key for key, found in finished(out).items() if found["settings"] == row.settings}:
+        if _made(row, finished(out)):
             continue
         print(f"{row.name}, {row.core_hours:g} core-hours, seed {row.seed}", flush=True)
         try:
@@ -151,8 +152,11 @@ def make(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+NO_STEPS = {"core_seconds": 0.0, "views": 0, "steps": 0, "tflop": 0}
+
+
 def _nothing(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
-    return {"core_seconds": 0, "views": 0, "steps": 0, "tflop": 0, "command": "none: the pixels of the clean view"}
+    return NO_STEPS | {"command": "none: the pixels of the clean view"}
 
 
 def _fit(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
@@ -160,22 +164,15 @@ def _fit(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
     kmeans = KMeans(_pixels(store), row.value, row.seed)
     torch.save(vars(kmeans), folder / "kmeans.pt")
     used = time.process_time() - begun
-    return {
-        "core_seconds": used,
-        "views": 0,
-        "steps": 0,
-        "tflop": 0,
-        "command": f"study/kmeans.py, {row.value} centroids",
-    }
+    return NO_STEPS | {"core_seconds": used, "command": f"study/kmeans.py, {row.value} centroids"}
 
 
 def _peer(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
     from manyview.study import peers  # here, since it needs lightly
 
-    found = peers.train(row.value, data, folder, 3600 * row.core_hours, row.seed, precision)
-    head = peers.RECIPES[row.value].head()
-    found["tflop"] = _tflop(folder, head, peers.SIZE, found["views"])
-    return found | {"command": f"study/peers.py, {row.value}, {precision}"}
+    result = peers.train(row.value, data, folder, 3600 * row.core_hours, row.seed, precision)
+    tflop = _tflop(folder, peers.RECIPES[row.value].head(), peers.SIZE, result["views"])
+    return result | {"tflop": tflop, "command": f"study/peers.py, {row.value}, {precision}"}
 
 
 def _train(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
@@ -246,9 +243,9 @@ def _features(row: Row, folder: Path, store: Store) -> Tensor:
         vars(kmeans).update(torch.load(folder / "kmeans.pt", weights_only=True))
         return kmeans(_pixels(store))
     engine = CPUEngine(store, threads=1)
-    found = features.embed(encoders.load(str(folder)), store, np.arange(len(store)), engine)[:, 0]
+    embedded = features.embed(encoders.load(str(folder)), store, np.arange(len(store)), engine)[:, 0]
     engine.close()
-    return found
+    return embedded
 
 
 def _pixels(store: Store) -> Tensor:
@@ -275,41 +272,62 @@ def write(out: Path, lines: dict[tuple[str, str, str], dict[str, Any]]) -> None:
     files.write(out, sweep.table(list(COLUMNS), list(lines.values())))
 
 
+def _made(row: Row, lines: dict[tuple[str, str, str], dict[str, Any]]) -> bool:
+    return row.key in lines and lines[row.key]["settings"] == row.settings
+
+
+HEAD = (
+    "row",
+    "core-hours",
+    "seeds",
+    "kNN %",
+    "linear %",
+    "core-seconds",
+    "TFLOP",
+    "million views",
+    "steps",
+    "features",
+)
+
+
 def report(ladder: Ladder, out: Path, command: str) -> str:
     """Markdown: a line for every row of the ladder, seeds together; rows that are not there yet are said to be pending."""
     lines = finished(out)
-    groups: dict[tuple[str, float], list[Row]] = {}
+    groups: dict[tuple[float, str], list[Row]] = {}
     for row in ladder.rows:
-        groups.setdefault((row.name, row.core_hours), []).append(row)
-    text = ["# The ladder: accuracy for every core-second", "", f"Made by `{command}`; every row with its command and commit "
-            f"is in [{out.name}]({out.name}).", ""]  # fmt: skip
-    text += [f"- {note}" for note in ladder.notes] + [""]
-    text += ["| row | core-hours | seeds | kNN % | linear % | core-seconds | TFLOP | million views | steps | features |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for (name, hours), rows in sorted(groups.items(), key=lambda item: item[0][1]):
-        there = [lines[row.key] for row in rows if row.key in lines and lines[row.key]["settings"] == row.settings]
-        text.append(_line(name, hours, there, len(rows)))
-    machines = sorted({line["machine"] for line in lines.values()})
-    commits = sorted({line["commit"] for line in lines.values()})
-    text += ["", f"Processor: {'; '.join(machines)}, one thread. Commits: {', '.join(commits)}."]
-    return "\n".join(text) + "\n"
+        groups.setdefault((row.core_hours, row.name), []).append(row)
+    cells = []
+    for (hours, name), rows in sorted(groups.items(), key=lambda item: item[0][0]):
+        there = [lines[row.key] for row in rows if _made(row, lines)]
+        cells.append([name, f"{hours:g}" if hours else "-", f"{len(there)} of {len(rows)}", *_scores(there)])
+    machines, commits = (", ".join(sorted({line[key] for line in lines.values()})) for key in ("machine", "commit"))
+    return output.document(
+        "# The ladder: accuracy for every core-second",
+        f"Made by `{command}`; every row with its command and commit is in [{out.name}]({out.name}).",
+        "\n".join(f"- {note}" for note in ladder.notes),
+        output.table(HEAD, cells),
+        f"Processor: {machines}, one thread. Commits: {commits}.",
+    )
 
 
-def _line(name: str, hours: float, there: list[dict[str, Any]], wanted: int) -> str:
-    cells = [name, f"{hours:g}" if hours else "-", f"{len(there)} of {wanted}"]
-    if not there:
-        return f"| {' | '.join(cells)} |" + " pending |" * 2 + " |" * 5
-    cells += [_spread([100 * float(line[key]) for line in there]) for key in ("knn", "linear")]
-    mean = {
-        key: float(np.mean([float(line[key]) for line in there])) for key in ("core_seconds", "tflop", "views", "steps")
+def _scores(lines: list[dict[str, Any]]) -> list[str]:
+    """The columns from kNN on, of the seeds of one row."""
+    if not lines:
+        return ["pending", "pending", *5 * [""]]
+    values = {
+        key: [float(line[key]) for line in lines]
+        for key in ("core_seconds", "tflop", "views", "steps", "knn", "linear")
     }
-    cells += [
-        f"{mean['core_seconds']:,.0f}",
-        f"{mean['tflop']:,.0f}",
-        f"{mean['views'] / 1e6:.2f}",
-        f"{mean['steps']:,.0f}",
+    seconds, tflop, views, steps = (np.mean(values[key]) for key in ("core_seconds", "tflop", "views", "steps"))
+    accuracies = (_spread([100 * value for value in values[key]]) for key in ("knn", "linear"))
+    return [
+        *accuracies,
+        f"{seconds:,.0f}",
+        f"{tflop:,.0f}",
+        f"{views / 1e6:.2f}",
+        f"{steps:,.0f}",
+        lines[0]["features"],
     ]
-    return f"| {' | '.join([*cells, there[0]['features']])} |"
 
 
 def _spread(values: list[float]) -> str:

@@ -35,7 +35,10 @@ def main(studies: list[Path], out: Path, must_hold: bool = False) -> int:
                 lines += page(path, rows, out.parent / "paper")
             wrong += check(sweep.read(path), rows) if must_hold else []
         else:
-            lines += [f"## {path.stem}", "", f"Not run yet: `python tools/sweep.py {path.as_posix()}`.", ""]
+            runs = len(sweep.read(path).runs)
+            lines += section(
+                f"## {path.stem}", f"Not run yet, all {runs} runs: `python tools/sweep.py {path.as_posix()}`."
+            )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(claims.decide(lines)).rstrip() + "\n")
     print(out)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -35,8 +38,20 @@ def command(*words: object, **kwargs) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=env, **kwargs)
 
 
+def program(*words: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which saves the seconds of importing torch; for tests to which a process makes no difference."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [str(word) for word in words])
+        patch.setattr(sys, "path", sys.path[:])  # programs put the checkout in its first place
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_path(str(ROOT / str(words[0])), run_name="__main__")
+    code = ending.value.code
+    return subprocess.CompletedProcess(words, code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
+
+
 def train(*words: object) -> int:
-    """train.py in this process, which saves the seconds of starting one; its exit code."""
+    """train.py in this process; its exit code."""
     import train
 
     with pytest.MonkeyPatch.context() as patch:
@@ -47,6 +62,26 @@ def train(*words: object) -> int:
 # The smallest run there is: what a test adds comes last, and wins.
 SMALL = "--backbone resnet10-narrow --batch-size 16 --views 2 --projector-dim 16 --size 8 --engine cpu --precision fp32"
 SMALL += " --eval-every -1 --log-every 1"
+
+
+# Files that take longest come first, so that a worker is not left alone with one of them at the end.
+LONG = (
+    "evaluation_suite",
+    "gpu_quarter",
+    "train",
+    "elastic",
+    "study",
+    "remote",
+    "ladder",
+    "loader",
+    "package",
+    "engines",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import command
+from conftest import program
 
 from manyview.bench import runs, stages
 from manyview.pipeline.errors import UserError
@@ -67,7 +67,7 @@ def test_what_cannot_be_asked_is_said(tmp_path):
 @pytest.mark.slow
 def test_a_finished_run_can_be_asked(digits, tmp_path, capsys):
     out = tmp_path / "run"
-    done = command(
+    done = program(
         "train.py", "--data", digits, "--out", out, "--backbone", "resnet10-narrow", "--views", "2", "--batch-size", "64",
         "--steps", "24", "--log-every", "4", "--eval-every", "-1", "--projector-dim", "32",
     )  # fmt: skip

@@ -106,8 +106,8 @@ def test_a_few_stray_bytes_before_the_end_are_harmless_more_are_damage():
 
 
 def test_decode_refuses_what_is_no_payload():
-    for payload in (np.zeros((4, 4, 4), np.uint8), np.zeros(9, np.float32), np.zeros((4, 3), np.uint8)):
+    for shape, kind in (((4, 4, 3), np.int16), (9, np.float32), ((4, 3), np.uint8), ((4, 4, 3, 1), np.uint8)):
         with pytest.raises(ValueError):
-            codec.decode(payload)
+            codec.decode(np.zeros(shape, kind))
     with pytest.raises(ValueError):
         codec.decode(array(encoded(pixels(1), "PNG")))

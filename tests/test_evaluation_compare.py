@@ -138,6 +138,10 @@ def test_runs_of_one_name_are_two_runs(tmp_path):
     one = [write(tmp_path / side / "x", [r | {"run": "x", "checkpoint": side} for r in rows(1)]) for side in "ab"]
     assert {row["run"] for row in read(one)} == {path.as_posix() for path in one}
     assert {row["run"] for row in read(one[:1])} == {"x"}
+    sizes = [
+        write(tmp_path / f"{n}px", [r | {"run": "y", "checkpoint": f"c {n}px"} for r in rows(1)]) for n in (64, 96)
+    ]
+    assert {row["run"] for row in read(sizes)} == {"y"}  # the same weights
 
 
 @pytest.mark.parametrize("change", [{"n_train": 100, "sample": "part"}, {"sample": "other"}])

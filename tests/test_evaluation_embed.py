@@ -15,7 +15,7 @@ from manyview.pipeline import engines
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.store import Store
 from tests import patterns
-from tests.conftest import command
+from tests.conftest import program
 
 CPU = torch.device("cpu")
 
@@ -136,5 +136,5 @@ def test_messages(made, tmp_path):
         (("--to", tmp_path / "x.csv"), "must end in .parquet or .npz"),
         (("--to", tmp_path / "x.npz", "--split", "vla"), "no images in a split 'vla'"),
     ):
-        done = command("tools/embed.py", made[0][0], "--data", made[1][0], *words)
+        done = program("tools/embed.py", made[0][0], "--data", made[1][0], *words)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1) and said in done.stderr

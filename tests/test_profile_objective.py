@@ -46,7 +46,7 @@ def test_peak_memory_and_work_of_a_known_step():
     row, square = task.row(), 4 * 1000 * 1000
     assert 2 * square <= row["peak_bytes"] < 4.2 * square  # the product's gradient of z is added to exp's
     assert row["product_flops"] == 3 * 2 * 8 * 1000 * 1000
-    assert row["product_ms"] > 0 and 0 < row["forward_ms"] < row["ms"] and row["repeats"] == 2
+    assert row["product_ms"] > 0 and row["repeats"] == 2
     task.terms = lambda z: [z.exp().sum()]
     profiler.look(task, CPU)
     assert task.peak_bytes == pytest.approx(2 * square, rel=0.01)

@@ -14,16 +14,18 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import conftest
 import fsspec
 import numpy as np
 import pytest
 import torch
 from bucket import FAULTS, Proxy, service, upload
-from conftest import ROOT, command
+from conftest import ROOT
 from pictures import encoded
 from safetensors.torch import load_file
 
 from manyview.pipeline import bucket, files, storage
+from manyview.pipeline import plan as plans
 from manyview.pipeline.convert.verify import verify
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.engines.cpu import CPUEngine
@@ -513,29 +515,21 @@ def test_addresses():
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-TRAINER = """
-import sys
-from manyview.pipeline import plan, storage
-storage.PIECE = 1 << 18
-plan.BLOCK, plan.MIXED = 32, 32 * plan.WINDOW
-import train
-from manyview.pipeline.errors import run
-run(train.main)
-"""
-
 
 def train(data: object, out: Path) -> list[dict]:
     """Eight steps in blocks order; the rows of metrics.jsonl without what depends on time."""
     words = ["--data", data, "--out", out, "--steps", 8, "--batch-size", 16, "--views", 2, "--order", "blocks"]
     words += ["--backbone", "resnet10-narrow", "--size", 8, "--projector-dim", 16, "--log-every", 1, "--eval-every", -1]
-    done = command("-c", TRAINER, *words)
-    assert done.returncode == 0, done.stderr
+    words += ["--seed", 77]  # of its own: orders are remembered, and these are of small blocks
+    assert conftest.train(*words) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: row[k] for k in ("step", "loss", "rank", "images") if k in row} for row in rows]
 
 
 @pytest.mark.slow
-def test_training_notices_nothing(proxy, digits, tmp_path):
+def test_training_notices_nothing(proxy, digits, tmp_path, monkeypatch):
+    for place, name, value in ((storage, "PIECE", 1 << 18), (plans, "BLOCK", 32), (plans, "MIXED", 32 * plans.WINDOW)):
+        monkeypatch.setattr(place, name, value)
     address = upload(digits, "s3://bucket/digits")
     proxy.trouble()
     assert train(address, tmp_path / "remote") == train(digits, tmp_path / "local")

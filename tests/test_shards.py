@@ -24,20 +24,10 @@ from pictures import class_folders, encoded, jpeg, pixels
 
 from manyview.pipeline import codec
 from manyview.pipeline.convert import pool, source_state
+from manyview.pipeline.convert.shard_plan import FORMATS, KEY_LENGTH, SAFE, plan_shards, safe_keys, shuffled
 from manyview.pipeline.convert.sources import datasets
 from manyview.pipeline.convert.verify import verify
-from manyview.pipeline.convert.write import (
-    CHECKS,
-    FORMATS,
-    KEY_LENGTH,
-    SAFE,
-    WORK,
-    check_options,
-    plan_shards,
-    safe_keys,
-    shuffled,
-    write_shards,
-)
+from manyview.pipeline.convert.write import CHECKS, WORK, check_options, write_shards
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import MANIFEST, Options
 from manyview.pipeline.store import Store

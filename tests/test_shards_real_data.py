@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from manyview.pipeline import codec
+from manyview.pipeline.convert.shard_plan import FORMATS, safe_keys
 from manyview.pipeline.convert.verify import verify
-from manyview.pipeline.convert.write import FORMATS, safe_keys, write_shards
+from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.manifest import Options
 from manyview.pipeline.store import Store
 

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import runpy
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import ROOT, command
+from conftest import program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -61,7 +59,7 @@ def test_thin_pictures_have_frames(height, width):
 @pytest.mark.slow
 def test_the_command_draws_every_engine(digits, tmp_path):
     line = ("tools/views.py", "--data", digits, "--views", 2, "--images", 2, "--engines", "reference,cpu,resident")
-    done = command(*line, "--out", tmp_path / "a.png", "--augment", "hue=0", "blur=1")
+    done = program(*line, "--out", tmp_path / "a.png", "--augment", "hue=0", "blur=1")
     assert done.returncode == 0, done.stderr
     assert (
         "2 images, 2 views of 8 px, reference, cpu, resident" in done.stdout
@@ -80,9 +78,6 @@ def test_the_command_draws_every_engine(digits, tmp_path):
         (["--size", "16000", "--views", "100"], "GiB: a smaller --size"),
     ],
 )
-def test_bad_flags_are_one_line_and_exit_2(digits, tmp_path, flags, words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["views.py", "--data", str(digits), "--out", str(tmp_path / "a.png"), *flags])
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with pytest.raises(SystemExit) as ending:
-        runpy.run_path(str(ROOT / "tools" / "views.py"), run_name="__main__")
-    assert ending.value.code == 2 and words in capsys.readouterr().err
+def test_bad_flags_are_one_line_and_exit_2(digits, tmp_path, flags, words):
+    done = program("tools/views.py", "--data", digits, "--out", tmp_path / "a.png", *flags)
+    assert done.returncode == 2 and words in done.stderr

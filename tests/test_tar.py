@@ -38,11 +38,12 @@ def test_headers_are_those_of_tarfile():
         tar.header("k" * 101, 1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (32, 32, 3), (480, 640), (3000, 4000, 3)])
-def test_npy_headers_are_those_of_numpy(shape):
-    buffer = io.BytesIO()
-    np.save(buffer, np.zeros(shape, np.uint8))
-    assert buffer.getvalue()[:128] == tar.npy_header(shape)
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(1, 1, 3), (32, 32, 3), (480, 640), (3000, 4000, 3), (64, 64, 13)])
+def test_npy_headers_are_those_of_numpy(shape, kind):
+    buffer, array = io.BytesIO(), np.zeros(shape, kind)
+    np.save(buffer, array)
+    assert buffer.getvalue()[:128] == tar.npy_header(array)
 
 
 def test_an_archive_reads_back_with_tarfile_and_tar(tmp_path):

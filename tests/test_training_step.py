@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -87,58 +86,65 @@ def test_frozen_statistics_restores_tracking():
     assert not torch.equal(statistics(model), before)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+CASES = [  # processes, statistics per view, chunk, network
+    (2, False, 0, "resnet10-narrow"),
+    (3, True, 0, "resnet10-narrow"),
+    (2, True, 1, "resnet10-narrow"),
+    (2, False, 0, "mobilenetv3_small_050"),  # batch-norms with the activation inside
+    (2, True, 1, "mobilenetv3_small_050"),
+]
 
 
-def one_rank(
-    rank: int, world: int, port: int, rows: np.ndarray, per_view: bool, chunk: int, network: str, out: Path
-) -> None:
+def whole_batch() -> torch.Tensor:
+    return torch.randn(2, 12, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def one_rank(rank: int, folder: Path) -> None:
+    """Every case that has this rank, one after the other: starting processes is what takes time."""
     torch.set_num_threads(1)
-    x = torch.from_numpy(rows)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    model = encoder(network=network)
-    synchronize_batchnorm(model, torch.device("cpu"))
-    assert any(isinstance(m, GlobalBatchNorm) for m in model.modules())
-    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    share = x.shape[1] // world
-    mine = [x[:, rank * share : (rank + 1) * share]]
-    loss_of = objective.create("barlow")
-    if chunk:
-        loss, _ = backward_chunked(wrapped, mine, loss_of, identity, chunk, contextlib.nullcontext)
-    else:
-        loss, _ = backward(wrapped, mine, loss_of, identity, per_view, contextlib.nullcontext)
-    if rank == 0:
-        np.savez(out, total=float(loss.total.detach()), grad=gradients(model), stats=statistics(model))
-    dist.barrier()
-    dist.destroy_process_group()
+    for number, (world, per_view, chunk, network) in enumerate(CASES):
+        if rank >= world:
+            continue
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=world)
+        model = encoder(network=network)
+        synchronize_batchnorm(model, torch.device("cpu"))
+        assert any(isinstance(m, GlobalBatchNorm) for m in model.modules())
+        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        mine, loss_of = [whole_batch().chunk(world, 1)[rank]], objective.create("barlow")
+        if chunk:
+            loss, _ = backward_chunked(wrapped, mine, loss_of, identity, chunk, contextlib.nullcontext)
+        else:
+            loss, _ = backward(wrapped, mine, loss_of, identity, per_view, contextlib.nullcontext)
+        if rank == 0:
+            np.savez(
+                folder / f"{number}.npz",
+                total=float(loss.total.detach()),
+                grad=gradients(model),
+                stats=statistics(model),
+            )
+        del wrapped
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def rank0(tmp_path_factory) -> Path:
+    """What rank 0 had, a file a case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(one_rank, (folder,), nprocs=3)
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "per_view", "chunk", "network"),
-    [
-        (2, False, 0, "resnet10-narrow"),
-        (3, True, 0, "resnet10-narrow"),
-        (2, True, 1, "resnet10-narrow"),
-        (2, False, 0, "mobilenetv3_small_050"),  # batch-norms with the activation inside
-        (2, True, 1, "mobilenetv3_small_050"),
-    ],
-)
-def test_ranks_equal_one_process_on_the_whole_batch(world, per_view, chunk, network, tmp_path):
-    torch.manual_seed(2)
-    x = torch.randn(2, 12, 3, 16, 16, dtype=torch.float64)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
+def test_ranks_equal_one_process_on_the_whole_batch(rank0, number):
+    _, per_view, _, network = CASES[number]
     single = encoder(network=network)
-    loss, _ = backward(single, [x], objective.create("barlow"), identity, per_view, contextlib.nullcontext)
-    # Arrays and a file: nothing is shared with a process that ends.
-    mp.spawn(one_rank, (world, free_port(), x.numpy(), per_view, chunk, network, tmp_path / "rank0.npz"), nprocs=world)
-    rank0 = np.load(tmp_path / "rank0.npz")
-    total, grad, stats = float(rank0["total"]), rank0["grad"], rank0["stats"]
-    assert abs(total - float(loss.total.detach())) < 1e-10 * abs(total)
-    torch.testing.assert_close(torch.from_numpy(grad), gradients(single), rtol=1e-7, atol=1e-10)
-    torch.testing.assert_close(torch.from_numpy(stats), statistics(single), rtol=1e-9, atol=1e-12)
+    loss, _ = backward(single, [whole_batch()], objective.create("barlow"), identity, per_view, contextlib.nullcontext)
+    there = np.load(rank0 / f"{number}.npz")
+    assert abs(float(there["total"]) - float(loss.total.detach())) < 1e-10 * abs(float(loss.total.detach()))
+    torch.testing.assert_close(torch.from_numpy(there["grad"]), gradients(single), rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(torch.from_numpy(there["stats"]), statistics(single), rtol=1e-9, atol=1e-12)
 
 
 def test_global_batch_norm_without_ranks_is_left_alone():
@@ -148,8 +154,8 @@ def test_global_batch_norm_without_ranks_is_left_alone():
 
 
 @pytest.fixture
-def one_process_group():
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+def one_process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

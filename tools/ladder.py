@@ -52,23 +52,23 @@ class Options:
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__)
-    found = ladder.read(options.ladder, options.data)
-    names = {row.name for row in found.rows}
+    asked = ladder.read(options.ladder, options.data)
+    names = {row.name for row in asked.rows}
     for name in options.only:
         if name not in names:
             raise UserError(nearest("row", name, names))
     todo = [
-        row for row in found.rows
+        row for row in asked.rows
         if (not options.only or row.name in options.only)
         and (not options.core_hours or row.core_hours in options.core_hours)
         and (not options.seeds or row.seed in options.seeds)
     ]  # fmt: skip
     torch.set_num_threads(1)
     tune(torch.device("cpu"))
-    failed = 0 if options.report else ladder.run(found, options.out, options.runs, todo, options.precision)
+    failed = 0 if options.report else ladder.run(asked, options.out, options.runs, todo, options.precision)
     command = f"python tools/ladder.py {shlex.quote(str(options.ladder))}"
     page = options.out.with_suffix(".md")
-    files.write(page, ladder.report(found, options.out, command))
+    files.write(page, ladder.report(asked, options.out, command))
     print(page)
     return 1 if failed else 0
 

@@ -36,7 +36,8 @@ class Write:
     format: str = "webdataset"
     """webdataset (.tar) or ffcv (.beton)."""
     encoding: str = "jpeg"
-    """jpeg, raw or yuv420. Images of 64 pixels and under are always raw."""
+    """jpeg, raw, yuv420, or array: any number of channels, 8 or 16 bits, every value as it is (docs/datasets.md). Images of 64
+    pixels and under are always raw."""
     size: int = 0
     """Short side in pixels to shrink larger images to; 0 leaves them, and baseline JPEGs then keep their bytes."""
     quality: int = 95
@@ -129,14 +130,10 @@ class List:
         return 0
 
 
-@dataclass
-class Index:
-    """Make tars and betons that exist readable where they are: a manifest and an index, nothing is copied."""
+@dataclass(kw_only=True)
+class Foreign:
+    """How tars and betons that others wrote are read."""
 
-    source: tyro.conf.Positional[Path]
-    """A .tar or .beton, or a folder of them."""
-    out: Path | None = None
-    """Where manifest and index go; the folder itself if not given."""
     jobs: int = 0
     """Processes; 0 = one a core."""
     max_rejected: str = "1%"
@@ -151,18 +148,30 @@ class Index:
     allow_cut: bool = False
     """Take what there is of a tar that was cut off."""
 
-    def run(self) -> int:
-        reading = Reading(
+    def reading(self) -> Reading:
+        return Reading(
             disjoint=self.disjoint, image_part=self.image_part, label_part=self.label_part, allow_cut=self.allow_cut
         )
+
+
+@dataclass(kw_only=True)
+class Index(Foreign):
+    """Make tars and betons that exist readable where they are: a manifest and an index, nothing is copied."""
+
+    source: tyro.conf.Positional[Path]
+    """A .tar or .beton, or a folder of them."""
+    out: Path | None = None
+    """Where manifest and index go; the folder itself if not given."""
+
+    def run(self) -> int:
         rejected = fraction(self.max_rejected)
-        manifest = index_foreign(self.source, self.out, reading=reading, jobs=self.jobs, max_rejected=rejected)
+        manifest = index_foreign(self.source, self.out, reading=self.reading(), jobs=self.jobs, max_rejected=rejected)
         print(summary.text(self.out or self.source, manifest))
         return 0
 
 
-@dataclass
-class Import:
+@dataclass(kw_only=True)
+class Import(Foreign):
     """Convert existing tars, betons or shards of this program (another format, encoding or size)."""
 
     source: Path
@@ -172,31 +181,15 @@ class Import:
     format: str = "webdataset"
     """webdataset (.tar) or ffcv (.beton)."""
     encoding: str = "jpeg"
-    """jpeg, raw or yuv420."""
+    """jpeg, raw, yuv420, or array: any number of channels, 8 or 16 bits, every value as it is."""
     size: int = 0
     """Short side in pixels to shrink larger images to; 0 leaves them."""
-    jobs: int = 0
-    """Processes; 0 = one a core."""
-    max_rejected: str = "1%"
-    """Images that may be set aside before the conversion counts as failed."""
     unlabelled: bool = False
     """Labels are not read."""
-    disjoint: bool = False
-    """Splits may have no class in common (few-shot sets)."""
-    image_part: str = ""
-    """Of a sample's files (KEY.left.jpg, KEY.right.jpg) or a .beton's fields, the one that is the image: left.jpg."""
-    label_part: str = ""
-    """The one that is the class: cls, txt, fine.cls, or a field; folder for the last folder of its name, none for no
-    labels. If not given: .cls, .label, .json or numbers in .txt; the field called label, or the only one of whole numbers."""
-    allow_cut: bool = False
-    """Take what there is of a tar that was cut off."""
 
     def run(self) -> int:
         options = Options("shards", self.format, self.encoding, self.size, unlabelled=self.unlabelled)
-        reading = Reading(
-            disjoint=self.disjoint, image_part=self.image_part, label_part=self.label_part, allow_cut=self.allow_cut
-        )
-        return convert(options, self.source, self.out, self.jobs, self.max_rejected, reading)
+        return convert(options, self.source, self.out, self.jobs, self.max_rejected, self.reading())
 
 
 def fraction(text: str, what: str = "max-rejected") -> float:

@@ -31,44 +31,18 @@ CHOICES = {
 }
 # Both ends are allowed.
 RANGES: dict[str, tuple[float, float]] = {
-    "views": (2, math.inf),
-    "batch_size": (2, math.inf),
-    "projector_dim": (2, math.inf),
-    "projector_hidden": (0, math.inf),
-    "size": (0, math.inf),
+    **dict.fromkeys(("views", "batch_size", "projector_dim"), (2, math.inf)),
+    **dict.fromkeys(("prefetch", "log_every", "save_every"), (1, math.inf)),
+    **dict.fromkeys(("projector_hidden", "size", "steps", "threads", "view_chunk", "keep_every"), (0, math.inf)),
+    **dict.fromkeys(("lr", "final_lr", "weight_decay"), (0, 1e30)),
+    **dict.fromkeys(("fraction", "warmup", "ema", "max_bad"), (0, 1)),
     "epochs": (0, 1e9),
-    "steps": (0, math.inf),
-    "fraction": (0, 1),
-    "lr": (0, 1e30),
-    "final_lr": (0, 1e30),
-    "warmup": (0, 1),
-    "weight_decay": (0, 1e30),
-    "ema": (0, 1),
-    "max_bad": (0, 1),
     "seed": (0, 2**63 - 1),
-    "threads": (0, math.inf),
-    "prefetch": (1, math.inf),
-    "view_chunk": (0, math.inf),
-    "log_every": (1, math.inf),
-    "save_every": (1, math.inf),
-    "keep_every": (0, math.inf),
     "eval_every": (-1, math.inf),
 }
 SPEED = ["engine", "device", "precision", "compile", "threads", "prefetch", "view_chunk"]
-BOOKKEEPING = [
-    "out",
-    "resume",
-    "overwrite",
-    "init_from",
-    "dry_run",
-    "log",
-    "log_every",
-    "save_every",
-    "keep_every",
-    "eval_every",
-    "max_bad",
-    "preset",
-]
+BOOKKEEPING = ["out", "resume", "overwrite", "init_from", "dry_run", "log", "log_every", "save_every", "keep_every",
+               "eval_every", "max_bad", "preset"]  # fmt: skip
 
 
 SMALL = 32  # pixels of a view up to which `small_defaults` hold

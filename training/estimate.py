@@ -58,7 +58,7 @@ def _size_that_works(model: nn.Module, group: Group, policy: Policy) -> str:
     twin = copy.deepcopy(model).to("meta")
     for size in range(group.size + 1, largest + 1):
         with contextlib.suppress(Exception), torch.no_grad():
-            twin(torch.empty(2, 3, size, size, device="meta"))
+            twin(torch.empty(2, _channels(model), size, size, device="meta"))
             return f"; try --augment local.size={size}"
     return "; it cannot do --policy multicrop"
 
@@ -70,7 +70,7 @@ def trial(
     autocast: Callable[[], AbstractContextManager],
     most_rows: int = 256,
 ) -> Estimate:
-    """Time forward + backward of a copy of the encoder on random rows of (3, size, size), and count the saved bytes.
+    """Time forward + backward of a copy of the encoder on random rows of (C, size, size), and count the saved bytes.
 
     The copy and the restored generators keep the run itself untouched. The rows are few, so that memory is bounded, but
     enough that the cost which a call has anyway does not show.
@@ -78,7 +78,7 @@ def trial(
     state = checkpoint.random_state()
     twin = copy.deepcopy(encoder)
     rows = max(2, min(most_rows, 256, 2**18 // size**2))
-    x = torch.randn(rows, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(rows, _channels(encoder), size, size, device=device).contiguous(memory_format=torch.channels_last)
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,6 +101,11 @@ def trial(
     weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
     checkpoint.restore_random_state(state)
     return Estimate(rows, seconds / len(x), max(1, sum(saved.values()) // len(x)), 4 * weights)
+
+
+def _channels(encoder: nn.Module) -> int:
+    """Of the images that it takes."""
+    return getattr(getattr(encoder, "backbone", None), "channels", 3)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -168,7 +173,7 @@ def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
     asked = f"out of memory with {policy.views} views x {cfg.batch_size // world} images x {size} px a process"
     gc.collect()
     try:
-        cost = trial(setup.network(cfg, size), size, torch.device("cpu"), contextlib.nullcontext)
+        cost = trial(setup.network(cfg, size, store.layout.channels), size, torch.device("cpu"), contextlib.nullcontext)
     except (MemoryError, RuntimeError):
         return f"{asked}, and there is none even for a trial: a smaller --size or --backbone"
     rows = cost.rows_that_fit(int(0.9 * available_memory(device)))

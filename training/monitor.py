@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
 import uuid
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from manyview.pipeline import files
 from manyview.pipeline.errors import UserError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "ffcv")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Appended:
@@ -230,28 +235,15 @@ def _line(error: Exception) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, commit and hardware: what someone needs to repeat the run."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for name in (
-        "torch",
-        "torchvision",
-        "timm",
-        "numpy",
-        "numba",
-        "nvidia-dali-cuda130",
-        "nvidia-dali-cuda120",
-        "ffcv",
-    ):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    installed = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            installed[name] = version(name)
     return {
         "command": " ".join(sys.argv),
         "commit": commit(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": installed,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
@@ -262,28 +254,18 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def commit() -> str:
     """Short commit of this checkout, with `+` when files differ from it; `unknown` outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    words = ["git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=10", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
-        )
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def cpu_name() -> str:
     """Model name of the processor and the number of cores this process may use."""
-    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
+    models = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else []
+    name = models[0].strip() if models else platform.processor() or platform.machine()
     return f"{name} x {len(os.sched_getaffinity(0))} cores"
 
 

@@ -185,7 +185,8 @@ class Run:
             return self.say(f"step {step}: features are not finite: nothing to probe")
         if eigenvalues[0] < CONSTANT:
             return self.say(f"step {step}: features are the same for all images (collapsed): no spectrum to draw")
-        plots.draw(self.folder)
+        if step < self.steps:  # they are drawn at the end of every run
+            plots.draw(self.folder)
         path = self.folder / "plots" / "spectrum.png"
         plots.spectrum(eigenvalues, path, f"Eigenspectrum of the features at step {step}")
 

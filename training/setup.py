@@ -39,7 +39,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     update: Update
     gradients: Callable[[list[Tensor]], tuple[Loss, Tensor]]
-    """Of normalized views by resolution, each (V_g, B, 3, S, S); leaves gradients, gives loss and embeddings (V, B, D)."""
+    """Of normalized views by resolution, each (V_g, B, C, S, S); leaves gradients, gives loss and embeddings (V, B, D)."""
     autocast: Callable[[], AbstractContextManager]
     dtype: torch.dtype  # of autocast
     precision: str  # its name, and why
@@ -60,22 +60,24 @@ def policy(cfg: Config, size: int, grey: bool = False) -> Policy:
     return views.policy(cfg.policy, cfg.views, size, {**changes, "local.size": whole}, grey)
 
 
-def network(cfg: Config, size: int) -> PretrainingModel:
+def network(cfg: Config, size: int, channels: int = 3) -> PretrainingModel:
     """Backbone and projector with fresh weights, on the CPU."""
     several_sizes = len({group.size for group in policy(cfg, size).groups}) > 1
-    trunk: Any = backbone.create(cfg.backbone, image_size=size, stem=cfg.stem, other_sizes=several_sizes)
+    trunk: Any = backbone.create(
+        cfg.backbone, image_size=size, stem=cfg.stem, other_sizes=several_sizes, channels=channels
+    )
     return PretrainingModel(
         trunk, projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
     )
 
 
-def create(cfg: Config, size: int, device: torch.device) -> Training:
+def create(cfg: Config, size: int, device: torch.device, channels: int = 3) -> Training:
     """The training that `cfg` describes, on square global views of `size` pixels; `Config(...)` has defaults for the rest.
 
     Weights come from torch's generator: seed it before. Where torch.distributed is initialized, batch-norm and gradients
     go over all its ranks. UserError for a backbone, objective or file of weights that does not fit.
     """
-    model: Any = network(cfg, size)
+    model: Any = network(cfg, size, channels)
     origin = fill(model, cfg) if cfg.init_from else "fresh weights"
     model.to(device, memory_format=torch.channels_last)
     synchronize_batchnorm(model, device)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -53,6 +54,8 @@ def convert(data: np.ndarray, options: Options, look: str = "pixels") -> Convert
     """
     if data.ndim > 1:
         check_size(data.shape[0], data.shape[1], options.max_pixels)
+        if data.ndim == 3 and (layout := codec.Layout.of(data)) != codec.RGB:
+            raise ValueError(f"{layout}: --encoding {codec.ARRAY} keeps them")
         picture = Picture(data if data.ndim == 3 else np.repeat(data[..., None], 3, axis=2))
     elif data[:3].tobytes() != b"\xff\xd8\xff":
         picture = _decode_pillow(data.tobytes(), options)
@@ -65,7 +68,7 @@ def convert(data: np.ndarray, options: Options, look: str = "pixels") -> Convert
                 return Converted(data, None, jpeg.height, jpeg.width, small)
             except codec.UnknownSampling:
                 pass  # Pillow may know it
-        picture = _decode_jpeg(data, jpeg, options)
+        picture = decode_jpeg(data, jpeg, options)
     pixels = shrink(picture.pixels, options.size) if options.size else picture.pixels
     height, width = pixels.shape[:2]
     if max(height, width) <= TINY or options.encoding == "raw":
@@ -138,7 +141,7 @@ def check_headers(data: np.ndarray, jpeg: codec.Jpeg | None, max_pixels: int) ->
         raise ValueError(f"its headers say {jpeg.width}x{jpeg.height} pixels, its decoder {width}x{height}")
 
 
-def _decode_jpeg(data: np.ndarray, jpeg: codec.Jpeg | None, options: Options) -> Picture:
+def decode_jpeg(data: np.ndarray, jpeg: codec.Jpeg | None, options: Options) -> Picture:
     """All kinds of JPEG by one decoder with one rule for damage; colors and samplings that it does not make by Pillow."""
     try:
         if jpeg is not None and jpeg.components == 4:
@@ -165,7 +168,16 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _decode_pillow(data: bytes, options: Options) -> Picture:
-    """First frame, upright, 8-bit RGB, transparency on white. Metadata are left out, so they can spoil nothing."""
+    """First frame, upright, 8-bit RGB, transparency on white."""
+    with opened(data, FORMATS, options.max_pixels) as (image, bare, turned):
+        pixels, note = _rgb(image, bare, options.white)
+        return Picture(upright(pixels, turned), note)
+
+
+@contextlib.contextmanager
+def opened(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterator[tuple[Any, bytes, int]]:
+    """An image of these of Pillow's formats: it, its bytes without metadata, so that they can spoil nothing, and EXIF's
+    orientation. Whatever goes wrong inside is a ValueError with the reason."""
     from PIL import Image
 
     if not data:
@@ -176,13 +188,12 @@ def _decode_pillow(data: bytes, options: Options) -> Picture:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
-            check_size(image.height, image.width, options.max_pixels)
+            image = Image.open(io.BytesIO(data), formats=[name for name in formats if name in Image.OPEN])
+            check_size(image.height, image.width, max_pixels)
             image.load()
             if image.format in ("WEBP", "AVIF"):
                 turned = codec.orientation(codec.exif_block(image.info.get("exif", b"")))
-            pixels, note = _rgb(image, data, options.white)
-            return Picture(upright(pixels, turned), note)
+            yield image, data, turned
         except (MemoryError, ValueError):
             raise
         except Image.UnidentifiedImageError:
@@ -256,12 +267,12 @@ def _bare_tiff(data: bytes) -> bytes:
 
 def _rgb(image, data: bytes, white: float) -> tuple[np.ndarray, str]:
     """(H, W, 3) uint8, and what was lost in words."""
-    bits, note = _bits(image, data), ""
+    bits, note = bits_of(image, data), ""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         narrow, note = _narrower(values, bits, image.format == "TIFF", white)
         return _by_strips(image.size, lambda top, end: narrow(values[top:end, :, None])), note
-    colors = _deep_colors(data) if bits > 8 else None
+    colors = deep_colors(data) if bits > 8 else None
     if colors is not None and colors.shape[1::-1] == image.size:
         narrow, note = _narrower(colors[..., :3], bits, False, white)
         pixels = _by_strips(image.size, lambda top, end: _deep_on_white(colors[top:end], narrow))
@@ -290,7 +301,7 @@ def _on_white(image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _deep_colors(data: bytes) -> np.ndarray | None:
+def deep_colors(data: bytes) -> np.ndarray | None:
     """(H, W, bands) uint16, which Pillow cuts to 8 bits."""
     import cv2
 
@@ -307,7 +318,7 @@ def _deep_on_white(values: np.ndarray, narrow: Callable[[np.ndarray], np.ndarray
     return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
-def _bits(image, data: bytes) -> int:
+def bits_of(image, data: bytes) -> int:
     """Bits of a value in the file; of colors Pillow makes 8 without telling."""
     if image.format == "PNG":
         return data[24]

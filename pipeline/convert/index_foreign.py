@@ -6,6 +6,7 @@ import contextlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from isal.isal_zlib import crc32
@@ -167,6 +168,6 @@ def _manifest(
         splits[name] = finish_split(out, name, indexes[name], listed, average, rejects)
     kind = "ffcv" if looked[0][0].path.suffix.lower() == beton.SUFFIX else "webdataset"
     digest = shards.digest([result.sha256 for _, result, _ in looked])
-    about = {"parts": reading.parts} if reading.parts else {}  # for whoever verifies
+    about: dict[str, Any] = {"parts": reading.parts} if reading.parts else {}  # for whoever verifies
     ignored = sum(shard.ignored for shard, *_ in looked)
     return write_manifest(out, Options("shards", kind), classes, splits, len(rejected), digest, ignored, notes, **about)

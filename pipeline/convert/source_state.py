@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from isal.isal_zlib import crc32
 from manyview.pipeline import files, index
 from manyview.pipeline.convert import encode
 from manyview.pipeline.convert.sources import Source, Split
-from manyview.pipeline.manifest import Options
 
 NAME = ".stamp.json"
 TICK = 50_000_000  # ns; file times may lag the clock by one tick of the kernel
@@ -64,19 +64,21 @@ def _older(path: str, at: int) -> bool:
         return False
 
 
-def rewritten(split: Split, keys: list[str], rows: index.Index, options: Options, look: str, at: int) -> list[str]:
-    """Names of images younger than the stamp that no longer give the payload in `rows`, looked at as they were then."""
+def rewritten(
+    split: Split, keys: list[str], rows: index.Index, at: int, convert: Callable[[np.ndarray], encode.Converted]
+) -> list[str]:
+    """Names of images younger than the stamp that no longer give the payload in `rows`, by `convert` as it was then."""
     number = {rows.key(i): i for i in range(len(rows))}
     return [
         split.names[i]
         for i in np.flatnonzero(split.times > at).tolist()
-        if _crc(split, i, options, look) != (rows["crc"][number[keys[i]]] if keys[i] in number else None)
+        if _crc(split, i, convert) != (rows["crc"][number[keys[i]]] if keys[i] in number else None)
     ]
 
 
-def _crc(split: Split, i: int, options: Options, look: str) -> int | None:
+def _crc(split: Split, i: int, convert: Callable[[np.ndarray], encode.Converted]) -> int | None:
     """Of an image's payload; None if it is rejected."""
     try:
-        return crc32(encode.convert(split.read(i), options, look).payload)
+        return crc32(convert(split.read(i)).payload)
     except ValueError:
         return None

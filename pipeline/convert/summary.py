@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from manyview.pipeline import storage, store
+from manyview.pipeline.codec import RGB
 from manyview.pipeline.convert.sources import Source
 from manyview.pipeline.errors import UserError
+from manyview.pipeline.manifest import layout
 
 SHOWN = 3  # names that stand for many
 
@@ -58,7 +60,8 @@ def text(out: Path, manifest: dict) -> str:
     """The lines at the end of a conversion: splits, classes, labelled images, and what was left out or lost."""
     splits, classes = manifest["splits"], manifest["classes"]
     counts = ", ".join(f"{part['count']:,} {split}" for split, part in splits.items())
-    lines = [f"{storage.where(out)}: {counts} images, {manifest['format']}, {manifest['rejected']} rejected"]
+    pixels = f", {layout(manifest)}" if layout(manifest) != RGB else ""
+    lines = [f"{storage.where(out)}: {counts} images{pixels}, {manifest['format']}, {manifest['rejected']} rejected"]
     named = f" ({names(classes, set(range(len(classes))))})" if classes else ""
     labelled = [
         f"{part['labelled']:,} of {split}" for split, part in splits.items() if "labelled" in part

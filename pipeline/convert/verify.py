@@ -13,7 +13,7 @@ from isal.isal_zlib import crc32
 from manyview.pipeline import beton, codec, files, index, storage, tar
 from manyview.pipeline.convert.sources import Reading, shards
 from manyview.pipeline.errors import UserError
-from manyview.pipeline.manifest import MANIFEST, read_manifest
+from manyview.pipeline.manifest import MANIFEST, layout, read_manifest
 
 
 def verify(path: Path) -> list[str]:
@@ -63,7 +63,7 @@ def _split(path: Path, part: dict, manifest: dict) -> Iterator[str]:
     if altered:
         yield f"{file.name}: altered since it was written (SHA-256)"
     try:
-        index.check(rows, part, len(manifest["classes"]))
+        index.check(rows, part, len(manifest["classes"]), layout(manifest))
     except ValueError as error:
         yield f"{file.name}: {error}"
     if not altered and rows.fingerprint() != part["fingerprint"]:
@@ -112,7 +112,7 @@ def _shard(
     if not size:
         return
     with files.Opened(file) as data:
-        yield from _payloads(data, rows, mine)
+        yield from _payloads(data, rows, mine, layout(manifest).bytes)
     yield from _overlaps(rows, mine)
     asked = manifest["source"].get("parts")  # of foreign samples, see `sources.Reading`
     image, label, cut = asked if isinstance(asked, list) and len(asked) == 3 else ("", "", False)
@@ -128,7 +128,7 @@ def _shard(
         yield f"does not read as {'a tar' if beside else 'a .beton'}: {error}"
 
 
-def _payloads(file: files.Opened, rows: index.Index, mine: np.ndarray) -> Iterator[str]:
+def _payloads(file: files.Opened, rows: index.Index, mine: np.ndarray, pixel: int) -> Iterator[str]:
     size = file.size
     for i in mine:
         start, length = int(rows["offset"][i]), int(rows["length"][i])
@@ -138,18 +138,18 @@ def _payloads(file: files.Opened, rows: index.Index, mine: np.ndarray) -> Iterat
         payload = np.frombuffer(file.read(start, length), np.uint8)
         if crc32(payload) != rows["crc"][i]:
             yield f"key {rows.key(i)}: its bytes have changed (checksum)"
-        elif (reason := _undecodable(payload, rows, i)) is not None:
+        elif (reason := _undecodable(payload, rows, i, pixel)) is not None:
             yield f"key {rows.key(i)}: {reason}"
 
 
-def _undecodable(payload: np.ndarray, rows: index.Index, i: int) -> str | None:
-    """The index must fit the payload: a JPEG's header, or the size of an array."""
+def _undecodable(payload: np.ndarray, rows: index.Index, i: int, pixel: int) -> str | None:
+    """The index must fit the payload: a JPEG's header, or the size of an array of so many bytes a `pixel`."""
     height, width, kind = int(rows["height"][i]), int(rows["width"][i]), int(rows["kind"][i])
     if kind == codec.JPEG:
         header = codec.jpeg_header(payload)
         sides = (header.height, header.width) if header else None
         return None if sides == (height, width) else f"the index says {(height, width)}, its JPEG header {sides}"
-    expected = height * width * 3 // (1 if kind == codec.RAW else 2)
+    expected = height * width * pixel if kind == codec.RAW else height * width * 3 // 2
     return None if expected == len(payload) else f"{len(payload)} bytes are no image of {(height, width)}"
 
 

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -25,40 +24,27 @@ from pathlib import Path
 import numpy as np
 from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
-from manyview.pipeline import beton, bucket, codec, files, index, storage, tar
-from manyview.pipeline.convert import encode, moments, pool, source_state, summary
+from manyview.pipeline import bucket, codec, files, index, storage, tar
+from manyview.pipeline.convert import bands, encode, moments, pool, source_state, summary
+from manyview.pipeline.convert.shard_plan import FORMATS, Row, plan_shards, safe_keys
 from manyview.pipeline.convert.sources import AS_IT_IS, Reading, Source, datasets
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.manifest import (
     MANIFEST,
-    VERSION,
     Options,
     finish_split,
+    layout,
     read_manifest,
     write_manifest,
     write_rejected,
 )
 
-FORMATS = {"webdataset": tar, "ffcv": beton}
 WORK = ".work"
 # Loaded when asked for: Ray is an extra.
 EXECUTORS = {"local": "manyview.pipeline.convert.pool", "ray": "manyview.pipeline.convert.cluster"}
-MIN_SHARD, MAX_SHARD = 16 << 20, 256 << 20
-KEY_LENGTH = 90  # a ustar name has 100 bytes
-SAFE = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 SHARD = re.compile(r"(train|val|unlabelled)-\d{5,}\.(tar|idx|beton)")
 LEFT = ".*.[0-9]*.tmp"  # what `files.whole` leaves where it is killed
 CHECKS = {"decode": "thumbnail", "headers": "headers"}  # of JPEGs that keep their bytes, see `encode.convert`
-
-
-@dataclass(frozen=True)
-class Row:
-    """One shard of the plan: which samples of its split, in which order."""
-
-    split: int
-    name: str
-    samples: np.ndarray
-    digest: str  # of everything that decides the shard's bytes
 
 
 @dataclass
@@ -69,64 +55,8 @@ class Job:
     keys: list[list[str]]
     rows: list[Row]
     listed: int  # when the source was, see `source_state`
+    layout: codec.Layout
     url: str | None = None  # of the bucket that finished shards move to
-
-
-# --- the plan -------------------------------------------------------------------------------------------------------
-
-
-def safe_keys(names: list[str], stems: bool = True) -> list[str]:
-    """Unique keys of ASCII letters, digits, `_`, `-` and `/`, for any file names.
-
-    WebDataset takes everything after a key's first dot for the type, and the index of DALI's reader is split at spaces.
-    A name that had to be changed, or whose stem occurs twice, gets eight digits of its hash.
-    """
-    plain = [os.path.splitext(name)[0] if stems else name for name in names]
-    counts: dict[str, int] = {}
-    for stem in plain:
-        counts[stem] = counts.get(stem, 0) + 1
-    keys = [
-        stem if counts[stem] == 1 and len(stem) <= KEY_LENGTH and SAFE.fullmatch(stem) else _hashed(stem, name)
-        for stem, name in zip(plain, names)
-    ]
-    if len(set(keys)) != len(keys):  # a file named like another's hash: possible, so not ignored
-        keys = [f"{key[:60]}-{_hash(name, 16)}" for key, name in zip(keys, names)]
-    return keys
-
-
-def _hash(name: str, digits: int) -> str:
-    return hashlib.sha256(os.fsencode(name)).hexdigest()[:digits]
-
-
-def _hashed(stem: str, name: str) -> str:
-    clean = "/".join(part or "_" for part in re.sub(r"[^A-Za-z0-9_/-]", "_", stem).split("/"))
-    return f"{clean[: KEY_LENGTH - 9]}-{_hash(name, 8)}"
-
-
-def shuffled(n: int, seed: int, split: str) -> np.ndarray:
-    """A permutation that stays the same for ever: raw Philox numbers, sorted."""
-    key = [seed, zlib.crc32(split.encode())]
-    return np.argsort(np.random.Philox(key=np.array(key, np.uint64)).random_raw(n), kind="stable")
-
-
-def plan_shards(options: Options, source: Source, keys: list[list[str]]) -> list[Row]:
-    """Cut each split, shuffled, into shards of about equal size in source bytes."""
-    total = sum(int(split.sizes.sum()) for split in source.splits)
-    target = options.shard_mb << 20 or min(max(total // 64, MIN_SHARD), MAX_SHARD)
-    rows = []
-    settings = json.dumps([VERSION, "moments", asdict(options), source.classes])
-    for number, split in enumerate(source.splits):
-        samples = shuffled(len(split.names), options.seed, split.name)
-        sizes = split.sizes[samples]
-        count = max(1, round(int(sizes.sum()) / target))
-        cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) * count // max(1, int(sizes.sum())))) + 1
-        for shard, part in enumerate(np.split(samples, cuts)):
-            digest = hashlib.sha256(settings.encode())
-            digest.update("\0".join(keys[number][i] for i in part).encode())
-            digest.update(split.labels[part].tobytes() + split.sizes[part].tobytes())
-            name = f"{split.name}-{shard:05d}{FORMATS[options.format].SUFFIX}"
-            rows.append(Row(number, name, part, digest.hexdigest()))
-    return rows
 
 
 # --- one shard ------------------------------------------------------------------------------------------------------
@@ -148,7 +78,9 @@ def convert_shard(job: Job, row: Row) -> dict:
     """Make one shard and record it beside. Returns its part of the manifest, rejected images and pixel sums."""
     final, work = job.out / row.name, job.out / WORK
     with files.whole(final, buffering=1 << 20) as file:
-        writer = FORMATS[job.options.format].Writer(file, len(row.samples), job.options.encoding == "yuv420")
+        writer = FORMATS[job.options.format].Writer(
+            file, len(row.samples), job.options.encoding == "yuv420" or job.layout != codec.RGB
+        )
         contents = _fill(writer, row, job)
         digest = writer.finish()
         size = file.seek(0, os.SEEK_END)
@@ -173,13 +105,13 @@ def convert_shard(job: Job, row: Row) -> dict:
 
 def _fill(writer, row: Row, job: Job) -> Contents:
     split, keys = job.source.splits[row.split], job.keys[row.split]
-    contents = Contents([], [], [], moments.nothing())
+    contents = Contents([], [], [], moments.nothing(job.layout.channels))
     for i in row.samples:
         pool.check_stop()
         key, label = keys[i], int(split.labels[i])
         try:
             data = split.read(i)
-            image = encode.convert(data, job.options, CHECKS[job.options.check])
+            image = bands.convert(data, job.options, job.layout, CHECKS[job.options.check])
             contents.moments += _moments(image, contents)
         except ValueError as error:
             item = {"split": split.name, "name": split.names[i], "key": key, "reason": str(error)}
@@ -214,8 +146,8 @@ def check_options(options: Options, jobs: int = 0) -> None:
     errors = []
     if options.format not in FORMATS:
         errors.append(nearest("format", options.format, FORMATS))
-    if options.encoding not in codec.ENCODINGS:
-        errors.append(nearest("encoding", options.encoding, codec.ENCODINGS))
+    if options.encoding not in (*codec.ENCODINGS, codec.ARRAY):
+        errors.append(nearest("encoding", options.encoding, (*codec.ENCODINGS, codec.ARRAY)))
     if options.check not in CHECKS:
         errors.append(nearest("check", options.check, CHECKS))
     if options.size < 0 or 0 < options.size < 8:
@@ -226,6 +158,8 @@ def check_options(options: Options, jobs: int = 0) -> None:
         errors.append(f"seed is 0 or a positive number of 64 bits, not {options.seed}")
     if not 0 <= options.white < float("inf"):
         errors.append(f"white is 0 (what the type holds) or the value that becomes white, not {options.white:g}")
+    if options.white and options.encoding == codec.ARRAY:
+        errors.append(f"white narrows values to 8 bits, encoding {codec.ARRAY} keeps them: one of the two")
     if jobs < 0:
         errors.append(f"jobs is a number of processes, 0 for one a core, not {jobs}")
     if options.shard_mb < 0 or options.shard_mb > 1 << 20:
@@ -251,7 +185,7 @@ def write_shards(
     UserError: bad options or source, other shards in `out`, too many rejected images, disk full, a worker that died.
     """
     options = replace(options, labels=reading.digest())
-    reading = replace(reading, unlabelled=options.unlabelled)
+    reading = replace(reading, unlabelled=options.unlabelled, arrays=options.encoding == codec.ARRAY)
     check_options(options, jobs)
     bucket = storage.open_storage(out)
     if bucket and executor != "local":
@@ -278,7 +212,8 @@ def write_shards(
                 finished = False
                 keys = [safe_keys(split.names) for split in now.splits]
                 url = bucket.url if bucket else None
-                job = Job(options, here, now, keys, plan_shards(options, now, keys), listed, url)
+                pixels = bands.layout(options, now)
+                job = Job(options, here, now, keys, plan_shards(options, now, keys, pixels), listed, pixels, url)
                 manifest = _write_alone(job, max_rejected, jobs, quiet, executor)
             source_state.write(here, source, now, listed)
             finished = True
@@ -402,14 +337,15 @@ def _check_source(options: Options, now: Source, source: Path | None, out: Path,
     _check_same(now, source, manifest)
     bucket, here = storage.open_storage(out), workshop(out)
     since = source_state.read(here, source)["at"]
+    convert = partial(bands.convert, options=options, wanted=layout(manifest), look=CHECKS[options.check])
     for row in _lost_indexes(out, manifest):
         files.write(out / row["idx"], tar.dali_index(out / row["file"]))
     for split in now.splits:
         about = manifest["splits"][split.name]["index"]
         if bucket:
             bucket.fetch(about["file"], here / about["file"])
-        rows, look = index.read(here / about["file"], about["sha256"]), CHECKS[options.check]
-        if names := source_state.rewritten(split, safe_keys(split.names), rows, options, look, since):
+        rows = index.read(here / about["file"], about["sha256"])
+        if names := source_state.rewritten(split, safe_keys(split.names), rows, since, convert):
             raise UserError(
                 f"{len(names)} images of {source} were rewritten since the shards were made from it, the first is "
                 f"{names[0]!r}: choose another OUT or remove them"
@@ -462,7 +398,15 @@ def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
     notes = [*source.notes, *(f"{count} images: {what}" for what, count in sorted(costs.items()))]
     notes += summary.lost(source, rejected)
     return write_manifest(
-        job.out, job.options, source.classes, splits, len(rejected), source.fingerprint(), source.ignored, notes
+        job.out,
+        job.options,
+        source.classes,
+        splits,
+        len(rejected),
+        source.fingerprint(),
+        source.ignored,
+        notes,
+        job.layout,
     )
 
 
@@ -474,7 +418,7 @@ def _finish_split(job: Job, number: int, results: dict[str, dict]) -> dict:
     rows = [row for row in job.rows if row.split == number]
     name = job.source.splits[number].name
     parts = [index.read(job.out / WORK / f"{row.name}.index") for row in rows]
-    total = sum((np.array(results[row.name]["moments"]) for row in rows), moments.nothing())
+    total = sum((np.array(results[row.name]["moments"]) for row in rows), moments.nothing(job.layout.channels))
     return finish_split(
         job.out,
         name,

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from manyview.pipeline.codec import RGB
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.store import Store
 from manyview.pipeline.views import ViewParameters
@@ -66,7 +67,8 @@ class Engine(Protocol):
     seconds: dict[str, float]  # by stage, summed over threads
 
     def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
-        """Start a batch of samples `ids` (B,): a tensor a group, uint8 (V, B, 3, S, S) on the device, channels-last memory.
+        """Start a batch of samples `ids` (B,): a tensor a group, uint8 (V, B, 3, S, S) on the device, channels-last memory
+        (of another `codec.Layout` C channels, uint8 or uint16).
 
         Called by one thread at a time, also while earlier batches are under way.
         """
@@ -114,6 +116,8 @@ def create(
 
 def unfit(name: str, store: Store, device: torch.device) -> str:
     """Why this engine cannot make this set's views here, or nothing."""
+    if name != "cpu" and store.layout != RGB:
+        return f"it takes {RGB}, {store.name} has {store.layout}; use cpu"
     if name == "dali" and not has_dali():
         return f"DALI is not installed; {INSTALL}"
     if name == "resident" and (why_not := _not_resident(store, device)):
@@ -127,6 +131,8 @@ def choose(store: Store, device: torch.device) -> tuple[str, str]:
     """The best engine for this set on this device, and why."""
     if device.type != "cuda":
         return "cpu", f"auto: the device is {device.type}, where compiled threads beat the other engines at every size"
+    if store.layout != RGB:
+        return "cpu", f"auto: {store.name} has {store.layout}, which only this engine takes"
     side = int(max(store.heights.max(), store.widths.max()))
     if side <= SMALL and not (reason := _not_resident(store, device)):
         return "resident", f"auto: all {len(store):,} images of {side} px fit in {_gigabytes(store)} on the device"

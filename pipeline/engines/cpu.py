@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from manyview.pipeline.codec import decode
-from manyview.pipeline.engines import Pending
+from manyview.pipeline.codec import RGB, decode
+from manyview.pipeline.engines import Pending, bands
 from manyview.pipeline.engines.pixels import render
 from manyview.pipeline.machine import Memory, cores
 from manyview.pipeline.store import Corrupt, Store
@@ -34,6 +34,7 @@ class CPUEngine:
     def __init__(self, store: Store, device: str | torch.device = "cpu", threads: int | None = None):
         self.store, self.device = store, torch.device(device)
         self.threads = threads or cores()
+        self._bands = None if store.layout == RGB else bands.renderer(store)
         self.decoded = 0
         self.seconds = {"read": 0.0, "decode": 0.0, "render": 0.0}
         self._lock = threading.Lock()
@@ -44,8 +45,8 @@ class CPUEngine:
         return self.submit(ids, parameters).result()
 
     def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
-        batch = len(ids)
-        shapes = [(part.stop - part.start, batch, size, size, 3) for part, size in parameters.groups]
+        batch, channels = len(ids), self.store.layout.channels
+        shapes = [(part.stop - part.start, batch, size, size, channels) for part, size in parameters.groups]
         outputs = [self._empty(shape) for shape in shapes]
         arrays = [output.numpy() for output in outputs]
         # Several images a task where they are small: what holds Python's lock is then little beside what does not.
@@ -59,9 +60,10 @@ class CPUEngine:
         return Pending(work, lambda: [o.permute(0, 1, 4, 2, 3).to(self.device, non_blocking=True) for o in outputs])
 
     def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
-        if self.device.type == "cuda":
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps and reuses pinned memory itself
-        return torch.from_numpy(self._memory.empty(shape))
+        dtype = self.store.layout.dtype
+        if self.device.type == "cuda":  # torch keeps and reuses pinned memory itself
+            return torch.empty(shape, dtype=torch.uint8 if dtype == np.uint8 else torch.uint16, pin_memory=True)
+        return torch.from_numpy(self._memory.empty(shape, dtype.type))
 
     def _images(self, ids: np.ndarray, rows: range, p: ViewParameters, outputs: list[np.ndarray]) -> None:
         times = [time.perf_counter()]
@@ -73,8 +75,9 @@ class CPUEngine:
         times.append(time.perf_counter())
         pixels = images[0].reshape(-1) if len(images) == 1 else np.concatenate([image.reshape(-1) for image in images])
         pixels.setflags(write=False)  # one compiled version of `render`, for decoded and for stored pixels
+        draw = self._bands or render
         for (part, _), out in zip(p.groups, outputs):
-            render(pixels, heights, widths, rows.start, p.views[part], out)
+            draw(pixels, heights, widths, rows.start, p.views[part], out)
         times.append(time.perf_counter())
         with self._lock:
             self.decoded += len(rows)
@@ -86,7 +89,7 @@ class CPUEngine:
 
 
 def decoded(store: Store, i: int, payload: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Sample i's pixels, (H, W, 3) uint8, from its payload. Raises `Corrupt`, also if they are not of this height and width:
+    """Sample i's pixels, (H, W, C), from its payload. Raises `Corrupt`, also if they are not of this height and width:
     boxes were drawn for those, and kernels do not look beyond which pixel an image ends."""
     try:
         pixels = decode(payload)

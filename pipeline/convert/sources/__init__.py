@@ -7,6 +7,7 @@ Nothing is decoded here: a split's `read(i)` gives the bytes of an image file (1
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from manyview.pipeline.errors import UserError
 
 IMAGE_TYPES = "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pnm tga ico jp2 avif"
 SUFFIXES = frozenset(f".{name}" for name in IMAGE_TYPES.split())
+NPY = b"\x93NUMPY"  # what an .npy begins with
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Reading:
     class that becomes test images, drawn by `seed`, where the source has none.
 
     Of shards: `image_part`, `label_part`: names of the parts of a sample that are image and label ("" = by the rules of
-    `shards`), label also `folder`; `allow_cut`: what there is of a tar that was cut off is taken."""
+    `shards`), label also `folder`; `allow_cut`: what there is of a tar that was cut off is taken.
+
+    `arrays`: an .npy is an image too, of any channels and of 8 or 16 bits."""
 
     download: bool = False
     unlabelled: bool = False
@@ -40,6 +44,12 @@ class Reading:
     image_part: str = ""
     label_part: str = ""
     allow_cut: bool = False
+    arrays: bool = False
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Of the files that are images."""
+        return SUFFIXES | {".npy"} if self.arrays else SUFFIXES
 
     @property
     def parts(self) -> list:
@@ -125,6 +135,14 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> np.ndarra
     if size is not None and len(data) < size:
         raise ValueError("the archive ends inside it")
     return data
+
+
+def read_npy(data: np.ndarray) -> np.ndarray:
+    """The array in the bytes of an .npy. ValueError for anything else, also where it would have to be unpickled."""
+    try:
+        return np.lib.format.read_array(io.BytesIO(data.tobytes()), allow_pickle=False)
+    except Exception as error:  # its header is parsed as Python: whatever Python's parser can say may come of it
+        raise ValueError(f"is no array: {' '.join(str(error).split())[:200]}") from None
 
 
 def changed(paths: list[str], root: Path | None = None) -> np.ndarray:

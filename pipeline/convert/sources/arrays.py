@@ -39,7 +39,7 @@ def cifar(name: str, source: Path | None, reading: Reading) -> Source:
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     root = source or Path("data")
-    with _explained(name, root, reading.download):
+    with explained(name, root, reading.download):
         sets = {split: kind(str(root), train=split == "train", download=reading.download) for split in ("train", "val")}
     files = _files(root / kind.base_folder)
     splits = [array_split(split, data.data, data.targets, files) for split, data in sets.items()]
@@ -52,7 +52,7 @@ def stl10(source: Path | None, reading: Reading) -> Source:
 
     root = source or Path("data")
     parts = {"train": "train", "val": "test", "unlabelled": "unlabeled"}
-    with _explained("stl10", root, reading.download):
+    with explained("stl10", root, reading.download):
         sets = {name: datasets.STL10(str(root), split=part, download=reading.download) for name, part in parts.items()}
     files = _files(root / datasets.STL10.base_folder)
     # torchvision gives (n, 3, H, W), and -1 for what has no label.
@@ -65,17 +65,18 @@ def _files(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _explained(name: str, root: Path, download: bool) -> Iterator[None]:
-    """What torchvision says, or its way of fetching, in one line."""
+def explained(name: str, root: Path, download: bool) -> Iterator[None]:
+    """Whatever a parser stumbles over (files that are not there, lists that are cut off) in one line."""
     try:
         yield
-    except (RuntimeError, OSError, HTTPException) as error:
-        text = " ".join(str(error).split())[:200]
+    except (RuntimeError, OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        text = text.replace("You can use download=True to download it", "--download fetches it")
         if download:
             raise UserError(f"{name} cannot be fetched into {root}: {text}") from None
-        if not isinstance(error, RuntimeError):
-            raise
-        raise UserError(f"{name} is not in {root} ({text}); --download fetches it") from None
+        raise UserError(
+            f"{name} is not in {root}, or not whole ({text}); docs/datasets.md says what belongs there"
+        ) from None
 
 
 def fashion_mnist(source: Path | None, reading: Reading) -> Source:
@@ -87,7 +88,7 @@ def fashion_mnist(source: Path | None, reading: Reading) -> Source:
         from torchvision import datasets
 
         root = source or Path("data")
-        with _explained("fashion-mnist", root, True):
+        with explained("fashion-mnist", root, True):
             here = Path(datasets.FashionMNIST(str(root), download=True).raw_folder)
     if here is None:
         raise UserError(

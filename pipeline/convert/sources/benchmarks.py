@@ -6,19 +6,17 @@ the test images. Where a set has no official split, the split here is drawn once
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from manyview.pipeline.convert.sources import Reading, Source, Split, folders, read_bytes
-from manyview.pipeline.convert.sources.arrays import array_split
+from manyview.pipeline.convert.sources.arrays import array_split, explained
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.plan import permutation, subset
 
@@ -67,21 +65,6 @@ def _split(split: str, base: str, rows: dict[str, tuple[int, os.stat_result]]) -
     return Split(split, names, labels, sizes, lambda i: read_bytes(os.path.join(base, names[i])), times)
 
 
-@contextlib.contextmanager
-def explained(name: str, root: Path, download: bool) -> Iterator[None]:
-    """Whatever a parser stumbles over (files that are not there, lists that are cut off) in one line."""
-    try:
-        yield
-    except (RuntimeError, OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        text = text.replace("You can use download=True to download it", "--download fetches it")
-        if download:
-            raise UserError(f"{name} cannot be fetched into {root}: {text}") from None
-        raise UserError(
-            f"{name} is not in {root}, or not whole ({text}); docs/datasets.md says what belongs there"
-        ) from None
-
-
 def root_of(source: Path | None, base: str) -> Path:
     """The folder that holds `base`; SOURCE may be either."""
     source = source or Path("data")
@@ -110,13 +93,18 @@ def by_torchvision(
     return listed(root, classes or [str(i) for i in range(count)], parts)
 
 
-def cars(source: Path | None, reading: Reading) -> Source:
+def train_and_test(kind: str, root: Path, reading: Reading) -> dict[str, Any]:
+    """torchvision's class `kind` of both splits."""
     from torchvision import datasets
 
+    with explained(kind, root, reading.download):
+        make = partial(getattr(datasets, kind), str(root), download=reading.download)
+        return {split: make(split=part) for split, part in (("train", "train"), ("val", "test"))}
+
+
+def cars(source: Path | None, reading: Reading) -> Source:
     root = root_of(source, "stanford_cars")
-    with explained("Stanford Cars", root, reading.download):
-        sets = {split: datasets.StanfordCars(str(root), split=part, download=reading.download)
-                for split, part in (("train", "train"), ("val", "test"))}  # fmt: skip
+    sets = train_and_test("StanfordCars", root, reading)
     parts = {
         split: [(os.path.abspath(path), int(label)) for path, label in data._samples] for split, data in sets.items()
     }
@@ -124,12 +112,8 @@ def cars(source: Path | None, reading: Reading) -> Source:
 
 
 def svhn(source: Path | None, reading: Reading) -> Source:
-    from torchvision import datasets
-
     root = source or Path("data")
-    with explained("SVHN", root, reading.download):
-        sets = {split: datasets.SVHN(str(root), split=part, download=reading.download)
-                for split, part in (("train", "train"), ("val", "test"))}  # fmt: skip
+    sets = train_and_test("SVHN", root, reading)
     files = {split: (root / data.filename).resolve() for split, data in sets.items()}
     splits = [
         array_split(split, data.data.transpose(0, 2, 3, 1), data.labels, [files[split]]) for split, data in sets.items()

@@ -14,7 +14,6 @@ from manyview.pipeline import storage
 from manyview.pipeline.convert import summary
 from manyview.pipeline.convert.sources import (
     AS_IT_IS,
-    SUFFIXES,
     Reading,
     Source,
     arrays,
@@ -53,7 +52,7 @@ def load(dataset: str, source: Path | None, reading: Reading = AS_IT_IS) -> Sour
         )
     if not result.splits:
         there = f"; {'; '.join(result.notes)}" if result.notes else ""
-        raise UserError(f"no images in {source}: looked for {', '.join(sorted(SUFFIXES))}{there}")
+        raise UserError(f"no images in {source}: looked for {', '.join(sorted(reading.suffixes))}{there}")
     if reading.unlabelled and not reading.labels:
         result.classes = []
         for split in result.splits:

@@ -54,6 +54,7 @@ class Listing:
     classes: list[str] = field(default_factory=list)  # folders directly below, even without an image
     types: Counter = field(default_factory=Counter)  # of files that are no images
     hidden: Counter = field(default_factory=Counter)  # files and folders of tools, by name
+    suffixes: frozenset[str] = SUFFIXES  # of images
 
     def keep(self, wanted: Callable[[str], bool]) -> list[str]:
         """Leave out the files whose names are not wanted; returns those names."""
@@ -69,17 +70,17 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in TOOLS
 
 
-def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not is_hidden(name)
+def is_image(name: str, suffixes: frozenset[str] = SUFFIXES) -> bool:
+    return os.path.splitext(name)[1].lower() in suffixes and not is_hidden(name)
 
 
-def listing(root: Path) -> Listing:
-    """Walk a tree; follows links to folders, each real folder once, so a loop of links ends.
+def listing(root: Path, suffixes: frozenset[str] = SUFFIXES) -> Listing:
+    """Walk a tree; follows links to folders, each real folder once, so a loop of links ends. `suffixes`: of images.
 
     UserError: a folder that cannot be read, a link to one that is not there. Whatever lies in it would be missing, and its
     class from the numbers of labels.
     """
-    result, seen, files = Listing(), set(), []  # type: ignore[var-annotated]
+    result, seen, files = Listing(suffixes=suffixes), set(), []  # type: ignore[var-annotated]
     todo = [(os.path.realpath(root), "", 0)]
     while todo:
         path, relative, since = todo.pop()
@@ -110,7 +111,7 @@ def _add(entry: os.DirEntry, relative: str, since: int, files: list, result: Lis
         result.hidden["._*" if entry.name.startswith("._") else entry.name] += 1
     elif _is_folder(entry):
         return entry.path, name, max(since, _changed(entry))
-    elif (suffix := os.path.splitext(entry.name)[1].lower()) in SUFFIXES:
+    elif (suffix := os.path.splitext(entry.name)[1].lower()) in result.suffixes:
         _add_file(entry, name, since, files, result)
     elif _leads_nowhere(entry.path):
         raise OSError(0, NOWHERE, entry.path)
@@ -164,8 +165,8 @@ def folder(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = No
     UserError: folders of which it is not clear whether they are splits; what `listing` and `tables` refuse.
     """
     result = Source([], [], watch=[str(source.resolve())])
-    roots = _split_folders(source, result.notes) or {"train": source}
-    listings = {split: listing(root) for split, root in sorted(roots.items())}
+    roots = _split_folders(source, result.notes, reading.suffixes) or {"train": source}
+    listings = {split: listing(root, reading.suffixes) for split, root in sorted(roots.items())}
     splits = {split: (roots[split], files.names) for split, files in listings.items()}
     by_table = tables.labels(source, splits, reading, result)
     named = {split: by_table.get(split) or _by_folder(files, reading) for split, files in listings.items()}
@@ -241,7 +242,7 @@ def _split_of(folder: Path, exact: bool = True) -> str:
     return named[0] if len(named) == 1 and (not exact or len(words) == 1) else ""
 
 
-def _split_folders(source: Path, notes: list[str]) -> dict[str, Path]:
+def _split_folders(source: Path, notes: list[str], suffixes: frozenset[str]) -> dict[str, Path]:
     """The folders of the splits, none if none is named like one; below a single folder that holds everything, too."""
     entries = [entry for entry in sorted(source.iterdir()) if not is_hidden(entry.name)]
     if broken := [entry for entry in entries if _leads_nowhere(str(entry))]:
@@ -249,12 +250,12 @@ def _split_folders(source: Path, notes: list[str]) -> dict[str, Path]:
     folders = [entry for entry in entries if entry.is_dir()]
     named = {entry: name for entry in folders if (name := _split_of(entry))}
     unclear = [entry for entry in folders if entry not in named] if named or len(folders) < MANY else []
-    with_images = [entry for entry in unclear if _holds_images(entry)]
+    with_images = [entry for entry in unclear if _holds_images(entry, suffixes)]
     if not named and len({SPLITS.get(_split_of(entry, exact=False)) for entry in with_images} - {None}) == 2:
         named = {entry: name for entry in with_images if (name := _split_of(entry, exact=False))}
-    stray = sum(is_image(entry.name) for entry in entries)
+    stray = sum(is_image(entry.name, suffixes) for entry in entries)
     if not named and len(with_images) == 1 and not stray:
-        return _split_folders(with_images[0], notes)
+        return _split_folders(with_images[0], notes, suffixes)
     if beside := [entry.name for entry in with_images if entry not in named] if named else []:
         names, others = ", ".join(entry.name for entry in named), ", ".join(beside[:3])
         more = f" and {len(beside) - 3} more" if len(beside) > 3 else ""
@@ -290,11 +291,13 @@ def has_splits(source: Path) -> bool:
     return any(entry.is_dir() and _split_of(entry) for entry in source.iterdir())
 
 
-def _holds_images(folder: str | Path) -> bool:
+def _holds_images(folder: str | Path, suffixes: frozenset[str]) -> bool:
     try:
         entries = patiently(lambda: list(os.scandir(folder)))
     except OSError as error:
         raise _unreadable(error) from None
     entries = [entry for entry in entries if not is_hidden(entry.name)]
     below = (entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
-    return any(is_image(entry.name) for entry in entries) or any(map(_holds_images, below))
+    return any(is_image(entry.name, suffixes) for entry in entries) or any(
+        _holds_images(path, suffixes) for path in below
+    )

@@ -7,7 +7,6 @@ A sample of a tar is the members of one key (their name up to the first dot), ea
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from manyview.pipeline import beton, codec, files, tar
-from manyview.pipeline.convert.sources import AS_IT_IS, SUFFIXES, Reading, Source, Split, changed, read_bytes
+from manyview.pipeline.convert.sources import AS_IT_IS, SUFFIXES, Reading, Source, Split, changed, read_bytes, read_npy
 from manyview.pipeline.errors import UserError
 
 # Parts that may be the image, the likeliest first: masks and depth maps are stored without loss, features as arrays.
@@ -332,16 +331,13 @@ def number_labels(shards: list[Shard]) -> list[str]:
 # --- as a source ----------------------------------------------------------------------------------------------------
 
 
-def payload(record: Record, data: np.ndarray) -> np.ndarray:
+def payload(record: Record, data: np.ndarray, reading: Reading = AS_IT_IS) -> np.ndarray:
     """What `encode.convert` takes: the bytes of an image file, or pixels. ValueError for arrays that are no image."""
     if record.extension == "raw":
         return data.reshape(record.height, record.width, 3)
-    if record.extension != "npy":
+    if record.extension != "npy" or reading.arrays:
         return data
-    try:
-        array = np.lib.format.read_array(io.BytesIO(data.tobytes()), allow_pickle=False)
-    except Exception as error:  # its header is parsed as Python: whatever Python's parser can say may come of it
-        raise ValueError(f"is no array: {' '.join(str(error).split())[:200]}") from None
+    array = read_npy(data)
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
         raise ValueError(f"an array of {array.dtype}, {array.shape}, is no 8-bit image")
     return array
@@ -363,14 +359,14 @@ def existing(source: Path, reading: Reading = AS_IT_IS) -> Source:
     result.problems += [{"split": shard.split, **problem} for shard in shards for problem in shard.problems]
     for name in sorted({shard.split for shard in shards if shard.records}):
         rows = [(shard.path, record) for shard in shards if shard.split == name for record in shard.records]
-        result.splits.append(_split(name, sorted(rows, key=lambda row: os.fsencode(row[1].key)), source))
+        result.splits.append(_split(name, sorted(rows, key=lambda row: os.fsencode(row[1].key)), source, reading))
     return result
 
 
-def _split(name: str, rows: list[tuple[Path, Record]], source: Path) -> Split:
+def _split(name: str, rows: list[tuple[Path, Record]], source: Path, reading: Reading) -> Split:
     def read(i: int) -> np.ndarray:
         path, record = rows[i]
-        return payload(record, read_bytes(str(path), record.offset, record.size))
+        return payload(record, read_bytes(str(path), record.offset, record.size), reading)
 
     names = [f"{record.key}.{record.extension}" for _, record in rows]
     sizes, labels = (np.array([getattr(record, what) for _, record in rows], np.int64) for what in ("size", "label"))
