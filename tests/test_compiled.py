@@ -37,3 +37,10 @@ def test_where_nothing_can_be_written_kernels_still_run(temporary, tmp_path):
         assert done.stdout == f"42 {temporary == 'private'}\n", done.stderr
     kept = [path.name for path in folder.rglob("*.nbc")]
     assert len(kept) == (1 if temporary == "private" else 0)
+
+
+def test_a_conversion_loads_neither_the_compiler_nor_torch():
+    """Each of its processes would load them, and take as long for it as for a hundred photos."""
+    code = "import sys, manyview.tools.shards; print([x for x in ('numba', 'torch', 'scipy') if x in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

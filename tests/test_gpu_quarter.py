@@ -43,6 +43,9 @@ def in_this_process(line: list[str], log: Path, seconds: float, call=gpu.call) -
 @pytest.mark.timeout(900)
 def test_the_rehearsal_runs_every_step_and_a_second_one_none(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "call", in_this_process)
+    monkeypatch.setattr(
+        gpu, "environment", lambda device: {"commit": "one", "device": "x"}
+    )  # also if someone commits meanwhile
     words = ("--rehearse", "--out", tmp_path, "--minutes", 20)
     assert run(*words) == 0, [log.read_text()[-2000:] for log in tmp_path.glob("*.txt")]
     assert [(row["step"], row["status"]) for row in rows(tmp_path)] == [(name, "done") for name in NAMES]

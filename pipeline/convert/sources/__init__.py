@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from manyview.pipeline import files, plan
+from manyview.pipeline import files
 from manyview.pipeline.errors import UserError
 
 IMAGE_TYPES = "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pnm tga ico jp2 avif"
@@ -107,8 +107,10 @@ class Source:
             raise UserError(
                 f"--holdout: the source has splits already: {', '.join(split.name for split in self.splits)}"
             )
+        from manyview.pipeline.plan import subset  # here, since a conversion need not wait for numba
+
         whole = self.splits[0]
-        test = plan.subset(whole.labels, share, seed)
+        test = subset(whole.labels, share, seed)
         parts = {"train": np.setdiff1d(np.arange(len(whole.names)), test), "val": test}
         self.splits = [whole.part(name, ids) for name, ids in parts.items()]
         self.notes.append(f"{len(test):,} images held out as val, class-balanced, seed {seed}")

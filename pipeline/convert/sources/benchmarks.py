@@ -18,7 +18,6 @@ import numpy as np
 from manyview.pipeline.convert.sources import Reading, Source, Split, folders, read_bytes
 from manyview.pipeline.convert.sources.arrays import array_split, explained
 from manyview.pipeline.errors import UserError
-from manyview.pipeline.plan import permutation, subset
 
 Listed = list[tuple[str, int]]  # a split's images: path and label of each
 VOC_CLASSES = [
@@ -175,6 +174,8 @@ def drawn(root: Path, training: Callable[[np.ndarray], np.ndarray], leave_out: s
 
 def some_of_each(labels: np.ndarray, count: int) -> np.ndarray:
     """(n,) bool: `count` images of every class, by a fixed seed."""
+    from manyview.pipeline.plan import permutation  # here, as below: numba takes as long to load as all else
+
     order, mask = permutation(len(labels), 0, 0), np.zeros(len(labels), bool)
     for label in np.unique(labels):
         mask[order[labels[order] == label][:count]] = True
@@ -183,6 +184,8 @@ def some_of_each(labels: np.ndarray, count: int) -> np.ndarray:
 
 def share_of_each(labels: np.ndarray, share: float) -> np.ndarray:
     """(n,) bool: this share of every class, by a fixed seed."""
+    from manyview.pipeline.plan import subset
+
     mask = np.zeros(len(labels), bool)
     mask[subset(labels, share, 0)] = True
     return mask
@@ -190,6 +193,8 @@ def share_of_each(labels: np.ndarray, share: float) -> np.ndarray:
 
 def share_of_all(labels: np.ndarray, share: float) -> np.ndarray:
     """(n,) bool: this share of the images, whatever their class, by a fixed seed."""
+    from manyview.pipeline.plan import permutation
+
     mask = np.zeros(len(labels), bool)
     mask[permutation(len(labels), 0, 0)[: int(share * len(labels))]] = True
     return mask
