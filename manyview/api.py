@@ -47,12 +47,13 @@ class Views:
     """Batches of views of the images in a folder of shards. Iterating gives one epoch; the next time, the next one.
 
     views: how many of each image, by default 8. batch_size: images a process, as torch's DataLoader has it. seed: of order and
-    views. split: by default the one that `train.py` takes. policy: a name (`simclr`, `byol`, `multicrop`, `supervised`, ...), a
-    dict or the path of a YAML file that changes a named one (`{"policy": "simclr", "hue": 0, "local.scale": [0.05, 0.3]}`), or
-    `clean`, the evaluation's one centre view. shuffle: by default in training splits; without, each image comes once, in
-    storage order, with a short last batch, and `clean` is the default policy. size: pixels a side, 0 = the images' own, at
-    most 224. mean, std: what views are normalized by, of values 0..1 as timm has them; by default the data's own.
-    normalize=False gives uint8. fraction: of the images, nested and class-balanced. device: by default the process's GPU.
+    views. split: by default the one that `train.py` takes. policy: a name (`simclr`, the default, `auto`, `multicrop`,
+    `supervised`, ...), a dict or the path of a YAML file that changes a named one (`{"policy": "simclr", "hue": 0,
+    "local.scale": [0.05, 0.3]}`), or `clean`, the evaluation's one centre view. shuffle: by default in training splits; without,
+    each image comes once, in storage order, with a short last batch, and `clean` is the default policy. size: pixels a side,
+    0 = the images' own, at most 224. mean, std: what views are normalized by, of values 0..1 as timm has them; by default the
+    data's own. normalize=False gives uint8. fraction: of the images, nested and class-balanced. device: by default the
+    process's GPU.
 
     Rank and world are torch.distributed's, or torchrun's. Resuming (`state_dict`, `load_state_dict`, as torchdata has them) is
     exact in the middle of an epoch; where images are shuffled also with another number of processes, if all together make as

@@ -142,6 +142,9 @@ def push(folder: Path, repository: str) -> str:
 
     api = HfApi()
     readme = (folder / "README.md").read_text().replace(f"local-dir:{folder}", f"hf-hub:{repository}")
+    if (here := repr(str(folder / "model.safetensors"))) in readme:
+        readme = readme.replace(here, f"hf_hub_download({repository!r}, 'model.safetensors')")
+        readme = readme.replace("```python\n", "```python\nfrom huggingface_hub import hf_hub_download\n")
     (folder / "README.md").write_text(readme)
     try:
         address = api.create_repo(repository, exist_ok=True)

@@ -96,20 +96,25 @@ def test_weights_without_statistics_are_refused(tmp_path):
         export(tmp_path, "hub")
 
 
-def test_what_is_pushed_is_what_timm_fetches(tmp_path, monkeypatch):
-    model = run_directory(tmp_path, "resnet10-narrow", 80)
+@pytest.mark.parametrize(("name", "size"), [("resnet10-narrow", 80), ("resnet18", 32)])  # the second has no config.json
+def test_what_is_pushed_is_what_strangers_get(tmp_path, monkeypatch, name, size):
+    model = run_directory(tmp_path, name, size)
     out, _, _ = export(tmp_path, "hub")
     with serving(tmp_path / "hub", monkeypatch) as hub:
         assert card.push(out, "me/net") == f"{hub.url}/me/net"
         there = tmp_path / "hub/me/net"
-        assert sorted(path.name for path in there.iterdir()) == sorted(card.FILES)
-        assert "timm.create_model('hf-hub:me/net', pretrained=True)" in (there / "README.md").read_text()
-        theirs = timm.create_model("hf-hub:me/net", pretrained=True).eval()
-    images = torch.randn(2, 3, 80, 80)
-    assert torch.allclose(theirs(images), model(images), atol=1e-5)
+        assert {path.name for path in there.iterdir()} == set(card.FILES) - ({"config.json"} if size == 32 else set())
+        text = (there / "README.md").read_text()
+        assert str(tmp_path) not in text and ("create_model('hf-hub:me/net', pretrained=True)" in text) == (size == 80)
+        out.rename(tmp_path / "away")
+        names: dict = {}
+        exec(text.split("```python\n")[1].split("```")[0], names)
+    theirs, images = names["model"], torch.randn(2, 3, size, size)
+    assert not theirs.training and torch.allclose(theirs(images), model(images), atol=1e-5)
     assert timm.data.resolve_model_data_config(theirs)["mean"] == pytest.approx(
         [value / 255 for value in MEAN], abs=1e-4
     )
+    (tmp_path / "away").rename(out)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     with pytest.raises(UserError, match=r"is written, but not pushed to me/net: .*; `hf auth login`, and try again"):
         card.push(out, "me/net")

@@ -78,21 +78,14 @@ def fetched(url: str) -> Path:
         raise UserError(f"{url} is no folder with files")
     if wrong := next((name for name in sizes if {"", ".."} & set(name.split("/")) or ".." in folder.parts), None):
         raise UserError(f"{url} holds {wrong!r}, which would lead out of {folder}")
-    missing = [name for name, size in sizes.items() if not _has(folder / name, size)]
-    if missing:
-        total = sum(sizes[name] for name in missing) / 1e6
-        print(
-            f"fetching {len(missing):,} of {len(sizes):,} files, {total:,.1f} MB, from {url} into {folder}",
-            file=sys.stderr,
-        )
+    there = {name for name in sizes if (folder / name).is_file() and (folder / name).stat().st_size == sizes[name]}
+    if missing := [name for name in sizes if name not in there]:
+        megabytes = sum(sizes[name] for name in missing) / 1e6
+        print(f"fetching {len(missing):,} of {len(sizes):,} files, {megabytes:,.1f} MB, into {folder}", file=sys.stderr)
     with ThreadPoolExecutor(FETCHES) as pool:
         for _ in pool.map(lambda name: remote.fetch(name, folder / name), missing):
             pass
     return folder
-
-
-def _has(file: Path, size: int) -> bool:
-    return file.is_file() and file.stat().st_size == size
 
 
 WITHOUT_SOURCE = {"digits", "fashion-mnist"}
