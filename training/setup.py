@@ -82,7 +82,8 @@ def create(cfg: Config, size: int, device: torch.device, channels: int = 3) -> T
     model.to(device, memory_format=torch.channels_last)
     synchronize_batchnorm(model, device)
     loss_of = objective.create(cfg.objective, **config.objective_options(cfg))
-    dtype, reason = precision.choose(cfg.precision, device, model.backbone)
+    inputs = [(channels, group.size, group.size) for group in policy(cfg, size).groups]
+    dtype, reason = precision.choose(cfg.precision, device, model.backbone, inputs)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
     lr, lr_rule = optim.learning_rate(cfg.optimizer, cfg.lr, cfg.batch_size)
     optimizer = optim.create(cfg.optimizer, model, lr, cfg.weight_decay)
