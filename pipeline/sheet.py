@@ -19,6 +19,7 @@ from manyview.pipeline.views import Policy, ViewParameters, parameters
 
 Render = Callable[[np.ndarray, ViewParameters], list[torch.Tensor]]
 CELL, GAP, LINE, MARGIN = 168, 14, 17, 40  # pixels: a view's side, between views, a line of text, around the sheet
+MIRRORED = {"flip": "↔", "vflip": "↕", "transposed": "⟲"}  # signs that the font has
 PAPER, INK, FAINT = (252, 251, 248), (32, 34, 38), (128, 130, 136)
 
 
@@ -43,7 +44,7 @@ def contact_sheet(
     sheet = Image.new("RGB", (width, 2 * MARGIN + 3 * LINE + len(ids) * block), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN - 8), f"{store.name}: {views} views by {policy.name}", INK, _font(24, bold=True))
-    legend = "under each view: share of the image and box, brightness, contrast, saturation, hue, blur"
+    legend = "under each view: share of image and box, ↔ ↕ mirrored, ⟲ transposed, brightness, contrast, saturation, hue, blur"
     pen.text((MARGIN, MARGIN + 26), f"seed {seed}, epoch 0; {legend}", FAINT, _font(14))
     for b, i in enumerate(ids.tolist()):
         top = MARGIN + 3 * LINE + GAP + b * block
@@ -92,8 +93,8 @@ def describe(view: np.void, pixels: int, layout: Layout = RGB) -> list[str]:
     rest = [f"blur {view['sigma']:.2f} px"] * bool(view["sigma"]) + ["solarize"] * bool(
         view["solarize"] and layout == RGB
     )
-    mirrored = {"flip": "flipped", "vflip": "upside down", "transposed": "transposed"}
-    return ["  ".join([share, *(word for name, word in mirrored.items() if view[name])]), color, "  ".join(rest)]
+    mirrored = "".join(sign for name, sign in MIRRORED.items() if view[name])
+    return [f"{share}  {mirrored}".rstrip(), color, "  ".join(rest)]
 
 
 def factors(color: np.ndarray) -> tuple[float, float, float, float]:
