@@ -186,6 +186,7 @@ def test_interrupted_evaluation_goes_on(made, tmp_path, monkeypatch):
     monkeypatch.setattr(
         protocols, "nearest_neighbours", lambda p, prefix="": calls.append("knn") or original(p, prefix)
     )
+    monkeypatch.setattr(suite, "BASELINES", {})  # as in another process
     found = evaluate(broken, protocols=("knn", "linear", "ridge"))
     assert calls == ["knn"] * 2  # of the untrained network and of the pixels alone
     assert found["results"] == expected["results"]

@@ -445,10 +445,10 @@ def test_out_of_memory_advice_is_less_than_what_failed(digits, words, rows, want
 
 def test_more_memory_than_there_is_is_refused_before_anything_is_written(digits, tmp_path):
     """Where the system would end the run: also by --dry-run, with what fits."""
-    words = ["--size", 512, "--views", 64, "--batch-size", 1400]
+    words = ["--size", 512, "--views", 4, "--batch-size", 1400]
     for more in (["--dry-run"], []):
         (line,) = refused(digits, tmp_path / "x", *words, *more)
-        assert "out of memory with 64 views x 1400 images x 512 px" in line and re.search(r"--batch-size \d", line)
+        assert "out of memory with 4 views x 1400 images x 512 px" in line and re.search(r"--batch-size \d", line)
     assert not (tmp_path / "x").exists()
 
 
