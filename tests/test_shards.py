@@ -503,6 +503,18 @@ def test_killed_at_random_points_it_ends_as_if_undisturbed(photos, tmp_path, for
         assert folders < 5 * KILLS, "it was hardly ever killed"
 
 
+def test_killed_while_it_tidied_up(photos, tmp_path):
+    """The shards are whole and the next run has nothing to make; what the killed one left goes all the same."""
+    out = tmp_path / "x"
+    write(photos, out, format="webdataset")
+    expected = digests(out)
+    (out / WORK).mkdir()
+    (out / WORK / "train-00000.tar.index").write_bytes(b"left")
+    (out / ".stamp.json.123.tmp").write_bytes(b"left")
+    write(photos, out, format="webdataset")
+    assert digests(out) == expected
+
+
 def start_and_kill(photos: Path, out: Path, format: str, delay: float) -> bool:
     """SIGKILL to the parent alone; whether it was still running. Its workers must go with it."""
     process = start(photos, out, "--format", format)

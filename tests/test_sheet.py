@@ -32,7 +32,7 @@ def test_what_was_drawn_is_said():
     view = p.views[0, 0]
     view["flip"], view["sigma"], view["solarize"] = True, 1.5, True
     color_map(1.25, 0.8, 0.0, 0.0, view["color"])
-    assert describe(p.views[0, 0], 200) == ["50 %, 10 x 10  flipped", "b 1.25 c 0.80 grey", "blur 1.50 px  solarize"]
+    assert describe(p.views[0, 0], 200) == ["50 %, 10 x 10  ↔", "b 1.25 c 0.80 grey", "blur 1.50 px  solarize"]
 
 
 def test_a_sheet_shows_the_views(digits, tmp_path):

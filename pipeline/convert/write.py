@@ -196,6 +196,7 @@ def write_shards(
     if before is None:
         _refuse_foreign(out)
     elif _whole(options, out, before, idx=True) and source_state.untouched(source_state.read(here, source)):
+        _tidy(here)
         return before
     listed = source_state.now()
     now = datasets.load(options.dataset, source, reading)
@@ -219,8 +220,22 @@ def write_shards(
             finished = True
         finally:
             if finished:
-                shutil.rmtree(here / WORK)
+                _remove_work(here)
     return manifest
+
+
+def _tidy(out: Path) -> None:
+    """Whole shards whose run was killed while it removed its workshop: nobody else would."""
+    if (out / WORK).exists():
+        with contextlib.suppress(UserError), _alone(out):  # UserError: that run is still at it
+            _remove_work(out)
+
+
+def _remove_work(out: Path) -> None:
+    """To be called by who is `_alone`."""
+    for path in out.glob(LEFT):
+        path.unlink()
+    shutil.rmtree(out / WORK)
 
 
 @contextlib.contextmanager
