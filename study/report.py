@@ -11,7 +11,7 @@ import numpy as np
 
 from manyview.bench.output import table
 from manyview.pipeline.errors import UserError
-from manyview.study import claims, figures, sweep
+from manyview.study import claims, figures, headline, sweep
 from manyview.study.claims import Claim, Row, Sample, Spread, estimate, percent, select, values
 from manyview.study.sweep import Settings, Study
 
@@ -87,6 +87,8 @@ def page(path: Path, rows_csv: Path, pictures: Path) -> Lines:
             views, claims.curves(study, rows_csv.with_suffix(".curves.csv")), spread, picture["convergence"]
         )
         lines += [*images(views, scarce, spread, picture["data"]), *costs(views)]
+    if soon := claims.rows_of(study, rows_csv, "baseline"):
+        lines += headline.section([*views, *soon], spread)
     if forms:
         lines += off_diagonals(forms, spread)
     reading = path.with_suffix(".md")  # what a person makes of it

@@ -18,7 +18,7 @@ from scipy import stats
 
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.store import Store
-from manyview.study import claims, figures, report, sweep
+from manyview.study import claims, figures, headline, report, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = """
@@ -294,3 +294,25 @@ def test_a_best_beta_among_too_few_is_left_out():
     kept = claims.gridded([*rows, *extra])
     assert claims.values(kept, "projector_dim") == [64, 256] and claims.values(kept, "seed") == [0, 1, 2]
     assert claims.gridded(extra) == [] and report.law([]) == []
+
+
+def test_the_headline_is_where_a_planted_curve_crosses_the_baseline():
+    """The mean grows by 2 points for every doubling of the views; V = 4 is 1 point ahead, so it needs 1/sqrt(2) of them."""
+
+    def runs(v: int, d: int, budget: int, ahead: float) -> list[claims.Row]:
+        accuracy = 0.3 + 0.02 * math.log2(budget / 1000) + ahead / 100
+        return [run_of(v, 100 // v, 1.0, budget, seed, accuracy) | {"projector_dim": d} for seed in range(5)]
+
+    rows = [*runs(2, 512, 4000, 0)]
+    for budget in (1000, 2000, 4000):
+        rows += [*runs(2, 64, budget, 0.0), *runs(4, 64, budget, 1.0), *runs(8, 64, budget, -3.0)]
+    lines = headline.section(rows, claims.spread(rows))
+    text = text_of(lines)
+    assert "The baseline: V = 2, D = 512, 4,000 views" in text
+    assert "| V = 8, 12 images a step, D = 64 | not seen to cross it |" in text
+    four = next(line for line in lines if isinstance(line, claims.Claim) and "V = 4" in line.text)
+    assert four.value and four.value.mean == pytest.approx(100 / math.sqrt(2), rel=1e-3)
+    # seeds are 0.2 points apart; three means, two of them half-way between; 2 points a doubling
+    error = 0.2 * math.sqrt(2.5) / math.sqrt(5) * math.sqrt(1 + 0.5) * math.log(2) / 2
+    assert four.value.error == pytest.approx(four.value.mean * error)
+    assert "fewer views, in %: holds" in text
