@@ -3,10 +3,9 @@
 lightly's losses take two views. With more, each is held against the mean of the others' losses: all pairs with the first.
 """
 
-import argparse
-
 import timm
 import torch
+import tyro
 from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from torch import nn
@@ -14,25 +13,19 @@ from torch import nn
 import manyview
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data")
-    parser.add_argument("--network", default="resnet18")
-    parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=1)
-    args = parser.parse_args()
-
+def main(
+    shards: tyro.conf.Positional[str], network: str = "resnet18", views: int = 4, batch_size: int = 64, epochs: int = 1
+) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trunk = timm.create_model(args.network, num_classes=0)
-    network = nn.Sequential(trunk, SimCLRProjectionHead(trunk.num_features, trunk.num_features, 128)).to(device)
+    trunk = timm.create_model(network, num_classes=0)
+    model = nn.Sequential(trunk, SimCLRProjectionHead(trunk.num_features, trunk.num_features, 128)).to(device)
     contrast = NTXentLoss(temperature=0.5)
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
 
-    with manyview.Views(args.data, views=args.views, batch_size=args.batch_size, seed=0) as data:
-        for epoch in range(args.epochs):
+    with manyview.Views(shards, views, batch_size, seed=0) as data:
+        for epoch in range(epochs):
             for batch in data:
-                first, *others = manyview.encode(network, batch.views)
+                first, *others = manyview.encode(model, batch.views)
                 loss = torch.stack([contrast(first, other) for other in others]).mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -41,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

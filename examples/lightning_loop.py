@@ -3,11 +3,10 @@
 `Views` takes the place of the DataLoader. It tells the ranks apart by itself, and its position is in Lightning's checkpoints.
 """
 
-import argparse
-
 import pytorch_lightning as L  # or: import lightning as L
 import timm
 import torch
+import tyro
 
 import manyview
 
@@ -30,23 +29,21 @@ class BarlowTwins(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data")
-    parser.add_argument("--network", default="resnet18")
-    parser.add_argument("--views", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=64, help="images a process")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--out", default="lightning")
-    parser.add_argument("--resume", help="a checkpoint, also one of the middle of an epoch")
-    args = parser.parse_args()
-
+def main(
+    shards: tyro.conf.Positional[str],
+    network: str = "resnet18",
+    views: int = 8,
+    batch_size: int = 64,  # images a process
+    epochs: int = 1,
+    out: str = "lightning",
+    resume: str | None = None,  # a checkpoint, also one of the middle of an epoch
+) -> None:
     L.seed_everything(0)
-    data = manyview.Views(args.data, views=args.views, batch_size=args.batch_size, seed=0)
-    trainer = L.Trainer(max_epochs=args.epochs, default_root_dir=args.out, logger=False, enable_progress_bar=False)
-    trainer.fit(BarlowTwins(args.network), data, ckpt_path=args.resume)
+    data = manyview.Views(shards, views, batch_size, seed=0)
+    trainer = L.Trainer(max_epochs=epochs, default_root_dir=out, logger=False, enable_progress_bar=False)
+    trainer.fit(BarlowTwins(network), data, ckpt_path=resume)
     print(f"{trainer.global_step} steps, loss {trainer.callback_metrics['loss']:.4f}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

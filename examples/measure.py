@@ -30,13 +30,14 @@ from torchvision.transforms import v2
 
 import manyview
 from manyview.bench import output
-from manyview.bench.contenders import Photos, pil
+from manyview.bench.contenders import Photos, pil, transforms
 from manyview.bench.harness import Spent, interleaved, interval, spent, tree_seconds
 from manyview.model import backbone
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.files import write
 from manyview.pipeline.manifest import Options
 from manyview.pipeline.store import Store
+from manyview.pipeline.views import policy
 
 OWN = dict.fromkeys(("torch", "lightning", "accelerate"), "torchvision")  # whose transforms a framework is used with
 OWN |= {"lightly": "lightly", "timm": "timm"}
@@ -67,11 +68,7 @@ def transform_of(framework: str, size: int) -> Callable:
         return SimCLRViewTransform(input_size=size)
     if framework == "timm":
         return timm.data.create_transform(size, is_training=True, color_jitter=None, interpolation="bilinear")
-    steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-    steps += [v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8), v2.RandomGrayscale(0.2)]
-    steps += [v2.RandomApply([v2.GaussianBlur(size // 10 // 2 * 2 + 1, (0.1, 2.0))], 0.5), v2.ToImage()]
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-    return v2.Compose(steps)
+    return transforms(policy("simclr", 2, size).groups[0], [v2.ToImage()])
 
 
 def loss_of(framework: str, network: nn.Module, batch: Any) -> Tensor:
@@ -95,9 +92,8 @@ def epoch(framework: str, network: nn.Module, batches: Iterable) -> None:
         module: Any = L.LightningModule()
         module.network, module.configure_optimizers = network, lambda: optimizer
         module.training_step = lambda batch, batch_idx: loss_of(framework, network, batch)
-        quiet: dict[str, Any] = dict.fromkeys(
-            ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False
-        )
+        shown = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary")
+        quiet: dict[str, Any] = dict.fromkeys(shown, False)
         L.Trainer(max_epochs=1, accelerator="cpu", **quiet).fit(module, batches)
         return
     if framework == "accelerate":
@@ -122,11 +118,13 @@ def contenders(args: Args, folder: Path) -> dict[Name, Callable[[], None]]:
         file.write_bytes(store.read(i).tobytes())
     write_shards(Options("folder"), folder / "photos", folder / "shards", quiet=True)
     for name, framework in itertools.product(args.networks, args.frameworks):
-        views, policy = (1, "supervised") if framework == "timm" else (args.views, "simclr")
+        views, augmented = (1, "supervised") if framework == "timm" else (args.views, "simclr")
         network = network_of(name, args.size, CLASSES if framework == "timm" else 256)
         photos = Photos(files, pil, transform_of(framework, args.size), views)
         own = DataLoader(photos, args.batch, True, drop_last=True, num_workers=args.workers, persistent_workers=True)
-        ours = manyview.Views(folder / "shards", views, args.batch, policy=policy, size=args.size, threads=args.workers)
+        ours = manyview.Views(
+            folder / "shards", views, args.batch, policy=augmented, size=args.size, threads=args.workers
+        )
         calls[name, framework, OWN[framework]] = partial(epoch, framework, network, own)
         calls[name, framework, "manyview.Views"] = partial(epoch, framework, network, ours)
     return calls
@@ -143,7 +141,9 @@ def page(args: Args, samples: dict[Name, list[Spent]]) -> str:
     tables = []
     for network in args.networks:
         rows = []
-        for (_, framework, source), times in ((name, times) for name, times in samples.items() if name[0] == network):
+        for (trained, framework, source), times in samples.items():
+            if trained != network:
+                continue
             views = args.images // args.batch * args.batch * (1 if framework == "timm" else args.views)
             own = samples[network, framework, OWN[framework]]
             ratios = [theirs.wall / mine.wall for theirs, mine in zip(own, times)]
