@@ -8,8 +8,6 @@ verdicts of a page.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from manyview.study.sweep import RESULTS, Settings, Study, finished, name_of
+from manyview.study.sweep import RESULTS, Settings, Study, finished, name_of, read_rows
 
 Row = dict[str, Any]
 Sample = list[float]  # one value a seed
@@ -38,17 +36,16 @@ def rows_of(study: Study, path: Path, *grids: str) -> list[Row]:
 
 def curves(study: Study, path: Path) -> list[Row]:
     """The online probe on held-out training images while training; none where the file is not there."""
-    points = csv.DictReader(io.StringIO(path.read_text())) if path.exists() else []
-    return [row_of(study, point) for point in points]
+    return [row_of(study, point) for point in read_rows(path)]
 
 
 def row_of(study: Study, cells: Settings) -> Row:
-    converted: Row = {**study.train, **{key: number(value) for key, value in cells.items() if value != ""}}
-    if isinstance(beta := converted.get("beta"), str) and beta.endswith("/D"):
-        converted["beta"] = float(beta.removesuffix("/D")) / converted["projector_dim"]
-    if isinstance(converted.get("beta"), float | int):
-        converted["c"] = round(converted["beta"] * converted["projector_dim"], 6)
-    return converted
+    row: Row = study.train | {key: number(value) for key, value in cells.items() if value != ""}
+    if isinstance(beta := row.get("beta"), str) and beta.endswith("/D"):
+        row["beta"] = float(beta.removesuffix("/D")) / row["projector_dim"]
+    if isinstance(row.get("beta"), float | int):
+        row["c"] = round(row["beta"] * row["projector_dim"], 6)
+    return row
 
 
 def number(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,13 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from manyview.study import claims
 from manyview.study.claims import Row, Sample, Spread, cost, percent, select, values
-from manyview.training.plots import STYLE
 
 MARKERS = "osD^v<>"
+Lines = dict[str, dict[int, Sample]]  # {name: {D: accuracies}}
 
 
-def style() -> AbstractContextManager[None]:
-    """The project's look, for as long as it is entered."""
-    return plt.rc_context(STYLE)
-
-
-def projector(
-    rows: list[Row], lines: dict[str, dict[int, Sample]], untrained: Sample, spread: Spread, picture: Path
-) -> None:
-    """Accuracy against D along each of `lines` ({name: {D: accuracies}}), and against beta for each D."""
+def projector(rows: list[Row], lines: Lines, untrained: Sample, spread: Spread, picture: Path) -> None:
+    """Accuracy against D along each of `lines`, and against beta for each D."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     dims = values(rows, "projector_dim")
     for marker, (name, at) in zip(MARKERS, lines.items()):
@@ -88,19 +80,11 @@ def images(rows: list[Row], spread: Spread, picture: Path) -> None:
         means += list(zip(times, errors))
     # Of means: a front over single runs would be one over lucky seeds.
     right.step(*zip(*front(means)), where="post", color="0.4", linewidth=1, zorder=0, label="Pareto front")
-    left.set(
-        xscale="log",
-        xlabel=f"share of the training images ({most:,} views seen)",
-        ylabel="linear, % (test)",
-        title="4. Views against images",
-    )
+    left.set(xlabel=f"share of the training images ({most:,} views seen)", title="4. Views against images")
+    left.set(xscale="log", ylabel="linear, % (test)")
     ticks(left, fractions, [f"{100 * f:g}%" for f in fractions])
-    right.set(
-        xscale="log",
-        xlabel="core-seconds of training",
-        ylabel="error, %",
-        title="Error against time (larger: more images)",
-    )
+    right.set(xlabel="core-seconds of training", title="Error against time (larger: more images)")
+    right.set(xscale="log", ylabel="error, %")
     ticks(right)
     left.legend()
     right.legend()

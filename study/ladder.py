@@ -17,9 +17,7 @@ CSV are not made again, and a killed run goes on from its checkpoint.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -27,6 +25,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +114,7 @@ def run(ladder: Ladder, out: Path, runs: Path, todo: list[Row], precision: str) 
     """Make the rows of `todo` that the CSV `out` lacks, one after the other; the number of those that failed."""
     failed = 0
     for row in todo:
-        if _made(row, finished(out)):
+        if _is_there(row, finished(out)):
             continue
         print(f"{row.name}, {row.core_hours:g} core-hours, seed {row.seed}", flush=True)
         try:
@@ -133,11 +132,8 @@ def make(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
     """Train if that is what the row does, then score; the CSV's line."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "trained.json").exists():  # the commit is the one that trained
-        commit = monitor.commit()
-        trained = {"train": _train, "peer": _peer, "kmeans": _fit, "pixels": _nothing}[row.kind](
-            row, data, folder, precision
-        )
-        files.write(folder / "trained.json", json.dumps(trained | {"commit": commit}))
+        commit, how = monitor.commit(), {"train": _train, "peer": _peer, "kmeans": _fit, "pixels": _nothing}[row.kind]
+        files.write(folder / "trained.json", json.dumps(how(row, data, folder, precision) | {"commit": commit}))
     trained = json.loads((folder / "trained.json").read_text())
     bank, test = Store(data, "train"), Store(data, "val")
     x, queries = (_features(row, folder, store) for store in (bank, test))
@@ -180,7 +176,7 @@ def _train(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]
     settings = {"precision": precision} | row.value | {"data": str(data), "seed": row.seed}
     rate = _speed(settings, folder)
     steps = max(1, round(3600 * row.core_hours * rate))
-    flags = [*_flags(settings), "--steps", str(steps), "--log-every", str(max(1, min(100, steps // 20)))]
+    flags = [*sweep.flags(settings), "--steps", str(steps), "--log-every", str(max(1, min(100, steps // 20)))]
     flags += ["--save-every", str(max(1, min(steps // 4, round(200 * rate)))), "--eval-every", str(max(1, steps // 4))]
     _call([*flags, "--out", str(folder), "--resume"])
     last = [line for line in monitor.read_metrics(folder / "metrics.jsonl") if "loss" in line][-1]
@@ -202,29 +198,21 @@ def _side(settings: dict[str, Any], size: int) -> int:
 
 def _speed(settings: dict[str, Any], folder: Path) -> float:
     """Steps a core-second, from a trial whose second half alone counts; measured once a row."""
-    file = folder / "speed.json"
-    if not file.exists():
-        steps, place = 4, Path(f"{folder}-trial")
-        while True:
-            every = steps // 2
-            _call([*_flags(settings), "--steps", str(steps), "--log-every", str(every), "--eval-every", "-1",
-                   "--out", str(place), "--overwrite"])  # fmt: skip
-            first, second = (r["core_seconds"] for r in monitor.read_metrics(place / "metrics.jsonl") if "loss" in r)
-            if second - first > TRIAL / 2:
-                break
-            steps *= max(2, min(16, round(1.3 * TRIAL / max(second, 0.1))))  # never the same again
-        files.write(file, json.dumps({"steps_per_core_second": every / (second - first)}))
+    file, place, steps = folder / "speed.json", Path(f"{folder}-trial"), 4
+    while not file.exists():
+        every = steps // 2
+        _call([*sweep.flags(settings), "--steps", str(steps), "--log-every", str(every), "--eval-every", "-1",
+               "--out", str(place), "--overwrite"])  # fmt: skip
+        first, second = (r["core_seconds"] for r in monitor.read_metrics(place / "metrics.jsonl") if "loss" in r)
+        if second - first > TRIAL / 2:
+            files.write(file, json.dumps({"steps_per_core_second": every / (second - first)}))
+        steps *= max(2, min(16, round(1.3 * TRIAL / max(second, 0.1))))  # never the same again
     return json.loads(file.read_text())["steps_per_core_second"]
 
 
-def _flags(settings: dict[str, Any]) -> list[str]:
-    return sweep.flags(sweep.Study("", {}, {}), settings)
-
-
 def _call(flags: list[str]) -> None:
-    subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *flags], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True, env=alone)
 
 
 def _tflop(folder: Path, head: Any, side: int, views: int) -> float:
@@ -242,29 +230,21 @@ def _features(row: Row, folder: Path, store: Store) -> Tensor:
         kmeans = KMeans.__new__(KMeans)
         vars(kmeans).update(torch.load(folder / "kmeans.pt", weights_only=True))
         return kmeans(_pixels(store))
-    engine = CPUEngine(store, threads=1)
-    embedded = features.embed(encoders.load(str(folder)), store, np.arange(len(store)), engine)[:, 0]
-    engine.close()
-    return embedded
+    with closing(CPUEngine(store, threads=1)) as engine:
+        return features.embed(encoders.load(str(folder)), store, np.arange(len(store)), engine)[:, 0]
 
 
 def _pixels(store: Store) -> Tensor:
     """(N, 3, S, S) uint8: the clean view of every image."""
-    engine, size = CPUEngine(store, threads=1), store.default_size()
-    parts = [
-        clean_views(store, engine, size, np.arange(i, min(i + BATCH, len(store))))[1].clone()
-        for i in range(0, len(store), BATCH)
-    ]
-    engine.close()
-    return torch.cat(parts)
+    size, ids = store.default_size(), np.arange(len(store))
+    with closing(CPUEngine(store, threads=1)) as engine:
+        batches = (ids[i : i + BATCH] for i in range(0, len(store), BATCH))
+        return torch.cat([clean_views(store, engine, size, batch)[1].clone() for batch in batches])
 
 
 def finished(out: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Lines of the CSV by (row, core-hours, seed)."""
-    if not out.exists():
-        return {}
-    lines = csv.DictReader(io.StringIO(out.read_text()))
-    return {(line["row"], line["core_hours"], line["seed"]): line for line in lines}
+    return {(line["row"], line["core_hours"], line["seed"]): line for line in sweep.read_rows(out)}
 
 
 def write(out: Path, lines: dict[tuple[str, str, str], dict[str, Any]]) -> None:
@@ -272,7 +252,7 @@ def write(out: Path, lines: dict[tuple[str, str, str], dict[str, Any]]) -> None:
     files.write(out, sweep.table(list(COLUMNS), list(lines.values())))
 
 
-def _made(row: Row, lines: dict[tuple[str, str, str], dict[str, Any]]) -> bool:
+def _is_there(row: Row, lines: dict[tuple[str, str, str], dict[str, Any]]) -> bool:
     return row.key in lines and lines[row.key]["settings"] == row.settings
 
 
@@ -298,7 +278,7 @@ def report(ladder: Ladder, out: Path, command: str) -> str:
         groups.setdefault((row.core_hours, row.name), []).append(row)
     cells = []
     for (hours, name), rows in sorted(groups.items(), key=lambda item: item[0][0]):
-        there = [lines[row.key] for row in rows if _made(row, lines)]
+        there = [lines[row.key] for row in rows if _is_there(row, lines)]
         cells.append([name, f"{hours:g}" if hours else "-", f"{len(there)} of {len(rows)}", *_scores(there)])
     machines, commits = (", ".join(sorted({line[key] for line in lines.values()})) for key in ("machine", "commit"))
     return output.document(
@@ -314,22 +294,20 @@ def _scores(lines: list[dict[str, Any]]) -> list[str]:
     """The columns from kNN on, of the seeds of one row."""
     if not lines:
         return ["pending", "pending", *5 * [""]]
-    values = {
-        key: [float(line[key]) for line in lines]
-        for key in ("core_seconds", "tflop", "views", "steps", "knn", "linear")
-    }
-    seconds, tflop, views, steps = (np.mean(values[key]) for key in ("core_seconds", "tflop", "views", "steps"))
-    accuracies = (_spread([100 * value for value in values[key]]) for key in ("knn", "linear"))
+    mean = {key: np.mean([float(line[key]) for line in lines]) for key in ("core_seconds", "tflop", "views", "steps")}
+    costs = [
+        f"{mean['core_seconds']:,.0f}",
+        f"{mean['tflop']:,.0f}",
+        f"{mean['views'] / 1e6:.2f}",
+        f"{mean['steps']:,.0f}",
+    ]
     return [
-        *accuracies,
-        f"{seconds:,.0f}",
-        f"{tflop:,.0f}",
-        f"{views / 1e6:.2f}",
-        f"{steps:,.0f}",
+        *(_accuracy([100 * float(line[key]) for line in lines]) for key in ("knn", "linear")),
+        *costs,
         lines[0]["features"],
     ]
 
 
-def _spread(values: list[float]) -> str:
+def _accuracy(values: list[float]) -> str:
     """Mean, and the standard deviation over seeds where there are several."""
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")

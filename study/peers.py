@@ -7,6 +7,7 @@ the settings of its authors' code, whose patches this project's pipeline makes. 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -50,22 +51,18 @@ class Recipe:
 
 def lightly_views(store: Store, recipe: Recipe, seed: int, start: int) -> Iterator[Views]:
     """As a DataLoader in this process makes them: each image through lightly's transform."""
-    order, transform = (
-        plan(store.labels, seed=seed, fraction=1.0, world=1, rank=0, batch=recipe.batch),
-        recipe.transform(),
-    )
-    engine, step = CPUEngine(store, threads=1), start
-    while True:
+    order, transform = plan(store.labels, seed=seed, batch=recipe.batch), recipe.transform()
+    engine = CPUEngine(store, threads=1)
+    for step in itertools.count(start):
         torch.manual_seed(seed + step)
         images = clean_views(store, engine, SIZE, order.batch(step)[0])[1].movedim(1, -1).numpy()
         yield [torch.stack(list(view)) for view in zip(*(transform(Image.fromarray(image)) for image in images))]
-        step += 1
 
 
 def patches(store: Store, recipe: Recipe, seed: int, start: int) -> Iterator[Views]:
     """EMP-SSL's: 20 a picture, a quarter of its area each, at the picture's size."""
     group = Group(20, SIZE, scale=(0.25, 0.25), hue=0.2, blur=(0.1,), solarize=(0.1,))
-    order = plan(store.labels, seed=seed, fraction=1.0, world=1, rank=0, batch=recipe.batch)
+    order = plan(store.labels, seed=seed, batch=recipe.batch)
     loader = Loader(store, order, Policy("emp-ssl", (group,)), CPUEngine(store, threads=1), seed=seed)
     for batch in loader.batches(start, 2**31):
         yield list(normalize(batch.views[0], store.mean, store.std, torch.float32))
@@ -85,8 +82,7 @@ def pair(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[list[Tensor]], T
 
 
 def barlow_head() -> nn.Module:
-    layers = [(WIDTH, 2048, nn.BatchNorm1d(2048), nn.ReLU()), (2048, 2048, None, None)]
-    return ProjectionHead(layers)
+    return ProjectionHead([(WIDTH, 2048, nn.BatchNorm1d(2048), nn.ReLU()), (2048, 2048, None, None)])
 
 
 def emp_head() -> nn.Module:
@@ -149,12 +145,11 @@ def train(name: str, data: Path, folder: Path, core_seconds: float, seed: int, p
             checkpoint.save(folder / "checkpoints", state | {"core_seconds": used, "views": views}, 1, 0)
         if used >= core_seconds:
             break
-    result = {"views": views, "steps": step, "core_seconds": used, "loss": float(loss.detach())}
     about = {"backbone": "resnet18", "stem": "small", "image_size": str(SIZE), "source": name}
     about |= {"mean": json.dumps(store.mean), "std": json.dumps(store.std)}
     folder.mkdir(parents=True, exist_ok=True)
     backbone.save(trunk, folder / "backbone.safetensors", about)
-    return result
+    return {"views": views, "steps": step, "core_seconds": used, "loss": float(loss.detach())}
 
 
 def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float, int]:

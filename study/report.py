@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from manyview.bench.output import table
@@ -14,6 +15,7 @@ from manyview.pipeline.errors import UserError
 from manyview.study import claims, figures, headline, sweep
 from manyview.study.claims import Claim, Row, Sample, Spread, estimate, percent, select, values
 from manyview.study.sweep import Settings, Study
+from manyview.training.plots import STYLE
 
 POINT = 1.0  # percentage points within which two accuracies count as the same, as the paper's claims are worded
 MARGIN = 0.05  # of accuracy, by which anything trained must beat the untrained network
@@ -30,15 +32,14 @@ def main(studies: list[Path], out: Path, must_hold: bool = False) -> int:
     lines: Lines = ["# The paper's claims, measured", "", (Path(__file__).parent / "paper.md").read_text().strip(), ""]
     for path in studies:
         rows = out.parent / f"{path.stem}.csv"
+        study = sweep.read(path)
         if rows.exists():
-            with figures.style():
-                lines += page(path, rows, out.parent / "paper")
-            wrong += check(sweep.read(path), rows) if must_hold else []
+            with plt.rc_context(STYLE):
+                lines += page(study, path, rows, out.parent / "paper")
+            wrong += check(study, rows) if must_hold else []
         else:
-            runs = len(sweep.read(path).runs)
-            lines += section(
-                f"## {path.stem}", f"Not run yet, all {runs} runs: `python tools/sweep.py {path.as_posix()}`."
-            )
+            command = f"python tools/sweep.py {path.as_posix()}"
+            lines += section(f"## {path.stem}", f"Not run yet, all {len(study.runs)} runs: `{command}`.")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(claims.decide(lines)).rstrip() + "\n")
     print(out)
@@ -60,32 +61,25 @@ def check(study: Study, table: Path) -> list[str]:
         dim, cs = min(values(strong, "projector_dim")), values(strong, "c")
         weak, right = (estimate(percent(strong, projector_dim=dim, c=float(c))) for c in cs[:2])
         if right.mean < weak.mean:
-            wrong.append(
-                f"D = {dim}: {right} with c = {cs[1]:g}, yet {weak} with c = {cs[0]:g}: weak decorrelation should lose"
-            )
+            more, less = (f"{mean} with c = {c:g}" for mean, c in zip((right, weak), (cs[1], cs[0])))
+            wrong.append(f"D = {dim}: {more}, yet {less}: weak decorrelation should lose")
     return wrong
 
 
-def page(path: Path, rows_csv: Path, pictures: Path) -> Lines:
+def page(study: Study, path: Path, rows_csv: Path, pictures: Path) -> Lines:
     """One study's part of the page; its pictures are written beside."""
-    study = sweep.read(path)
     spread = claims.spread(claims.rows_of(study, rows_csv, *study.grids))
     untrained, strong, forms = (claims.rows_of(study, rows_csv, grid) for grid in ("untrained", "projector", "forms"))
     views = claims.rows_of(study, rows_csv, "views", "steps", "scarce", "longer")
     scarce = claims.rows_of(study, rows_csv, "scarce")
     pictures.mkdir(parents=True, exist_ok=True)
     picture = {what: pictures / f"{study.name}-{what}.png" for what in ("projector", "convergence", "data")}
-    lines: Lines = [
-        f"## {study.name}",
-        "",
-        *setup(study, path, sweep.finished(study, rows_csv), percent(untrained), spread),
-    ]
+    lines = setup(study, path, sweep.finished(study, rows_csv), percent(untrained), spread)
     if len(values(strong, "projector_dim")) > 1:
         lines += [*projector(strong, percent(untrained), spread, picture["projector"]), *law(claims.gridded(strong))]
     if views:
-        lines += convergence(
-            views, claims.curves(study, rows_csv.with_suffix(".curves.csv")), spread, picture["convergence"]
-        )
+        curves = claims.curves(study, rows_csv.with_suffix(".curves.csv"))
+        lines += convergence(views, curves, spread, picture["convergence"])
         lines += [*images(views, scarce, spread, picture["data"]), *costs(views)]
     if soon := claims.rows_of(study, rows_csv, "baseline"):
         lines += headline.section([*views, *soon], spread)
@@ -100,29 +94,26 @@ def setup(study: Study, path: Path, done: dict[str, Settings], untrained: Sample
     commits, machines = (", ".join(sorted({row[key] for row in done.values()})) for key in ("commit", "machine"))
     train = {k: v for k, v in study.train.items() if not k.endswith("every")}
     shared, probe = (", ".join(f"{k} {v}" for k, v in settings.items()) for settings in (train, study.probe))
-    return [
+    return section(
+        f"## {study.name}",
         f"`python tools/sweep.py {path.as_posix()}`: {len(done)} of {len(study.runs)} runs,"
         f" {total(done, 'core_seconds') / 3600:.1f} core-hours of training; commit {commits}; {machines}. All runs: {shared}."
         f" Probe: evaluation's linear-sweep (bn), {probe or 'as it is'}. Untrained: {cell(spread, untrained)} % linear.",
-        "",
-        *pending(study, done),
-        *([pooling(spread), ""] if spread.dof else []),
-    ]
+        pending(study, done),
+        pooling(spread) if spread.dof else "",
+    )
 
 
-def pending(study: Study, done: dict[str, Settings]) -> Lines:
+def pending(study: Study, done: dict[str, Settings]) -> str:
     """What is missing, and the core-hours that it needs at the pace of what is there."""
     missing = [run for run in study.runs if sweep.name_of(run) not in done]
     if not missing:
-        return []
+        return ""
     counts = {grid: sum(run in missing for run in runs) for grid, runs in study.grids.items()}
     parts = ", ".join(f"{count} of {len(study.grids[grid])} in {grid}" for grid, count in counts.items() if count)
     pace = total(done, "core_seconds") / max(1, total(done, "views_seen"))
     hours = pace * sum(run["budget"] for run in missing) / 3600
-    return [
-        f"**Pending**: {parts}; {hours:.1f} core-hours of training. The same command does only what is missing.",
-        "",
-    ]
+    return f"**Pending**: {parts}; {hours:.1f} core-hours of training. The same command does only what is missing."
 
 
 def total(done: dict[str, Settings], key: str) -> float:
@@ -138,7 +129,8 @@ def pooling(spread: Spread) -> str:
 
 
 def section(title: str, *parts: str) -> Lines:
-    return [line for part in (title, *parts) for line in (part, "")]
+    """Paragraphs, those that are empty left out."""
+    return [line for part in (title, *parts) if part for line in (part, "")]
 
 
 def cell(spread: Spread, sample: Sample) -> str:
@@ -152,11 +144,8 @@ def projector(rows: list[Row], untrained: Sample, spread: Spread, picture: Path)
     dims, cs = values(rows, "projector_dim"), values(rows, "c")
     most = dims[-1]
     tuned = {d: claims.tuned(select(rows, projector_dim=d), "c") for d in dims}
-    weak = min(values(select(rows, projector_dim=most), "beta"))
-    betas = {
-        f"beta = {tuned[most] / most:.3g}, best at D = {most}": tuned[most] / most,
-        f"beta = {weak:.3g}, weak": weak,
-    }
+    best, weak = tuned[most] / most, min(values(select(rows, projector_dim=most), "beta"))
+    betas = {f"beta = {best:.3g}, best at D = {most}": best, f"beta = {weak:.3g}, weak": weak}
     scaled = {d: percent(rows, projector_dim=d, c=tuned[d]) for d in dims}
     fixed = {name: {d: percent(rows, projector_dim=d, beta=beta) for d in dims} for name, beta in betas.items()}
     small = [d for d in dims[:-1] if d <= 64]
@@ -220,33 +209,30 @@ def against(spread: Spread, rows: list[Row], v: int, first: int, **settings: Any
 def convergence(rows: list[Row], points: list[Row], spread: Spread, picture: Path) -> Lines:
     """On all of the images: accuracy while training, at an equal number of views and at equal epochs."""
     rows = select(rows, fraction=max(values(rows, "fraction")))
-    first, *others = values(rows, "views")
+    vs, first = values(rows, "views"), min(values(rows, "views"))
     figures.convergence(select(points, fraction=rows[0]["fraction"]), rows, picture)
     body: list[list[str]] = []
     at_equal_views: Lines = []
     at_equal_epochs: Lines = []
     for batch, alike in batches(rows).items():
-        at = {
-            (v, budget): percent(alike, views=v, budget=budget)
-            for v in (first, *others)
-            for budget in values(alike, "budget")
-        }
+        budgets = values(alike, "budget")
+        at = {(v, budget): percent(alike, views=v, budget=budget) for v in vs for budget in budgets}
         for (v, budget), sample in at.items():
-            if v != first and (gap := spread.difference(sample, at.get((first, budget), []))):
+            fewer = budget * first // v
+            if v != first and (gap := spread.difference(sample, at[first, budget])):
                 at_equal_views.append(Claim(f"{batch}, {budget:,} views: V = {v} {LEVELS} V = {first}", gap, -LEVEL))
-            if v != first and (gap := spread.difference(sample, at.get((first, budget * first // v), []))):
-                text = f"{batch}, {budget:,} views against {budget * first // v:,}: V = {v} {LEVELS} V = {first}"
+            if v != first and (gap := spread.difference(sample, at.get((first, fewer), []))):
+                text = f"{batch}, {budget:,} views against {fewer:,}: V = {v} {LEVELS} V = {first}"
                 at_equal_epochs.append(Claim(text, gap, -LEVEL))
-        for budget in values(alike, "budget"):
-            if sum(bool(at[v, budget]) for v in (first, *others)) > 1:
-                body.append([f"{budget:,}", batch, *(cell(spread, at[v, budget]) for v in (first, *others))])
+        shared = [budget for budget in budgets if sum(bool(at[v, budget]) for v in vs) > 1]
+        body += [[f"{budget:,}", batch, *(cell(spread, at[v, budget]) for v in vs)] for budget in shared]
     paper = next(iter(batches(rows)))
     return [
         *section(
             "### 3. More views converge faster",
             f"![convergence](paper/{picture.name})",
             "At an equal number of views, so at about equal time. Linear top-1 on the test split, %, all images:",
-            table(["views seen", "alike", *(f"V = {v}" for v in (first, *others))], body),
+            table(["views seen", "alike", *(f"V = {v}" for v in vs)], body),
         ),
         *at_equal_views,
         "",
@@ -259,14 +245,13 @@ def convergence(rows: list[Row], points: list[Row], spread: Spread, picture: Pat
 
 def images(rows: list[Row], scarce: list[Row], spread: Spread, picture: Path) -> Lines:
     """Views against images at an equal number of views; the halves of the claim where images are worth something."""
-    first, *others = values(rows, "views")
+    vs, paper = values(rows, "views"), next(iter(batches(rows)))
     body = [
-        [f"{budget:,}", f"{100 * f:g}%", batch, *(against(spread, at, v, first) for v in (first, *others))]
+        [f"{budget:,}", f"{100 * f:g}%", batch, *(against(spread, at, v, vs[0]) for v in vs)]
         for batch, alike in batches(rows).items()
         for budget in values(alike, "budget")
         for f in values(alike, "fraction")
-        if len(values(at := select(alike, budget=budget, fraction=f), "views")) > 1
-        or (at and batch == next(iter(batches(rows))))
+        if len(values(at := select(alike, budget=budget, fraction=f), "views")) > 1 or (at and batch == paper)
     ]
     lines = section("### 4. More views replace data")
     if len(values(rows, "fraction")) > 1:
@@ -275,8 +260,8 @@ def images(rows: list[Row], scarce: list[Row], spread: Spread, picture: Path) ->
     return [
         *lines,
         *section(
-            f"Linear top-1 on the test split, %, at an equal number of views, so about equal time (over V = {first}):",
-            table(["views seen", "images", "alike", *(f"V = {v}" for v in (first, *others))], body),
+            f"Linear top-1 on the test split, %, at an equal number of views, so about equal time (over V = {vs[0]}):",
+            table(["views seen", "images", "alike", *(f"V = {v}" for v in vs)], body),
         ),
         *instead(scarce, spread),
         "",
@@ -286,10 +271,9 @@ def images(rows: list[Row], scarce: list[Row], spread: Spread, picture: Path) ->
 def instead(rows: list[Row], spread: Spread) -> Lines:
     """More views of fewer images, in proportion: at an equal number of views, so at equal epochs too."""
     lines: Lines = []
-    if not rows:
-        return lines
-    first, *others = values(rows, "views")
-    for v, f in ((v, f) for v in others for f in values(rows, "fraction")):
+    vs = values(rows, "views")
+    for v, f in ((v, f) for v in vs[1:] for f in values(rows, "fraction")):
+        first = vs[0]
         share = f * v / first
         whole, control, part = (percent(rows, views=n, fraction=s) for n, s in ((first, share), (first, f), (v, f)))
         if whole and part:

@@ -27,7 +27,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,9 @@ def read(path: Path) -> Study:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or not {"train", "grids"} <= content.keys():
         raise UserError(f"{path}: a study has `train` and `grids`")
-    unknown = set(content) - {"train", "probe", "grids"}
-    if unknown:
-        raise UserError(f"{path}: {nearest('part', unknown.pop(), ('train', 'probe', 'grids'))}")
+    parts = ("train", "probe", "grids")
+    if unknown := content.keys() - {*parts}:
+        raise UserError(f"{path}: {nearest('part', unknown.pop(), parts)}")
     known = {*config.to_json(config.Config()), "budget"}
     for key in (*content["train"], *(key for grid in content["grids"].values() for part in grid for key in part)):
         if key not in known:
@@ -102,19 +101,19 @@ def name_of(settings: Settings) -> str:
     return " ".join(f"{k}={v}" for k, v in sorted(settings.items())).replace("/", "_over_").replace(" ", ",")
 
 
-def flags(study: Study, settings: Settings) -> list[str]:
+def flags(settings: Settings) -> list[str]:
     """The command line of train.py. Settings that a study does not name are those of large pictures, whatever its size."""
-    merged = {**DEFAULTS, **study.train, **settings}
+    merged = DEFAULTS | settings
     if "budget" in merged:
         images = merged["views"] * merged.get("batch_size", config.Config.batch_size)
         merged["steps"] = max(1, round(float(merged.pop("budget")) / images))
     words: list[str] = []
     for key, value in merged.items():
-        flag = "--" + key.replace("_", "-")
+        flag = key.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag if value else "--no-" + flag[2:])
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
@@ -130,21 +129,31 @@ def run(study: Study, out: Path, folder: Path, jobs: int) -> int:
     commit = monitor.commit()  # of the code that the server is about to load, whatever the checkout becomes meanwhile
     children: set[Any] = set()
     stopped = on_sigterm(children)
+
+    def child(settings: Settings) -> int:
+        """One run in a process of its own; its exit code."""
+        if stopped:
+            return 75
+        words, place = flags(study.train | settings), folder / study.name / name_of(settings)
+        process = context.Process(target=worker.work, args=(study.probe, words, settings, place, jobs))
+        process.start()
+        children.add(process)
+        process.join()
+        children.discard(process)
+        return process.exitcode or 0
+
     with ThreadPoolExecutor(jobs) as pool:
-        work = {pool.submit(child, context, children, stopped, study, s, folder, jobs): s for s in todo}
+        work = {pool.submit(child, settings): settings for settings in todo}
         for n, future in enumerate(as_completed(work), 1):
             settings, code = work[future], future.result()
             left = monitor.duration((time.perf_counter() - begun) / n * (len(todo) - n))
             place = folder / study.name / name_of(settings)
             if code == 0:
-                rows[name_of(settings)] = {
-                    **settings,
-                    **json.loads((place / "row.json").read_text()),
-                    "commit": commit,
-                    "shared": study.shared,
-                }
+                row = (
+                    settings | json.loads((place / "row.json").read_text()) | {"commit": commit, "shared": study.shared}
+                )
+                rows[name_of(settings)] = row
                 write(study, out, rows)
-                row = rows[name_of(settings)]
                 text = f"linear {row['linear']:.2%}, kNN {row['knn']:.2%}, {row.get('core_seconds', 0):.0f} core-s"
             elif not stopped:
                 failed += 1
@@ -153,21 +162,6 @@ def run(study: Study, out: Path, folder: Path, jobs: int) -> int:
                 text = "stopped; the same command goes on"
             print(f"{n}/{len(todo)} {name_of(settings)}: {text}; {left} left", flush=True)
     return failed
-
-
-def child(
-    context: ForkServerContext, children: set, stopped: list, study: Study, settings: Settings, folder: Path, jobs: int
-) -> int:
-    """One run in a process of its own; its exit code."""
-    if stopped:
-        return 75
-    process = context.Process(target=worker.work, args=(study.probe, flags(study, settings), settings,
-                                                       folder / study.name / name_of(settings), jobs))  # fmt: skip
-    process.start()
-    children.add(process)
-    process.join()
-    children.discard(process)
-    return process.exitcode or 0
 
 
 def on_sigterm(children: set[Any]) -> list[int]:
@@ -190,9 +184,7 @@ def last_lines(path: Path, n: int = 5) -> str:
 
 def finished(study: Study, out: Path) -> dict[str, Settings]:
     """Rows of the CSV by run. `UserError` where the file is of another study."""
-    if not out.exists():
-        return {}
-    rows = list(csv.DictReader(io.StringIO(out.read_text())))
+    rows = read_rows(out)
     if any(row["shared"] != study.shared for row in rows):
         what = "rows made with other shared settings: of another study, or of an earlier state of it"
         raise UserError(f"{out}: {what}; move it away, or give --out")
@@ -212,6 +204,11 @@ def write(study: Study, out: Path, rows: dict[str, Settings]) -> None:
     files.write(out, table([*study.columns, *RESULTS], [rows[name] for name in names]))
 
 
+def read_rows(path: Path) -> list[Settings]:
+    """Of a CSV; none where there is no such file."""
+    return list(csv.DictReader(io.StringIO(path.read_text()))) if path.exists() else []
+
+
 def table(columns: list[str], rows: list[Settings]) -> str:
     """CSV with these columns of the rows."""
     text = io.StringIO()
@@ -227,12 +224,11 @@ def curves(study: Study, folder: Path, out: Path) -> None:
     Curves that are there of runs whose folders are not (made elsewhere, or cleaned away) are kept.
     """
     lines: dict[str, list[Settings]] = {}
-    if out.exists():
-        for row in csv.DictReader(io.StringIO(out.read_text())):
-            lines.setdefault(run_of(study, row), []).append(row)
+    for row in read_rows(out):
+        lines.setdefault(run_of(study, row), []).append(row)
     for settings in study.runs:
         metrics = folder / study.name / name_of(settings) / "metrics.jsonl"
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        rows = monitor.read_metrics(metrics) if metrics.exists() else []
         if probes := [{**row, "views_seen": row["views"], **settings} for row in rows if "linear" in row]:
             lines[name_of(settings)] = probes
     if lines:

@@ -46,8 +46,7 @@ def work(probe: dict[str, Any], flags: list[str], settings: dict[str, Any], fold
 
 def trained(folder: Path) -> dict[str, Any]:
     """What the run's own record says: cost and last loss."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [row for row in rows if "loss" in row][-1]
+    last = [row for row in monitor.read_metrics(folder / "metrics.jsonl") if "loss" in row][-1]
     kept = {key: last[key] for key in ("loss", "rank", "core_seconds", "seconds", "peak_bytes")}
     return {**kept, "steps": last["step"], "views_seen": last["views"]}
 
@@ -78,10 +77,9 @@ def scores(
     x, y = embed(train_split, bank)
     queries, truth = embed(test, some(test, images // 2))
     more, labels = embed(train_split, others) if len(others) else (queries[:0], truth[:0])
-    probe = linear.sweep(
-        x, y, torch.cat((queries, more)), len(train_split.classes), bn=True, epochs=epochs, seed=cfg.seed
-    )
-    votes = knn.cosine_exp(x, y, queries, k=20, classes=len(train_split.classes))
+    classes = len(train_split.classes)
+    probe = linear.sweep(x, y, torch.cat((queries, more)), classes, bn=True, epochs=epochs, seed=cfg.seed)
+    votes = knn.cosine_exp(x, y, queries, k=20, classes=classes)
     tested, tuned = probe.scores.split([len(queries), len(more)])
     environment = monitor.environment(device)
     return {

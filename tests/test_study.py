@@ -44,7 +44,7 @@ def test_a_grid_is_every_combination_and_a_run_is_counted_once(study: Path):
     found = sweep.read(study)
     assert len(found.grids["views"]) == 4 and len(found.runs) == 7  # the run of `again` is one of `views`
     assert found.columns == ["views", "fraction", "budget", "seed", "eval_every", "form"]
-    words = sweep.flags(found, found.grids["views"][0])
+    words = sweep.flags(found.train | found.grids["views"][0])
     assert words[words.index("--steps") + 1] == "10"  # 640 views / (2 views x 32 images)
     assert words[: words.index("--data")] == [
         "--optimizer",
