@@ -60,20 +60,12 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
 
     # data: order and views are pure functions of (seed, epoch, image), so nothing here has a state to save
     store = Store(cfg.data, training_split(cfg.data))
-    labelled = (
-        Store(cfg.data) if store.split != "train" and "train" in store.manifest["splits"] else store
-    )  # for probes
+    apart = store.split != "train" and "train" in store.manifest["splits"]
+    labelled = Store(cfg.data) if apart else store  # for probes
     size = cfg.size or store.default_size()
     policy = setup.policy(cfg, size, store.grey)
-    order = plan(
-        store.labels,
-        seed=cfg.seed,
-        fraction=cfg.fraction,
-        world=world,
-        rank=rank,
-        batch=cfg.batch_size,
-        order=cfg.order,
-    )
+    order = plan(store.labels, seed=cfg.seed, batch=cfg.batch_size, fraction=cfg.fraction, order=cfg.order, world=world,
+                 rank=rank)  # fmt: skip
     if order.n < cfg.batch_size:
         raise UserError(f"--batch-size {cfg.batch_size} is more than the {order.n} images there are to train on")
     engine, engine_reason = engines.create(cfg.engine, store, device, threads=cfg.threads)
@@ -115,16 +107,14 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
         said.append(f"defaults   {flags}, as the views are small (docs/recipes.md); elsewhere adamw, simclr, 3/D")
     said += [f"warning: {line}" for line in flat_channels(store.manifest)]
     if cfg.dry_run:
-        plan_only = monitor.Console(None, quiet=rank != 0)
-        plan_only.say("\n".join(said))
+        monitor.Console(None, quiet=rank != 0).say("\n".join(said))
     run.refuse(cfg, folder)
     augment = views.overrides(cfg.augment)
     identity = {**cfg.learned(), "augment": augment, "data": store.fingerprint, "size": size, "steps": steps}
     state = resume.load(checkpointed, identity) if checkpointed else None
-    start, skipped = 0, torch.zeros((), dtype=torch.int64, device=device)
+    start = state["step"] if state else 0
+    skipped = torch.tensor(state["skipped"] if state else 0, device=device)
     if state:
-        start = state["step"]
-        skipped += state["skipped"]
         resume.restore(state, training, average)
     if cfg.dry_run:
         engine.close()
@@ -147,10 +137,8 @@ def train(cfg: Config, world: int, rank: int, device: torch.device, stop: Stop) 
         log.say(line)
     if rank == 0:
         with log.aside("plots/views.png"):
-            path = folder / "plots" / "views.png"
-            sheet.contact_sheet(
-                store, policy, order.batch(0)[0][:4], path, renders={engine.name: engine}, seed=cfg.seed
-            )
+            path, ids = folder / "plots" / "views.png", order.batch(0)[0][:4]
+            sheet.contact_sheet(store, policy, ids, path, renders={engine.name: engine}, seed=cfg.seed)
     final: Any = average.module.backbone if average else model.backbone  # what is probed and exported
     header = {"backbone": cfg.backbone, "stem": cfg.stem, "image_size": str(size), "source": folder.name}
     header |= store.described()
@@ -249,10 +237,9 @@ def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     tune(device)
-    if cfg.batch_size % world or cfg.batch_size < 2 * world:
-        raise UserError(
-            f"--batch-size {cfg.batch_size} is not two images or more for each of {world} processes, all alike"
-        )
+    images = cfg.batch_size
+    if images % world or images < 2 * world:
+        raise UserError(f"--batch-size {images} is not two images or more for each of {world} processes, all alike")
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
         raise UserError(
             "torchrun --max-restarts: its store outlives a restart, after which processes wait for each other at the old"
