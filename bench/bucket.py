@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from manyview.bench import output
-from manyview.bench.harness import CPU, spent
+from manyview.bench.harness import CPU
 from manyview.pipeline import plan as plans
 from manyview.pipeline import storage
 from manyview.pipeline.errors import UserError
@@ -47,9 +48,7 @@ class Args:
 def main(argv: list[str]) -> None:
     args = output.parse(Args, argv, __doc__, "bucket", batch_size=1, steps=0, threads=0, caches=0, window=1)
     if storage.address(args.data) is None:
-        raise UserError(
-            f"--data {args.data} is a folder; `profile.py bucket` reads from an address such as s3://bucket/name"
-        )
+        raise UserError(f"--data {args.data} is a folder; this reads from an address such as s3://bucket/name")
     plans.MIXED = plans.BLOCK * args.window
     env = output.environment(CPU, "bucket", argv)
     rows: list[dict[str, Any]] = []
@@ -58,9 +57,8 @@ def main(argv: list[str]) -> None:
             rows += epochs(args, order, share, folder)
     with closing(Store(args.data)) as store:
         about = f"{len(store):,} images, {store.nbytes() / 1e6:,.0f} MB in {len(store.shards)} shards"
-    text = page(
-        rows, f"`python {env['command']}`, commit {env['commit']}, {cores()} cores, load {env['load']:.1f}: {about}."
-    )
+    command = f"`python {env['command']}`, commit {env['commit']}, {cores()} cores, load {env['load']:.1f}"
+    text = page(rows, f"{command}: {about}.")
     print(text)
     output.write(args.json, {"environment": env, "rows": rows}, text)
 
@@ -72,11 +70,12 @@ def epochs(args: Args, order: str, share: float, folder: str) -> Iterator[dict[s
     os.environ |= {"MANYVIEW_CACHE": folder, "MANYVIEW_CACHE_GB": str(share * size / 1e9)}
     for epoch in range(2):
         with closing(Store(args.data)) as store:
-            counts: list[int] = []
-            taken = spent(lambda: counts.extend(one_epoch(args, store, order, epoch)))  # noqa: B023
+            begun = time.perf_counter()
+            images, payloads = one_epoch(args, store, order, epoch)
+            seconds = time.perf_counter() - begun
             assert store.bucket is not None
-            yield {"order": order, "cache": share, "epoch": epoch + 1, "images": counts[0], "bytes": counts[1],
-                   "seconds": taken.wall} | {f"bucket_{name}": n for name, n in store.bucket.counts.items()}  # fmt: skip
+            yield {"order": order, "cache": share, "epoch": epoch + 1, "images": images, "bytes": payloads,
+                   "seconds": seconds} | {f"bucket_{name}": n for name, n in store.bucket.counts.items()}  # fmt: skip
 
 
 def one_epoch(args: Args, store: Store, order: str, epoch: int) -> tuple[int, int]:

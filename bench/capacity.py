@@ -96,10 +96,8 @@ def text(r: dict[str, Any]) -> str:
         f"  storage    {quantity(r['storage_bytes'], 'B')}",
         f"  reads      {quantity(reads, 'B/s')}" + (f" (measured here, cold: {quantity(disk, 'B/s')})" if disk else ""),
     ]
-    if "network_bytes_per_s" in r:
-        lines.append(
-            f"  gradients  {quantity(r['network_bytes_per_s'], 'B/s')} in and out of each, if averaged by a ring"
-        )
+    if network := r.get("network_bytes_per_s"):
+        lines.append(f"  gradients  {quantity(network, 'B/s')} in and out of each, if averaged by a ring")
     if disk and reads > disk:
         lines.append("  the disk measured here is too slow for that unless the data fits in memory")
     if "deadline_hours" in r:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from manyview.bench import output
+from manyview.bench.harness import synchronize
 from manyview.pipeline import engines
 from manyview.pipeline.codec import decode
 from manyview.pipeline.convert.write import write_shards
@@ -33,7 +34,7 @@ from manyview.pipeline.loader import Loader, normalize
 from manyview.pipeline.manifest import Options
 from manyview.pipeline.plan import plan
 from manyview.pipeline.store import Store
-from manyview.pipeline.views import Group, Policy, ViewParameters, parameters
+from manyview.pipeline.views import Group, Policy, parameters
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 UNIT = [m / 255 for m in MEAN], [d / 255 for d in STD]
@@ -99,14 +100,11 @@ def ours(name: str, s: Setting) -> Iterator[Run]:
                 count += group.shape[0] * group.shape[1]
                 if s.floats:
                     normalize(group, MEAN, STD, torch.float32)
-        if s.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(torch.device(s.device))
         return count
 
-    try:
+    with contextlib.closing(engine):
         yield run
-    finally:
-        engine.close()
 
 
 class Photos(Dataset):
@@ -139,12 +137,8 @@ def tensor(path: Path) -> torch.Tensor:
 def _dataloader(s: Setting, load: Callable, transform: Callable) -> Iterator[Run]:
     photos = Photos(s.files, load, transform, s.views)
     loader = DataLoader(photos, s.batch, num_workers=s.threads, persistent_workers=True)
-
-    def run() -> int:
-        return sum(len(view) for batch in loader for view in batch)
-
     try:
-        yield run
+        yield lambda: sum(len(view) for batch in loader for view in batch)
     finally:
         if loader._iterator is not None:
             loader._iterator._shutdown_workers()
@@ -155,17 +149,19 @@ def kernel(g: Group) -> int:
     return max(3, g.size // 10 // 2 * 2 + 1)
 
 
-def torchvision(load: Callable, first: list[Any], s: Setting) -> AbstractContextManager[Run]:
-    """The policy in torchvision's own transforms, behind what makes the image one that they take."""
-    g = s.group
+def transforms(g: Group, first: list[Any]) -> v2.Compose:
+    """The policy in torchvision's own transforms; `first`, before the floats: what makes the image a tensor."""
     steps: list[Any] = [v2.RandomResizedCrop(g.size, g.scale, g.ratio, antialias=True), v2.RandomHorizontalFlip(g.flip)]
     if g.jitter:
         jitter = v2.ColorJitter(g.brightness, g.contrast, g.saturation, g.hue)
         steps += [v2.RandomApply([jitter], g.jitter), v2.RandomGrayscale(g.grey)]
     if max(g.blur):
         steps.append(v2.RandomApply([v2.GaussianBlur(kernel(g), g.sigma)], max(g.blur)))
-    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*UNIT)]
-    return _dataloader(s, load, v2.Compose(steps + first + finish))
+    return v2.Compose([*steps, *first, v2.ToDtype(torch.float32, scale=True), v2.Normalize(*UNIT)])
+
+
+def torchvision(load: Callable, first: list[Any], s: Setting) -> AbstractContextManager[Run]:
+    return _dataloader(s, load, transforms(s.group, first))
 
 
 def lightly(s: Setting) -> AbstractContextManager[Run]:
@@ -225,10 +221,7 @@ def stock_dali(s: Setting) -> Iterator[Run]:
         prepare_first_batch=False,
     )  # fmt: skip
 
-    def run() -> int:
-        return sum(len(view) for batch in iterator for view in batch[0].values())
-
-    yield run
+    yield lambda: sum(len(view) for batch in iterator for view in batch[0].values())
 
 
 @contextlib.contextmanager
@@ -238,29 +231,27 @@ def floor(s: Setting) -> Iterator[Run]:
     cv2.setNumThreads(0)
     data = [np.fromfile(f, np.uint8) for f in s.files]
 
-    def image(i: int, drawn: ViewParameters, b: int, out: np.ndarray) -> None:
+    def image(i: int, views: np.ndarray, out: np.ndarray) -> None:
         pixels = torch.from_numpy(decode(data[i])).permute(2, 0, 1)
-        for v, view_of in enumerate(drawn.views[:, b]):
+        for v, view_of in enumerate(views):
             top, left, height, width = view_of["box"].tolist()
             crop = pixels[None, :, top : top + height, left : left + width]
-            view = torch.nn.functional.interpolate(crop, out.shape[2:4], mode="bilinear", antialias=True)
+            view = torch.nn.functional.interpolate(crop, out.shape[1:3], mode="bilinear", antialias=True)
             flat = cv2.transform(view[0].permute(1, 2, 0).numpy(), view_of["color"])
             if (sigma := float(view_of["sigma"])) > 0:
                 window = 2 * int(np.ceil(3 * sigma)) + 1
                 flat = cv2.GaussianBlur(flat, (window, window), sigma)
-            out[v, b] = flat[:, ::-1] if view_of["flip"] else flat
+            out[v] = flat[:, ::-1] if view_of["flip"] else flat
 
     def run() -> int:
-        count = 0
         torch.set_num_threads(1)
         for rows in s.batches:
             ids = np.asarray(rows)
-            drawn = parameters(s.policy, 0, 0 * ids, ids, sizes[ids, 0], sizes[ids, 1])
+            views = parameters(s.policy, 0, 0 * ids, ids, sizes[ids, 0], sizes[ids, 1]).views
             out = np.empty((s.views, len(ids), s.group.size, s.group.size, 3), np.uint8)
-            list(pool.map(lambda b, ids=ids, drawn=drawn, out=out: image(ids[b], drawn, b, out), range(len(ids))))
-            count += out.shape[0] * out.shape[1]
+            list(pool.map(image, rows, views.T, out.swapaxes(0, 1)))
         torch.set_num_threads(s.threads)
-        return count
+        return len(data) * s.views
 
     sizes = np.array([pil(f).size[::-1] for f in s.files])
     with ThreadPoolExecutor(s.threads) as pool:
@@ -282,17 +273,12 @@ def ffcv(s: Setting) -> Iterator[Run]:
         return [crop, flip, NormalizeImage(np.array(MEAN), np.array(STD), np.float32), ToTensor(), ToTorchImage()]
 
     pipelines: dict[str, Any] = {f"view{v}": PipelineSpec("image", transforms=spec()) for v in range(s.views)}
+    pipelines |= {"image": None, "label": None}
     with contextlib.redirect_stderr(io.StringIO()):
-        loader = FFCVLoader(
-            str(s.beton), s.batch, num_workers=s.threads, order=OrderOption.RANDOM, os_cache=True,
-            indices=range(len(s.files)),
-            pipelines=pipelines | {"image": None, "label": None},
-        )  # fmt: skip
+        loader = FFCVLoader(str(s.beton), s.batch, num_workers=s.threads, order=OrderOption.RANDOM, os_cache=True,
+                            indices=range(len(s.files)), pipelines=pipelines)  # fmt: skip
 
-    def run() -> int:
-        return sum(len(view) for batch in loader for view in batch)
-
-    yield run
+    yield lambda: sum(len(view) for batch in loader for view in batch)
 
 
 @contextlib.contextmanager
@@ -317,8 +303,7 @@ def kornia(s: Setting) -> Iterator[Run]:
         for rows in s.batches:
             part = images[[i % len(images) for i in rows]].float() / 255
             count += sum(len(augment(part)) for _ in range(s.views))
-        if s.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(torch.device(s.device))
         return count
 
     yield run
@@ -379,18 +364,16 @@ def variopinta(s: Setting) -> Iterator[Run]:
     data = [f.read_bytes() for f in s.files]
     shape, dtype = (g.size, g.size, 3), np.float32 if s.floats else np.uint8
 
-    def image(i: int, b: int, out: np.ndarray) -> None:
+    def image(i: int, out: np.ndarray) -> None:
         pixels = vp.decode_image(data[i])
         for v in range(s.views):
-            out[v, b] = pipeline(pixels, key=i * s.views + v)
+            out[v] = pipeline(pixels, key=i * s.views + v)
 
     def run() -> int:
-        count = 0
         for rows in s.batches:
             out = np.empty((s.views, len(rows), *shape), dtype)
-            list(pool.map(lambda i, out=out, rows=rows: image(i, i - rows[0], out), rows))
-            count += s.views * len(rows)
-        return count
+            list(pool.map(image, rows, out.swapaxes(0, 1)))
+        return len(data) * s.views
 
     with ThreadPoolExecutor(s.threads) as pool:
         yield run

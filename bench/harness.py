@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
@@ -40,32 +41,34 @@ class Spent:
         return Spent(self.wall / n, self.core / n)
 
 
-def process_seconds() -> float:
-    """Core seconds of this process's threads, in nanoseconds; worker processes are not seen."""
-    return time.process_time()
-
-
 def tree_seconds() -> float:
     """Core seconds of this process and of its children, alive or ended; the clock ticks every 10 ms."""
-    times = os.times()
-    total = times.user + times.system + times.children_user + times.children_system
+    total = sum(os.times()[:4])  # of both, user's and system's
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             total += sum(child.cpu_times()[:4])  # its own, and of its children that have ended
     return total
 
 
-def now(core_clock: Callable[[], float] = process_seconds) -> Spent:
+def now(core_clock: Callable[[], float] = time.process_time) -> Spent:
     return Spent(time.perf_counter(), core_clock())
 
 
-def spent(call: Call, device: torch.device = CPU, core_clock: Callable[[], float] = process_seconds) -> Spent:
-    """What one call takes, work that it left on the device included."""
+def spent(call: Call, device: torch.device = CPU, core_clock: Callable[[], float] = time.process_time) -> Spent:
+    """What one call takes, work that it left on the device included. Of its cores those of this process alone, in
+    nanoseconds; `tree_seconds` also sees worker processes."""
     synchronize(device)
     begun = now(core_clock)
     call()
     synchronize(device)
     return now(core_clock) - begun
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process, as Linux counts them: VmRSS now, RssAnon of it its own, VmHWM at most since
+    `/proc/self/clear_refs` was told 5."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {key: 1024 * int(lines[key].split()[0]) for key in ("VmHWM", "VmRSS", "RssAnon")}
 
 
 def synchronize(device: torch.device) -> None:
@@ -90,9 +93,8 @@ def interval(samples: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the median, by bootstrap: the median of what another run of as many rounds would give."""
     if len(samples) < 2 or min(samples) == max(samples):
         return (samples[0], samples[0])
-    bootstrap = stats.bootstrap(
-        (samples,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-    )
+    rng = np.random.default_rng(0)
+    bootstrap = stats.bootstrap((samples,), np.median, n_resamples=2000, method="percentile", rng=rng)
     return float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high)
 
 
@@ -115,18 +117,17 @@ class Neighbours:
     """
 
     def __init__(self) -> None:
-        self.begun, self.busy, self.children = now(), busy_seconds(), ended_children_seconds()
+        self.begun, self.others = now(), others_seconds()
 
     def share(self) -> float:
         """0..1 of the cores; 0 where the interval was too short to tell."""
-        elapsed = now() - self.begun
-        others = busy_seconds() - self.busy - elapsed.core - (ended_children_seconds() - self.children)
+        elapsed, others = now() - self.begun, others_seconds() - self.others
         return float(np.clip(others / (elapsed.wall * cores()), 0, 1)) if elapsed.wall > 0.5 else 0.0
 
 
-def ended_children_seconds() -> float:
-    times = os.times()
-    return times.children_user + times.children_system
+def others_seconds() -> float:
+    """Seconds of the cores since boot that are neither this process's nor its ended children's."""
+    return busy_seconds() - time.process_time() - sum(os.times()[2:4])
 
 
 def busy_seconds() -> float:

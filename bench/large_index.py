@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from isal.isal_zlib import crc32
 
+from manyview.bench.harness import memory
 from manyview.pipeline import index
 from manyview.pipeline.manifest import Options, write_manifest
 from manyview.pipeline.plan import plan
@@ -92,9 +93,3 @@ def started(folder: str, order: str, batch: int, world: int) -> dict[str, float]
         "open_s": took[0], "size_s": took[1], "plan_s": took[2], "epoch_s": took[4], "batch_ms": 100 * took[5],
         "own_bytes": after["RssAnon"] - before["RssAnon"], "peak_bytes": after["VmHWM"] - before["VmRSS"],
     }  # fmt: skip
-
-
-def memory() -> dict[str, float]:
-    """Bytes of this process, as Linux counts them."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {key: 1024.0 * int(lines[key].split()[0]) for key in ("VmHWM", "VmRSS", "RssAnon")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,23 +31,24 @@ def disk(setup: Setup, seconds: float = 3.0, repeats: int = 5) -> dict[str, Any]
     """
     if storage.address(setup.data):
         raise UserError(f"{storage.where(setup.data)}: here a disk is measured; for a bucket: tools/profile.py bucket")
-    split, share, number = setup.split or training_split(setup.data), seconds / repeats / 2, iter(range(repeats))
+    split, share, seeds = setup.split or training_split(setup.data), seconds / repeats / 2, iter(range(repeats))
     with closing(Store(setup.data, split)) as store:
         paths = [store.path / shard["file"] for shard in store.shards]
 
     def samples() -> tuple[int, int, float]:
         with closing(Store(setup.data, split)) as store:
-            return _samples(store, share, next(number))
+            return _samples(store, share, next(seeds))
 
     def cold(read: Call) -> Any:
         forget(paths)
         return read()
 
     taken = interleaved({"sequential": lambda: _sequential(paths, share), "random": samples}, repeats, cold)
-    rates = {name: [size / wall for _, size, wall in rows] for name, rows in taken.items()}
-    summary: dict[str, Any] = {f"{name}_bytes_per_s": median(values) for name, values in rates.items()}
-    summary |= {f"{name}_interval": interval(values) for name, values in rates.items()}
-    return summary | {"images_per_s": median(n / wall for n, _, wall in taken["random"]), "threads": cores()}
+    summary: dict[str, Any] = {"images_per_s": median(n / wall for n, _, wall in taken["random"]), "threads": cores()}
+    for name, reads in taken.items():
+        rates = [size / wall for _, size, wall in reads]
+        summary |= {f"{name}_bytes_per_s": median(rates), f"{name}_interval": interval(rates)}
+    return summary
 
 
 def forget(paths: list[Path]) -> None:
@@ -62,30 +64,23 @@ def _sequential(paths: list[Path], seconds: float) -> tuple[int, int, float]:
     total, begun = 0, time.perf_counter()
     for path in paths:
         with open(path, "rb", buffering=0) as file:
-            while chunk := file.read(4 << 20):
+            while time.perf_counter() - begun < seconds and (chunk := file.read(4 << 20)):
                 total += len(chunk)
-                if time.perf_counter() - begun > seconds:
-                    return 0, total, time.perf_counter() - begun
-    return 0, total, max(1e-9, time.perf_counter() - begun)
+    return 0, total, time.perf_counter() - begun
 
 
-def _samples(store: Store, seconds: float, seed: int = 0) -> tuple[int, int, float]:
+def _samples(store: Store, seconds: float, seed: int) -> tuple[int, int, float]:
     """(images, bytes, seconds) of random samples, each once, in as many threads as cores."""
-    order = np.random.default_rng(seed).permutation(len(store))
+    order = np.random.default_rng(seed).permutation(len(store)).tolist()
     begun, threads = time.perf_counter(), cores()
 
-    def some(first: int) -> tuple[int, int]:
-        images, total = 0, 0
-        for i in order[first::threads]:
-            total += store.read(int(i)).nbytes
-            images += 1
-            if time.perf_counter() - begun > seconds:
-                break
-        return images, total
+    def some(first: int) -> list[int]:
+        in_time = itertools.takewhile(lambda _: time.perf_counter() - begun < seconds, order[first::threads])
+        return [store.read(i).nbytes for i in in_time]
 
     with ThreadPoolExecutor(threads) as pool:
-        images, sizes = zip(*pool.map(some, range(threads)))
-    return sum(images), sum(sizes), time.perf_counter() - begun
+        sizes = list(itertools.chain(*pool.map(some, range(threads))))
+    return len(sizes), sum(sizes), time.perf_counter() - begun
 
 
 def memory_bandwidth(size: int = 128 << 20, repeats: int = 5) -> float:
@@ -109,11 +104,11 @@ def jpeg(store: Store, seconds: float = 1.0) -> dict[str, float] | None:
         return None
     decode = lambda: [simplejpeg.decode_jpeg(p, "RGB", strict=False) for p in payloads]  # noqa: E731
     pixels = sum(image.shape[0] * image.shape[1] for image in decode())
-    taken: list[float] = []
-    begun = time.perf_counter()
-    while len(taken) < 3 or time.perf_counter() - begun < seconds:
-        taken.append(spent(decode).core)
-    return {"pixels_per_core_s": pixels / median(taken), "pixels_per_image": pixels / len(payloads)}
+    taken = [spent(decode)]
+    while len(taken) < 3 or sum(one.wall for one in taken) < seconds:
+        taken.append(spent(decode))
+    core = median(one.core for one in taken)
+    return {"pixels_per_core_s": pixels / core, "pixels_per_image": pixels / len(payloads)}
 
 
 def nvjpeg(store: Store, device: torch.device) -> float:
@@ -155,11 +150,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.6) -
     """
     n = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best, begun = float("inf"), time.perf_counter()
+    taken, begun = [spent(lambda: a @ b, device)], time.perf_counter()
     while time.perf_counter() - begun < seconds:
-        taken = spent(lambda: a @ b, device)
-        best = min(best, taken.wall if device.type == "cuda" else taken.core / cores())
-    return 2 * n**3 / best
+        taken.append(spent(lambda: a @ b, device))
+    return 2 * n**3 / min(one.wall if device.type == "cuda" else one.core / cores() for one in taken)
 
 
 def traffic(work: Workload) -> float:

@@ -7,18 +7,16 @@ growth of the resident set during the step.
 from __future__ import annotations
 
 import multiprocessing
-import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from manyview.bench import output
-from manyview.bench.harness import spent, synchronize
+from manyview.bench.harness import memory, spent, synchronize
 from manyview.model import backbone
 from manyview.pipeline import engines
 from manyview.training import setup
@@ -54,15 +52,8 @@ def measure(args: Args) -> list[dict[str, Any]]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             peak_bytes, seconds = fresh.submit(peak, args, v, chunk).result()
         print(f"V={v:<3d} chunk {chunk or 'all':<4} {peak_bytes / 2**20:8.0f} MiB  {seconds:.2f} s a step", flush=True)
-        rows.append(
-            {
-                "views": v,
-                "chunk": chunk,
-                "batch": args.batch_size,
-                "peak_bytes": peak_bytes,
-                "seconds": round(seconds, 3),
-            }
-        )
+        row = {"views": v, "chunk": chunk, "batch": args.batch_size, "peak_bytes": peak_bytes}
+        rows.append(row | {"seconds": round(seconds, 3)})
     return rows
 
 
@@ -80,32 +71,13 @@ def peak(args: Args, views: int, chunk: int) -> tuple[int, float]:
     step(2, 2)()
     measured = step(views, args.batch_size)
     if device.type != "cuda":
-        with ResidentPeak() as watch:
-            seconds = spent(measured).wall
-        return watch.peak - watch.rest, seconds
+        rest = memory()["VmRSS"]
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        seconds = spent(measured).wall
+        return memory()["VmHWM"] - rest, seconds
     measured()  # the first of a shape also loads its kernels
     synchronize(device)
     rest = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     seconds = spent(measured, device).wall
     return torch.cuda.max_memory_allocated() - rest, seconds
-
-
-class ResidentPeak:
-    """Highest resident set while inside, sampled every 2 ms."""
-
-    def __enter__(self) -> ResidentPeak:
-        self.process = psutil.Process()
-        self.rest = self.peak = self.process.memory_info().rss
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def watch(self) -> None:
-        while not self.done.wait(0.002):
-            self.peak = max(self.peak, self.process.memory_info().rss)
-
-    def __exit__(self, *error: object) -> None:
-        self.done.set()
-        self.thread.join()

@@ -44,9 +44,7 @@ NOTES = {
 }
 
 OURS: dict[str, Callable[..., objective.Loss]] = {
-    "ours-mean": partial(objective.barlow, beta=BETA, form="mean"),
-    "ours-cross": partial(objective.barlow, beta=BETA, form="cross"),
-    "ours-pairs": partial(objective.barlow, beta=BETA, form="pairs"),
+    **{f"ours-{form}": partial(objective.barlow, beta=BETA, form=form) for form in ("mean", "cross", "pairs")},
     "ours-vicreg": objective.vicreg,
     "ours-vicreg-pooled": partial(objective.vicreg, form="pooled"),
     "ours-spectral": objective.spectral,
@@ -120,8 +118,8 @@ def barlow_twins(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(off, BETA * difference, difference).sum()
 
 
-def pairwise(views: list[Tensor]) -> Iterator[Tensor]:
-    return (barlow_twins(a, b) for a, b in itertools.combinations(views, 2))
+def pairwise(loss: Callable[[Tensor, Tensor], Tensor], views: list[Tensor]) -> Iterator[Tensor]:
+    return (loss(a, b) for a, b in itertools.combinations(views, 2))
 
 
 def leave_one_out(views: list[Tensor]) -> Iterator[Tensor]:
@@ -131,14 +129,15 @@ def leave_one_out(views: list[Tensor]) -> Iterator[Tensor]:
 
 
 def peers(left_out: list[str]) -> dict[str, Callable[[list[Tensor]], Terms]]:
-    forms: dict[str, Callable[[list[Tensor]], Terms]] = {"pairwise": pairwise, "leave-one-out": leave_one_out}
+    forms: dict[str, Callable[[list[Tensor]], Terms]] = {
+        "pairwise": partial(pairwise, barlow_twins), "leave-one-out": leave_one_out
+    }  # fmt: skip
     try:
         from lightly.loss import BarlowTwinsLoss
     except ImportError:
         left_out.append("lightly-pairs: pip install lightly")
         return forms
-    loss = BarlowTwinsLoss(lambda_param=BETA)
-    return {**forms, "lightly-pairs": lambda views: (loss(a, b) for a, b in itertools.combinations(views, 2))}
+    return {**forms, "lightly-pairs": partial(pairwise, BarlowTwinsLoss(lambda_param=BETA))}
 
 
 @dataclass(eq=False)
@@ -224,10 +223,9 @@ def inspect(task: Task, device: torch.device) -> float:
         return wall
     for _ in range(2):
         look(task, device)
-    task.seconds.clear()
     with FlopCounterMode(display=False) as counter:
-        task.clear()
-        task.step()
+        task.timed(device)
+    task.seconds.clear()
     task.product_flops = counter.get_total_flops()
     return wall
 
@@ -309,9 +307,6 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
 # -------------------------------------------------------------------------------------------------------------- the page
 
 
-CLOCKS = {"ms": "wall time", "core_ms": "time of the cores"}
-
-
 def page(result: dict[str, Any]) -> str:
     """The tables as Markdown."""
     rows, clock, where = result["rows"], result["clock"], result["environment"]
@@ -320,7 +315,8 @@ def page(result: dict[str, Any]) -> str:
         f"`python {where['command']}`, commit {where['commit']}, torch {where['versions']['torch']}, {where['device']}, "
         f"{where['threads']} threads, seed {result['seed']}; others used {result['neighbors']:.0%} of the cores.\n"
         "Forward and backward in fp32 on random embeddings (V views, B images, D dimensions); medians of rounds taken in "
-        f"turn, of the {CLOCKS[clock]}. In brackets: times the same form at the smallest V. `peak` is what is "
+        f"turn, of the {'wall time' if clock == 'ms' else 'time of the cores'}. In brackets: times the same form at the "
+        "smallest V. `peak` is what is "
         "allocated at once on top of the embeddings, gradients included.",
         "In one process the norm of a D x D correlation of n rows is taken from its n x n twin where n < D, since "
         "|z^T z| = |z z^T|: `mean`, `paper` and `vicreg` do at every V here where B < D; `vicreg-pooled` and `spectral` "
@@ -337,15 +333,12 @@ def costs(rows: list[dict[str, Any]], clock: str) -> str:
     views = sorted({row["views"] for row in rows})
     body = []
     for form, group in output.by(rows, "form").items():
-        at, first = {row["views"]: row for row in group}, group[0][clock]
-        cells = [f"`{form}`"]
-        for v in views:
-            ms, note = (at[v][clock], at[v]["note"]) if v in at else (0.0, "")
-            mark = " *" if "run once" in note or "each term" in note else ""
-            cells += (
-                [f"{ms:.1f} ({ms / first:.1f}x){mark}", f"{at[v]['peak_bytes'] / 1e6:.0f}"] if v in at else ["-", "-"]
-            )
-        body.append(cells)
+        cells = {v: ["-", "-"] for v in views}
+        for row in group:
+            mark = " *" if "run once" in row["note"] or "each term" in row["note"] else ""
+            times = row[clock] / group[0][clock]
+            cells[row["views"]] = [f"{row[clock]:.1f} ({times:.1f}x){mark}", f"{row['peak_bytes'] / 1e6:.0f}"]
+        body.append([f"`{form}`", *itertools.chain(*cells.values())])
     head = ["form", *(cell for v in views for cell in (f"V = {v}: ms", "peak MB"))]
     notes = dict.fromkeys(note for row in rows for note in row["note"].split("; ") if note)
     title = f"## D = {rows[0]['dim']}, B = {rows[0]['batch']}"
@@ -367,12 +360,11 @@ def verdicts(rows: list[dict[str, Any]], clock: str) -> str:
         ("`vicreg` at V = 8 over V = 2", f"{grow('ours-vicreg', clock):.1f}x", "at most 4x (linear)"),
         ("`pairwise` at V = 8 over V = 2", f"{grow('pairwise', clock):.1f}x", "28 pairs for 1"),
     ]
+    views = sorted({v for _, v in at})
     for form in ("cross", "vicreg"):
-        each = {v: at[f"ours-{form}", v][clock] / v for v in sorted({view for _, view in at})}
-        what = f"`{form}`, ms a view at V = {', '.join(map(str, each))}"
-        claims.append(
-            (what, ", ".join(f"{ms:.1f}" for ms in each.values()), "constant, but that few views stay in cache")
-        )
+        what = f"`{form}`, ms a view at V = {', '.join(map(str, views))}"
+        measured = ", ".join(f"{at[f'ours-{form}', v][clock] / v:.1f}" for v in views)
+        claims.append((what, measured, "constant, but that few views stay in cache"))
     return f"## D = {CLAIMED_DIM}, from 2 to 8 views\n\n" + output.table(("", "measured", "meant"), claims)
 
 

@@ -14,6 +14,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import tyro
 
@@ -26,24 +27,17 @@ Row = dict[str, Any]
 
 
 def parse(kind: type[Args], argv: list[str], about: str | None, name: str, **least: float) -> Args:
-    """The arguments of `profile.py NAME`. UserError, a line for each number that is below its `least`."""
-    args = tyro.cli(kind, args=argv, description=about, prog=f"profile.py {name}")
-    if errors := too_small(args, **least):
+    """The arguments of `profile.py NAME`. UserError, a line for each number that is not finite or below its `least` (where
+    that is under 1: positive), or of which one of several is."""
+    args, errors = tyro.cli(kind, args=argv, description=about, prog=f"profile.py {name}"), []
+    for field, low in least.items():
+        values = np.atleast_1d(getattr(args, field))
+        if not len(values) or not all(low <= value < math.inf for value in values):
+            bound = f"at least {low:g}" if low >= 1 or low == 0 else "positive"
+            errors.append(f"--{field.replace('_', '-')} must be {bound}, not {' '.join(f'{v:g}' for v in values)}")
+    if errors:
         raise UserError("\n".join(errors))
     return args
-
-
-def too_small(args: Any, **least: float) -> list[str]:
-    """A line for each number below its `least` (under 1: what is positive) or not finite, and for each of several."""
-    errors = []
-    for name, low in least.items():
-        given = getattr(args, name)
-        values = given if isinstance(given, tuple) else (given,)
-        if not values or not all(low <= value < math.inf for value in values):
-            text = " ".join(f"{value:g}" for value in values)
-            bound = f"at least {low:g}" if low >= 1 or low == 0 else "positive"
-            errors.append(f"--{name.replace('_', '-')} must be {bound}, not {text}")
-    return errors
 
 
 def whole_numbers(flag: str, text: str, least: int) -> list[int]:
@@ -58,16 +52,13 @@ def whole_numbers(flag: str, text: str, least: int) -> list[int]:
 
 
 def environment(device: torch.device, name: str, argv: list[str]) -> Row:
-    """Who measured what: commit, versions, hardware, the load when it began, and the command `profile.py NAME`."""
-    command = shlex.join(["tools/profile.py", name, *argv])
-    return monitor.environment(device) | {"command": command, "vectors": vectors(), "load": os.getloadavg()[0]}
+    """Who measured what: commit, versions, hardware, the load when it began, and the command `profile.py NAME`.
 
-
-def vectors() -> str:
-    """The widest vector instructions of this processor: a speed belongs to them as much as to the processor's name."""
-    info = Path("/proc/cpuinfo")
-    words = set(info.read_text().split()) if info.exists() else set()
-    return next((name for flag, name in VECTORS.items() if flag in words), "")
+    `vectors`: the widest vector instructions; a speed belongs to them as much as to the processor's name."""
+    command, info = shlex.join(["tools/profile.py", name, *argv]), Path("/proc/cpuinfo")
+    words = info.read_text().split() if info.exists() else []
+    vectors = next((name for flag, name in VECTORS.items() if flag in words), "")
+    return monitor.environment(device) | {"command": command, "vectors": vectors, "load": os.getloadavg()[0]}
 
 
 def hardware(env: Row) -> str:

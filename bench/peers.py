@@ -12,6 +12,7 @@ import contextlib
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from scipy import stats
 
 from manyview.bench import output
 from manyview.bench.contenders import CONTENDERS, Contender, Run, Setting
-from manyview.bench.harness import Spent, interleaved, process_seconds, spent, tree_seconds
+from manyview.bench.harness import Spent, interleaved, now, tree_seconds
 from manyview.pipeline import engines
 from manyview.pipeline.codec import decode
 from manyview.pipeline.engines import reference
@@ -76,20 +77,10 @@ class Case:
     size: int
     contenders: list[Contender]
 
-    @property
-    def small(self) -> bool:
-        return self.size <= engines.SMALL
-
     def title(self, one: Contender) -> str:
         """What a table is called: the policy, and what becomes of the views."""
         name = ("crop+flip+normalize" if one.floats else "crop+flip") if one.plain else self.policy
         return name if one.floats else f"{name}, uint8 out"
-
-    def setting(self, one: Contender, views: int, files: list[Path], scratch: Path = Path()) -> Setting:
-        args, chosen = self.args, policy(self.policy, views, self.size, PLAIN if one.plain else None)
-        return Setting(
-            self.store, files, chosen, views, args.batch_size, args.threads, args.device, one.floats, scratch
-        )
 
 
 def main(argv: list[str]) -> None:
@@ -126,7 +117,8 @@ def add(result: dict[str, Any], kind: str, rows: list[dict[str, Any]]) -> None:
 
 def cases(args: Args) -> list[Case]:
     """The sets of images that were asked for. UserError where one cannot be compared."""
-    chosen_cases = []
+    asked = []
+    wanted = [part for part in args.only.split(",") if part] or [""]
     for path, name, size in ((args.data, "simclr", args.size), (args.small, "cifar", 0)):
         if path is None:
             continue
@@ -137,19 +129,18 @@ def cases(args: Args) -> list[Case]:
             raise UserError(f"--small {path}: its images have {side} px, more than {engines.SMALL}")
         if len(store) < args.batch_size:
             raise UserError(f"{store.name} has {len(store)} images, fewer than one --batch-size of {args.batch_size}")
-        wanted = [part for part in args.only.split(",") if part] or [""]
-        chosen = [one for one in CONTENDERS if one.fits("tiny" if side <= engines.SMALL else "photos", args.device)]
-        chosen = [one for one in chosen if any(part in one.name for part in wanted)]
-        if not chosen:
+        kind = "tiny" if side <= engines.SMALL else "photos"
+        who = [one for one in CONTENDERS if one.fits(kind, args.device) and any(part in one.name for part in wanted)]
+        if not who:
             raise UserError(f"--only {args.only}: no pipeline here has that in its name")
-        chosen_cases.append(Case(args, store, name, side, chosen))
-    return chosen_cases
+        asked.append(Case(args, store, name, side, who))
+    return asked
 
 
 def compare(case: Case, views: int, result: dict[str, Any]) -> None:
     """Build every contender for so many views, measure them in turn, and add their rows and ratios."""
     args = case.args
-    images = min(len(case.store), args.images * (5 if case.small else 1))  # small images are made in no time
+    images = min(len(case.store), args.images * (5 if case.size <= engines.SMALL else 1))  # small ones take no time
     even = args.batch_size * args.threads  # every worker of a peer gets as many batches
     images = images // even * even or images // args.batch_size * args.batch_size
     with contextlib.ExitStack() as stack:
@@ -157,30 +148,33 @@ def compare(case: Case, views: int, result: dict[str, Any]) -> None:
         files = extract(case.store, images, folder)
         running: dict[Contender, Callable[[], Spent]] = {}
         for one in case.contenders:
-            run = stack.enter_context(one.build(case.setting(one, views, files, folder)))
-            running[one] = partial(measure, run, images * views, process_seconds if one.engine else tree_seconds)
+            chosen = policy(case.policy, views, case.size, PLAIN if one.plain else None)
+            how = (args.batch_size, args.threads, args.device, one.floats, folder)
+            setting = Setting(case.store, files, chosen, views, *how)
+            run = stack.enter_context(one.build(setting))
+            running[one] = partial(measure, run, images * views, time.process_time if one.engine else tree_seconds)
             running[one]()
         taken = interleaved(running, args.rounds, lambda call: call(), shuffled=True)
     rows = []
     for one, times in taken.items():
-        walls, core = [t.wall for t in times], [t.core for t in times]
-        row = {
-            "pipeline": one.name, "policy": case.title(one), "size": case.size, "views": views,
-            "views_per_s": round(images * views / median(walls), 1), "core_ms_per_image": round(1e3 * median(core) / images, 4),
+        walls, core_ms = [t.wall for t in times], 1e3 * median(t.core for t in times) / images
+        speed, policy_of = images * views / median(walls), case.title(one)
+        rows.append({
+            "pipeline": one.name, "policy": policy_of, "size": case.size, "views": views,
+            "views_per_s": round(speed, 1), "core_ms_per_image": round(core_ms, 4),
             "spread": round((max(walls) - min(walls)) / median(walls), 3), "images": images,
-        }  # fmt: skip
-        rows.append(row)
-        print(f"{row['policy']:20s} {case.size:4d} px  V={views:<3d} {one.name:40s} {row['views_per_s']:10,.0f} views/s  "
-              f"{row['core_ms_per_image']:8.3f} core-ms/image", file=sys.stderr)  # fmt: skip
+        })  # fmt: skip
+        print(f"{policy_of:20s} {case.size:4d} px  V={views:<3d} {one.name:40s} {speed:10,.0f} views/s  "
+              f"{core_ms:8.3f} core-ms/image", file=sys.stderr)  # fmt: skip
     add(result, "rows", rows)
     add(result, "ratios", ratios(case, views, taken))
 
 
 def measure(run: Run, count: int, core_clock: Callable[[], float]) -> Spent:
     """A pass that makes `count` views. Ours has no worker processes and is read in nanoseconds, peers in ticks of 10 ms."""
-    counts: list[int] = []
-    taken = spent(lambda: counts.append(run()), core_clock=core_clock)
-    assert counts == [count], f"{counts} views instead of {count}"
+    begun, views = now(core_clock), run()
+    taken = now(core_clock) - begun
+    assert views == count, f"{views} views instead of {count}"
     return taken
 
 
@@ -206,8 +200,8 @@ def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (pipeline, name, size), mine in output.by(rows, "pipeline", "policy", "size").items():
         if pipeline in ours and len(mine) >= 3:
             line = stats.linregress([r["views"] for r in mine], [r["core_ms_per_image"] for r in mine])
-            law = {"a": round(line.intercept, 4), "b": round(line.slope, 4), "r2": round(line.rvalue**2, 5)}
-            laws.append({"pipeline": pipeline, "policy": name, "size": size, **law})
+            laws.append({"pipeline": pipeline, "policy": name, "size": size, "a": round(line.intercept, 4),
+                         "b": round(line.slope, 4), "r2": round(line.rvalue**2, 5)})  # fmt: skip
     return laws
 
 
@@ -238,7 +232,7 @@ def extract(store: Store, images: int, folder: Path) -> list[Path]:
         payload = store.read(i)
         files.append(folder / f"{i:06d}.{'jpg' if payload.ndim == 1 else 'png'}")
         if payload.ndim == 1:
-            files[-1].write_bytes(payload.tobytes())
+            payload.tofile(files[-1])
         else:
             Image.fromarray(decode(payload)).save(files[-1])
     return files
@@ -248,9 +242,10 @@ def markdown(result: dict[str, Any]) -> str:
     counts = sorted({row["views"] for row in result["rows"]})
     ratios = by_views(result["ratios"], counts, ("ours", "peer", "policy", "size"),
                       lambda r: f"{r['times_the_views_per_s']:.3g} ({r['times_less_core_time']:.3g})")  # fmt: skip
-    laws = [
-        [f["pipeline"], f["policy"], f["size"], *(f"{f[key]:.4g}" for key in ("a", "b", "r2"))] for f in result["fits"]
-    ]
+    tables = [speeds(policy, size, rows, counts, result["hardware"])
+              for (policy, size), rows in output.by(result["rows"], "policy", "size").items()]  # fmt: skip
+    laws = [[*(f[key] for key in ("pipeline", "policy", "size")), *(f"{f[key]:.4g}" for key in ("a", "b", "r2"))]
+            for f in result["fits"]]  # fmt: skip
     pixels = [[name, *(f"{p[key]} dB" for key in ("min_db", "mean_db")), f"{p['decodes_per_image']:g}"]
               for name, p in result["parity"].items()]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -262,10 +257,7 @@ def markdown(result: dict[str, Any]) -> str:
         "Core-ms is the time of all cores, worker processes included; it moves less than wall time on a shared machine. Every "
         "pipeline makes normalized float32, as a network takes it, except in the tables `uint8 out`: what is sent to a GPU and "
         "normalized there. Nothing is made ahead of a pass, so DALI's stock graph runs without prefetching.",
-        *(
-            speeds(policy, size, rows, counts, result["hardware"])
-            for (policy, size), rows in output.by(result["rows"], "policy", "size").items()
-        ),
+        *tables,
         "## How many times as fast",
         "Views a second of ours over the peer's, and in brackets the peer's core time over ours, of the same rounds.",
         output.table(("ours", "peer", "policy", "px", *(f"V={v}" for v in counts)), ratios, left=3),
@@ -278,14 +270,12 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-def by_views(
-    rows: list[dict[str, Any]], counts: list[int], keys: tuple[str, ...], told: Callable[[dict], str]
-) -> list[list]:
+def by_views(rows: list[dict], counts: list[int], keys: tuple[str, ...], told: Callable[[dict], str]) -> list[list]:
     """A line for each group of rows that agree in `keys`, a column for each number of views."""
     lines = []
-    for name, group in output.by(rows, *keys).items():
+    for group in output.by(rows, *keys).values():
         at = {row["views"]: told(row) for row in group}
-        lines.append([*(name if len(keys) > 1 else [name]), *(at.get(v, "") for v in counts)])
+        lines.append([*(group[0][key] for key in keys), *(at.get(v, "") for v in counts)])
     return lines
 
 

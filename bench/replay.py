@@ -17,6 +17,7 @@ from manyview.pipeline.plan import Plan
 from manyview.pipeline.storage import PIECE
 
 LIMIT = 2_500_000  # images of a node that are replayed an epoch; of a longer epoch the first so many
+NONE = np.empty(0, np.int64)  # of samples
 
 
 class LRU:
@@ -65,10 +66,6 @@ class Cluster:
         return self.per_piece * self.image_bytes
 
     @property
-    def pieces(self) -> int:
-        return -(-self.images // self.per_piece)
-
-    @property
     def limit(self) -> int:
         """Pieces that a node's cache holds."""
         return max(1, int(self.cache_bytes / self.piece_bytes))
@@ -106,21 +103,12 @@ def replay(cluster: Cluster, epochs: int = 2, seed: int = 0, limit: int = LIMIT)
 def run(order: Plan, cache: LRU, per_piece: int, start: int, stop: int) -> tuple[int, int]:
     """Steps `start` .. `stop - 1`, each announced `order.ahead` steps before it is read. Returns the pieces that were fetched
     when they were announced, and when they were read."""
-    told, ahead, late = order.reading(start, stop), 0, 0
+    told, before, late = order.reading(start, stop), cache.fetched, 0
     for step in range(start - order.ahead, stop):
-        before = cache.fetched
-        for piece in _pieces(next(told, None), per_piece):
+        for piece in np.unique(next(told, NONE) // per_piece).tolist():
             cache.announce(piece)
-        ahead, before = ahead + cache.fetched - before, cache.fetched
-        for piece in _pieces(order.batch(step)[0] if step >= start else None, per_piece):
+        announced = cache.fetched
+        for piece in np.unique((order.batch(step)[0] if step >= start else NONE) // per_piece).tolist():
             cache.read(piece)
-        late += cache.fetched - before
-    return ahead, late
-
-
-def _pieces(ids: np.ndarray | None, per_piece: int) -> list[int]:
-    """The pieces of these samples (ascending), each once."""
-    if ids is None:
-        return []
-    pieces = ids // per_piece
-    return pieces[np.r_[True, pieces[1:] != pieces[:-1]]].tolist()
+        late += cache.fetched - announced
+    return cache.fetched - before - late, late

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from manyview.bench.view import columns
 from manyview.pipeline.errors import UserError
 from manyview.training.monitor import read_metrics
 
-OF_THE_LOOP = ("wait", "parameters", "batches")  # timings that are not the engine's threads'
+OF_THE_LOOP = ("wait", "device_wait", "parameters", "batches")  # timings that are not the engine's threads'
 
 
 def ask(folder: Path) -> str:
@@ -37,35 +38,30 @@ def summary(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no run of train.py: {error}") from None
     if len(rows) < 2:
-        raise UserError(
-            f"{folder}: {len(rows)} row(s) of timings are too few; two or more --log-every intervals are needed"
-        )
-    total = _differences(rows)
-    images, seconds, timings = total["images"], total["seconds"], total["timings"]
-    cores = int(env["cores"])
-    threads = int(config.get("threads") or 0) or cores
+        raise UserError(f"{folder}: {len(rows)} row(s) of timings are too few; it takes two --log-every intervals")
+    total, timings = _differences(rows)
+    images, seconds, core_seconds = total["images"], total["seconds"], total["core_seconds"]
     engine = {k: 1e3 * v / images for k, v in timings.items() if k not in OF_THE_LOOP}
     per_image = 1e3 * seconds / images
-    wait, parameters = (1e3 * timings.get(k, 0.0) / images for k in ("wait", "parameters"))
+    wait, parameters = (1e3 * timings[k] / images for k in ("wait", "parameters"))
     return {
-        "steps": total["steps"], "batch": config["batch_size"], "views": config["views"], "seconds": seconds, "ms": per_image,
-        "images_per_s": images / seconds, "engine_ms": engine, "engine_budget_ms": per_image * threads, "threads": threads,
-        "wait_ms": wait, "data_wait": wait / per_image, "parameters_ms": parameters, "training_ms": per_image - wait - parameters,
-        "core_ms": 1e3 * total["core_seconds"] / images, "cores": cores, "cores_used": total["core_seconds"] / seconds,
+        "steps": total["step"], "batch": config["batch_size"], "views": config["views"], "seconds": seconds, "ms": per_image,
+        "images_per_s": images / seconds, "engine_ms": engine, "wait_ms": wait, "data_wait": wait / per_image,
+        "engine_budget_ms": per_image * (config.get("threads") or env["cores"]),
+        "parameters_ms": parameters, "training_ms": per_image - wait - parameters,
+        "core_ms": 1e3 * core_seconds / images, "cores": env["cores"], "cores_used": core_seconds / seconds,
     }  # fmt: skip
 
 
-def _differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over neighbouring rows; where a counter falls, a resumed run began to count anew, and the pair is left out."""
-    total: dict[str, Any] = {"images": 0, "seconds": 0.0, "step": 0, "core_seconds": 0.0, "timings": {}}
+def _differences(rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """Sums over neighbouring rows, of the rows' own numbers and of their timings; where a counter falls, a resumed run began
+    to count anew, and the pair is left out."""
+    total, seconds = Counter[Any](), Counter[Any]()
     for before, after in pairwise(rows):
-        if after["timings"]["batches"] < before["timings"]["batches"]:
-            continue
-        for key in ("images", "seconds", "core_seconds", "step"):
-            total[key] += after[key] - before[key]
-        for key, value in after["timings"].items():
-            total["timings"][key] = total["timings"].get(key, 0.0) + value - before["timings"].get(key, 0.0)
-    return total | {"steps": total["step"]}
+        if after["timings"]["batches"] >= before["timings"]["batches"]:
+            total.update({k: after[k] - before[k] for k in ("images", "seconds", "core_seconds", "step")})
+            seconds.update({k: v - before["timings"].get(k, 0.0) for k, v in after["timings"].items()})
+    return total, seconds
 
 
 def sentence(s: dict[str, Any]) -> str:

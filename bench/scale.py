@@ -71,20 +71,16 @@ def main(argv: list[str]) -> None:
     args = output.parse(Args, argv, __doc__, "plan", gpus=1, batch_per_gpu=1, nodes=1, images=1, **tiny)
     step = args.gpus * args.batch_per_gpu * max(args.nodes)
     if min(args.images) < step:
-        raise UserError(
-            f"{max(args.nodes)} nodes take {step:,} images a step, more than the {min(args.images):g} of --images"
-        )
+        most, least = max(args.nodes), min(args.images)
+        raise UserError(f"{most} nodes take {step:,} images a step, more than the {least:g} of --images")
     if args.scratch is not None and not args.scratch.is_dir():
         raise UserError(f"--scratch {args.scratch} is no folder")
     args.out.mkdir(parents=True, exist_ok=True)
     sets: list[dict[str, Any]] = []
     for n in map(int, args.images):
         print(f"{name_of(n)}: an index of {n:,} samples, opened and planned")
-        sets.append({"images": n, "start": startup(n, args), "quality": qualities(n), "rows": []})
-        for order, nodes in ((order, nodes) for order in ORDERS for nodes in args.nodes):
-            row = scaled(n, nodes, order, args)
-            sets[-1]["rows"].append(row)
-            print(f"  {order:6s} {nodes:5d} nodes: {row['later_gb']:.4g} GB a node and later epoch")
+        sets.append({"images": n, "start": startup(n, args), "quality": qualities(n)})
+        sets[-1]["rows"] = [scaled(n, nodes, order, args) for order in ORDERS for nodes in args.nodes]
         permutation.cache_clear()
     result = {"settings": output.settings(args), "environment": output.environment(CPU, "plan", argv), "sets": sets}
     rows, text = [{"images": one["images"]} | row for one in sets for row in one["rows"]], page(result)
@@ -111,9 +107,8 @@ def startup(n: int, args: Args) -> dict[str, Any]:
         world = args.gpus * max(args.nodes)
         for order in ORDERS:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                times[order] = fresh.submit(
-                    large_index.started, folder, order, args.batch_per_gpu * world, world
-                ).result()
+                job = fresh.submit(large_index.started, folder, order, args.batch_per_gpu * world, world)
+                times[order] = job.result()
     return times
 
 
@@ -133,6 +128,7 @@ def scaled(n: int, nodes: int, order: str, args: Args) -> dict[str, Any]:
     cluster = Cluster(n, nodes, nodes * args.gpus * args.batch_per_gpu, 1e3 * args.image_kb, 1e9 * args.cache_gb, order)
     first, _, later = replay(cluster, 3)
     gb = cluster.piece_bytes / 1e9
+    print(f"  {order:6s} {nodes:5d} nodes: {later.fetched / later.share * gb:.4g} GB a node and later epoch")
     return {
         "nodes": nodes, "order": order, "batch": cluster.batch, "share": first.share, "own_gb": n * args.image_kb / 1e6 / nodes,
         "first_gb": first.fetched / first.share * gb, "later_gb": later.fetched / later.share * gb,
@@ -143,15 +139,13 @@ def scaled(n: int, nodes: int, order: str, args: Args) -> dict[str, Any]:
 
 def bandwidth(cluster: Cluster, first: Epoch, later: Epoch, args: Args) -> dict[str, Any]:
     """At full speed: bytes a second into a node and out of the storage; what of it can be had; and what is the limit."""
-    full = args.gpus * args.images_per_s
+    full, nodes = args.gpus * args.images_per_s, cluster.nodes
     rates = [epoch.fetched * cluster.piece_bytes / epoch.images * full / 1e9 for epoch in (first, later)]
-    possible = [
-        min(1.0, args.node_gb_s / max(r, 1e-9), args.storage_gb_s / max(r * cluster.nodes, 1e-9)) for r in rates
-    ]
+    speeds = [min(1.0, args.node_gb_s / max(r, 1e-9), args.storage_gb_s / max(r * nodes, 1e-9)) for r in rates]
     return {
-        "first_node_gb_s": rates[0], "later_node_gb_s": rates[1], "first_storage_gb_s": rates[0] * cluster.nodes,
-        "later_storage_gb_s": rates[1] * cluster.nodes, "first_speed": possible[0], "later_speed": possible[1],
-        "images_per_s": cluster.nodes * full * possible[1], "steps": cluster.images / cluster.batch,
+        "first_node_gb_s": rates[0], "later_node_gb_s": rates[1], "first_storage_gb_s": rates[0] * nodes,
+        "later_storage_gb_s": rates[1] * nodes, "first_speed": speeds[0], "later_speed": speeds[1],
+        "images_per_s": nodes * full * speeds[1], "steps": cluster.images / cluster.batch,
     }  # fmt: skip
 
 
@@ -174,18 +168,8 @@ def bounds(one: dict[str, Any], order: str, s: dict[str, Any]) -> dict[str, str]
 
 # --- the page -----------------------------------------------------------------------------------------------------------
 
-STARTED = [
-    "set",
-    "index",
-    "order",
-    "open",
-    "view size",
-    "plan and first batch",
-    "a batch",
-    "next epoch",
-    "own memory",
-    "peak",
-]
+STARTED = ("set", "index", "order", "open", "view size", "plan and first batch", "a batch", "next epoch", "own memory",
+           "peak")  # fmt: skip
 REPLAYED = ("set", "order", "nodes", "own", "first", "later", "hits", "late", "replayed")
 COMPUTED = ("set", "order", "nodes", "into a node, GB/s: first", "later", "from the storage: first", "later",
             "speed: first", "later", "images/s, later", "steps an epoch", "global batch")  # fmt: skip
@@ -241,20 +225,10 @@ def page(result: dict[str, Any]) -> str:
 
 
 def started(one: dict[str, Any], order: str) -> list[str]:
-    x = one["start"][order]
-    open_, size, plan, epoch = (f"{x[key]:.2f} s" for key in ("open_s", "size_s", "plan_s", "epoch_s"))
+    x, index_size = one["start"][order], quantity(one["start"]["index_bytes"], "B")
+    seconds = [f"{x[key]:.2f} s" for key in ("open_s", "size_s", "plan_s", "epoch_s")]
     sizes = (quantity(max(0, x["own_bytes"]), "B"), quantity(x["peak_bytes"], "B"))
-    return [
-        name_of(one["images"]),
-        quantity(one["start"]["index_bytes"], "B"),
-        order,
-        open_,
-        size,
-        plan,
-        f"{x['batch_ms']:.1f} ms",
-        epoch,
-        *sizes,
-    ]
+    return [name_of(one["images"]), index_size, order, *seconds[:3], f"{x['batch_ms']:.1f} ms", seconds[3], *sizes]
 
 
 def replayed(one: dict[str, Any], row: dict[str, Any]) -> list[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -95,11 +94,11 @@ def written(args: Args, out: Path, options: Options) -> Store:
 # --- conversion -----------------------------------------------------------------------------------------------------
 
 
-def convert(name: str, source: Path, target: Path, jobs: int) -> dict[str, float]:
+def convert(number: int, source: Path, target: Path, jobs: int) -> dict[str, float]:
     """One contender, in a process of its own: wall and CPU seconds of the call itself, and what it left on the disk."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, sys.stdout.fileno())
-    call = CONTENDERS[name].prepare(source, target, jobs)
+    call = CONTENDERS[number].prepare(source, target, jobs)
 
     def whole() -> None:
         call()
@@ -116,20 +115,17 @@ def conversion(args: Args, scratch: Path, n: int) -> list[dict[str, Any]]:
     # litdata empties these folders when it starts, and unless told otherwise they are data/ and chunks/ in /tmp.
     os.environ |= {"OMP_NUM_THREADS": "1", "DATA_OPTIMIZER_CACHE_FOLDER": str(scratch / "chunks"),
                    "DATA_OPTIMIZER_DATA_CACHE_FOLDER": str(scratch / "data")}  # fmt: skip
+    spawn = multiprocessing.get_context("spawn")
 
-    def fresh(name: str) -> dict[str, float]:
-        target = scratch / "target"
-        target.mkdir()
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            run = process.submit(convert, name, args.source, target, args.jobs).result()
-        shutil.rmtree(target)
+    def fresh(number: int) -> dict[str, float]:
+        with tempfile.TemporaryDirectory(dir=scratch) as target, ProcessPoolExecutor(1, spawn) as process:
+            run = process.submit(convert, number, args.source, Path(target), args.jobs).result()
         os.sync()  # nobody starts with another's unwritten pages
         return run
 
     rows = []
-    taken = interleaved({name: partial(fresh, name) for name in CONTENDERS}, args.rounds, lambda call: call())
-    for name, runs in taken.items():
-        who = CONTENDERS[name]
+    taken = interleaved({i: partial(fresh, i) for i in range(len(CONTENDERS))}, args.rounds, lambda call: call())
+    for who, runs in zip(CONTENDERS, taken.values()):
         wall, core, size = (median(run[key] for run in runs) for key in ("wall", "core", "bytes"))
         spread = max(run["core"] for run in runs) - min(run["core"] for run in runs)
         rows.append({
@@ -160,7 +156,6 @@ def pieces(args: Args) -> dict[str, float]:
         "CRC-32": (crc32, data),
         "SHA-256": (lambda array: hashlib.sha256(array).digest(), data),
     }
-
     return in_turn({name: partial(each, *part) for name, part in parts.items()}, args, len(data))
 
 
@@ -183,17 +178,15 @@ def reading(args: Args, scratch: Path) -> dict[str, Any]:
         lengths, offsets = (data._rows[name].tolist() for name in ("length", "offset"))
         ranges = [(files[data.shard_of[i]], lengths[i], offsets[i]) for i in order]
 
+        reads = {"pread": partial(each, lambda part: os.pread(*part), ranges), "store": partial(each, data.read, order)}
+
         def read(who: str, state: str) -> float:
             if state == "cold":
                 data.close()  # noqa: B023  (pages that are mapped stay)
                 forget(paths)  # noqa: B023
-            if who == "pread":
-                return spent(lambda: each(lambda part: os.pread(*part), ranges)).wall  # noqa: B023
-            return spent(lambda: each(data.read, order)).wall  # noqa: B023
+            return spent(reads[who]).wall  # noqa: B023
 
-        contenders = {
-            f"{who} {state}": partial(read, who, state) for who in ("pread", "store") for state in ("cold", "warm")
-        }
+        contenders = {f"{who} {state}": partial(read, who, state) for who in reads for state in ("cold", "warm")}
         taken = interleaved(contenders, args.rounds, lambda call: call(), shuffled=True)
         for file in files:
             os.close(file)
@@ -242,9 +235,7 @@ TEXTS = {
 def page(result: dict[str, Any]) -> str:
     """results/shards.md"""
     env = result["environment"]
-    versions = ", ".join(
-        f"{name} {version}" for name, version in {"python": env["python"], **result["packages"]}.items()
-    )
+    versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
     conversions = []
     for group, text in TEXTS.items():
         rows = [
@@ -260,7 +251,7 @@ def page(result: dict[str, Any]) -> str:
     return output.document(
         "# Shards: conversion and reading",
         f"`python {env['command']}`, commit {env['commit']}, {env['device']}, no GPU; load when it began {env['load']:.1f}.\n"
-        f"Versions: {versions}.",
+        f"Versions: python {env['python']}, {versions}.",
         f"## Conversion of {result['images']} photos, {result['megabytes']:.0f} MB",
         *conversions,
         "Ours syncs every shard to the disk before it counts; the others leave that to the kernel. Medians; ± half the range.",
@@ -283,11 +274,10 @@ def parts(result: dict[str, Any]) -> list[str]:
                          f" {second[what]:.4g}")  # fmt: skip
     extra = cost["SHA-256"] + cost["CRC-32"] + cost["parse the header"]
     extra += (cost["decode completely"] + cost["statistics of all pixels"]) / 16
+    rows = [[name, f"{value:.3f}"] for name, value in cost.items()]
     return [
         "## What it consists of",
-        output.table(
-            ["part of the work, alone", "core-ms/image"], [[name, f"{value:.3f}"] for name, value in cost.items()]
-        ),
+        output.table(["part of the work, alone", "core-ms/image"], rows),
         "\n".join(lines),
         f"Where bytes are only moved, ours spends {extra:.2f} core-ms an image on what the bare writers leave out (header, CRC,"
         " SHA-256, a sixteenth decoded with its statistics), and waits for the disk; beside a writer that does so by hand only"

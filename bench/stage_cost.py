@@ -65,13 +65,9 @@ class Cost:
         self.wall.append(1e3 * taken.wall / units)
 
     def to_json(self) -> dict[str, Any]:
-        rounded = {key: [float(f"{v:.5g}") for v in getattr(self, key)] for key in ("core", "wall")}
-        between = [float(f"{v:.5g}") for v in interval(self.core)]
-        return asdict(self) | rounded | {"core_ms": self.core_ms, "core_interval": between}
-
-
-def from_json(row: dict[str, Any]) -> Cost:
-    return Cost(row["name"], row["where"], row["per"], row["core"], row["wall"])
+        values = {"core": self.core, "wall": self.wall, "core_interval": interval(self.core)}
+        rounded = {key: [float(f"{v:.5g}") for v in numbers] for key, numbers in values.items()}
+        return asdict(self) | rounded | {"core_ms": self.core_ms}
 
 
 class StageCosts:
@@ -85,10 +81,8 @@ class StageCosts:
         self.parallel: list[float] = []  # core seconds a second of the engine alone: how many cores it really fills
         self.repeats: dict[str, int] = {}
         on_device = work.device.type == "cuda"
-        left_out = {
-            *(() if on_device and work.engine.name == "cpu" else ("copy",)),
-            *(() if work.training else TRAINED),
-        }
+        left_out = [] if on_device and work.engine.name == "cpu" else ["copy"]
+        left_out += [] if work.training else TRAINED
         compute = "device" if on_device else "main"
         self.cost = {name: Cost(name, compute if where == "compute" else where, per)
                      for name, (where, per) in STAGES.items() if name not in left_out}  # fmt: skip
@@ -129,20 +123,15 @@ class StageCosts:
         return self._spent(lambda: call(times)) / times
 
     def _alone(self, name: str, call: Call, units: float) -> None:
-        def loop(times: int) -> None:
-            for _ in range(times):
-                call()
-
-        self.cost[name].add(self._often(name, loop), units)
+        self.cost[name].add(self._often(name, lambda times: [call() for _ in range(times)]), units)
 
     def _in_threads(self, name: str, call: Callable[[Any], Any], items: list[Any]) -> Spent:
         """`call` on every item, in as many threads as the engine has."""
         parts = [items[i :: self.work.threads] for i in range(self.work.threads)]
 
         def some(part: list[Any], times: int) -> None:
-            for _ in range(times):
-                for item in part:
-                    call(item)
+            for item in part * times:
+                call(item)
 
         return self._often(name, lambda times: list(self.pool.map(some, parts, [times] * len(parts))))
 
@@ -193,17 +182,14 @@ class StageCosts:
         if work.training is None:
             self._alone("normalize", lambda: work.normalized(self.batch), rows)
             return
-        units = {"view": rows, "image": work.batch, "step": 1}
-        for name, taken in self._training(work.training):
-            cost[name].add(taken, units[cost[name].per])
+        self._training(work.training, {"view": rows, "image": work.batch, "step": 1})
 
-    def _training(self, training: Training) -> list[tuple[str, Spent]]:
+    def _training(self, training: Training, units: dict[str, int]) -> None:
         """One step, part by part."""
-        taken = []
 
         def part(name: str, call: Callable[[], Any]) -> Any:
             result: list[Any] = []
-            taken.append((name, self._spent(lambda: result.append(call()))))
+            self.cost[name].add(self._spent(lambda: result.append(call())), units[STAGES[name][1]])
             return result[0]
 
         def forward() -> list[torch.Tensor]:
@@ -222,7 +208,6 @@ class StageCosts:
         part("backward", lambda: torch.autograd.backward(z, gradient))
         loss = part("objective", objective)
         part("optimizer", lambda: training.update(loss))
-        return taken
 
 
 def without(parameters: ViewParameters, name: str) -> ViewParameters:

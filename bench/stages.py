@@ -78,9 +78,7 @@ def read(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text())
         schema = report["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no profile; `python tools/profile.py stages` writes one (profile.json): {error}"
-        ) from None
+        raise UserError(f"{path} is no profile, as `tools/profile.py stages` writes it: {error}") from None
     if schema != SCHEMA:
         raise UserError(f"{path} has schema {schema}, this program reads {SCHEMA}; measure again")
     if missing := [part for part in PARTS if part not in report]:
@@ -97,7 +95,10 @@ def measure(args: Args, progress: Callable[[str], object] = lambda text: None, e
     work = build(args, max(0.06, args.seconds / 150))
     startup = {"imports_s": imported, "build_s": time.perf_counter() - opened}
     alone, whole = StageCosts(work, args.seconds / 300), EndToEnd(work)
-    startup["first_batch_s"] = first_batch(work)
+    opened, batches = time.perf_counter(), work.loader().batches(0, 1)
+    next(batches)
+    startup["first_batch_s"] = time.perf_counter() - opened
+    batches.close()  # type: ignore[attr-defined]
     sweep = Sweep(work, max(work.batch, min(args.batch_size, alone.images))) if extras else None
     for number in (1, 2, 3):  # by turns: what the machine does meanwhile hits all of them
         part = f"part {number} of 3: "
@@ -107,7 +108,7 @@ def measure(args: Args, progress: Callable[[str], object] = lambda text: None, e
         whole.block(0.3 * args.seconds / 3)
         if sweep:
             progress(part + "other settings      ")
-            sweep.round(0.3 * args.seconds / 3 / len(sweep.points))
+            sweep.round(0.3 * args.seconds / 3)
     alone.close()
     others = neighbours.share()
     report = assemble(args, work, alone, whole, cores() * (1 - others)) | {"startup": startup}
@@ -134,20 +135,13 @@ def rounds(alone: StageCosts, seconds: float) -> None:
         done += 1
 
 
-def first_batch(work: Workload) -> float:
-    """Seconds from a new loader to its first batch."""
-    begun = time.perf_counter()
-    batches = work.loader().batches(0, 1)
-    next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    return time.perf_counter() - begun
-
-
 def assemble(args: Args, work: Workload, alone: StageCosts, whole: EndToEnd, free: float) -> dict[str, Any]:
     """Everything that follows from the stages alone and the whole run, on a machine with `free` cores."""
     together, costs = whole.result(), alone.costs
     on_device = work.device.type == "cuda" and work.engine.name != "cpu"
-    shape = expected.Shape(work.policy.views, work.batch, free, parallel(alone, free), on_device)
+    # Cores that the engine alone fills: an upper quartile, since whatever else runs takes some away.
+    parallel = float(np.clip(np.quantile(alone.parallel, 0.75), 0.1, free))
+    shape = expected.Shape(work.policy.views, work.batch, free, parallel, on_device)
     ms = expected.milliseconds(costs, shape)
     observed = together["images_per_s"]
     together |= {
@@ -161,11 +155,6 @@ def assemble(args: Args, work: Workload, alone: StageCosts, whole: EndToEnd, fre
         "loads": {k: sum(v.values()) for k, v in expected.loads(costs, shape).items()},
         "bottleneck": {"resource": resource, "stage": stage}, "what_if": expected.removed(costs, shape, observed),
     }  # fmt: skip
-
-
-def parallel(alone: StageCosts, free: float) -> float:
-    """Cores that the engine alone fills: an upper quartile, since whatever else runs takes some away."""
-    return float(np.clip(np.quantile(alone.parallel, 0.75), 0.1, free))
 
 
 def stages(costs: list[Cost], shape: expected.Shape) -> list[dict[str, Any]]:

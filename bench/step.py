@@ -66,10 +66,8 @@ def measure(args: Args, argv: list[str]) -> dict[str, Any]:
         projector_dim=args.projector_dim, engine=args.engine, device=args.device, precision=precision,
     ))  # fmt: skip
     training: Any = work.training
-    pixels = torch.randint(
-        256, (args.views, args.batch_size, args.size, args.size, 3), dtype=torch.uint8, device=device
-    )
-    pixels = pixels.permute(0, 1, 4, 2, 3)
+    shape = (args.views, args.batch_size, args.size, args.size, 3)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
     floats = work.normalized([pixels])[0]
     batches = work.loader().batches(0, ENDLESS)
 
@@ -80,9 +78,8 @@ def measure(args: Args, argv: list[str]) -> dict[str, Any]:
         training.optimizer.step()
         training.optimizer.zero_grad(set_to_none=True)
 
-    ways: dict[str, Call] = {
-        "bare": bare, "step": lambda: work.step([pixels]), "data": lambda: work.step(next(batches).views)
-    }  # fmt: skip
+    ways: dict[str, Call] = {"bare": bare, "step": lambda: work.step([pixels])}
+    ways["data"] = lambda: work.step(next(batches).views)
     if args.compile:
         cfg = Config(backbone=args.backbone, projector_dim=args.projector_dim, precision=precision, compile=True)
         compiled = replace(work, training=setup.create(cfg, args.size, device))

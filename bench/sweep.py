@@ -31,8 +31,7 @@ def points(work: Workload, base: Point) -> list[Point]:
         ladder["views"] = {3, 4, 6, base["views"]}
     if work.engine.name != "cpu":
         ladder["threads"] = {base["threads"]}
-    every = [base | {name: value} for name, values in ladder.items() for value in sorted(values)]
-    return [dict(point) for point in dict.fromkeys(tuple(p.items()) for p in every)]
+    return [base] + [base | {k: v} for k, values in ladder.items() for v in sorted(values - {base[k]})]
 
 
 class Sweep:
@@ -41,16 +40,15 @@ class Sweep:
     def __init__(self, work: Workload, batch: int):
         """`batch`: images of a batch; the network's step may be too dear for as many as the data path does well with."""
         self.work = work
-        self.base = {"views": work.policy.views, "threads": work.threads}
-        self.base |= {"batch": batch, "prefetch": work.setup.prefetch}
-        self.points = points(work, self.base)
-        self.rows: list[dict[str, Any]] = [point | {"rate": [], "core": []} for point in self.points]
+        views, prefetch = work.policy.views, work.setup.prefetch
+        self.base = {"views": views, "threads": work.threads, "batch": batch, "prefetch": prefetch}
+        self.rows: list[dict[str, Any]] = [p | {"rate": [], "core": []} for p in points(work, self.base)]
         self.engines: dict[int, Any] = {work.threads: work.engine}
 
     def round(self, seconds: float) -> None:
-        """Every setting once, each for `seconds` or so."""
+        """Every setting once, in about so many seconds all together."""
         for row in self.rows:
-            rate, core = self._run(row, seconds)
+            rate, core = self._run(row, seconds / len(self.rows))
             row["rate"].append(rate)
             row["core"].append(core)
 
@@ -60,9 +58,11 @@ class Sweep:
         if threads not in self.engines:
             self.engines[threads] = engines.create(work.engine.name, work.store, work.device, threads=threads)[0]
         policy = views.policy(setup.policy, row["views"], work.policy.groups[0].size, views.overrides(setup.augment))
-        order = replace(work.plan, global_batch=row["batch"])
-        loader = work.loader(plan=order, policy=policy, engine=self.engines[threads], prefetch=row["prefetch"])
-        batches = loader.batches(0, ENDLESS)
+        other = replace(
+            work, policy=policy, plan=replace(work.plan, global_batch=row["batch"]), engine=self.engines[threads],
+            setup=replace(setup, prefetch=row["prefetch"]),
+        )  # fmt: skip
+        batches = other.loader().batches(0, ENDLESS)
         next(batches)
         synchronize(work.device)
         begun, images = now(), 0
@@ -80,15 +80,18 @@ class Sweep:
                 engine.close()
 
     def result(self) -> dict[str, Any]:
-        base, lines = self.base, {}
-        for name in base:
-            line = [row for row in self.rows if all(row[k] == base[k] for k in base if k != name)]
-            lines[name] = [
-                {"value": row[name], "images_per_s": median(row["rate"]), "core_ms": median(row["core"])}
-                for row in line
-            ]
+        lines = {}
+        for name in self.base:
+            line = along(name, self.rows, self.base)
+            lines[name] = [{"value": row[name], "images_per_s": median(row["rate"]), "core_ms": median(row["core"])}
+                           for row in line]  # fmt: skip
         knees = {name: knee(lines[name]) for name in ("threads", "batch", "prefetch")}
-        return {"lines": lines, "knees": knees, "fit": fit(self.rows, base)}
+        return {"lines": lines, "knees": knees, "fit": fit(self.rows, self.base)}
+
+
+def along(name: str, rows: list[dict[str, Any]], base: Point) -> list[dict[str, Any]]:
+    """The rows in which only this setting may differ from `base`, in its order."""
+    return sorted((r for r in rows if all(r[k] == base[k] for k in base if k != name)), key=lambda r: r[name])
 
 
 def knee(line: list[dict[str, float]]) -> float:
@@ -99,7 +102,7 @@ def knee(line: list[dict[str, float]]) -> float:
 
 def fit(rows: list[dict[str, Any]], base: Point) -> dict[str, Any]:
     """Core-ms an image = a + b V by least squares over the medians; intervals by leaving rounds to chance."""
-    line = [row for row in rows if all(row[k] == base[k] for k in base if k != "views")]
+    line = along("views", rows, base)
     if len(line) < 2:
         return {}
     v, samples = (

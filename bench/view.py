@@ -49,11 +49,10 @@ def stages(report: Report) -> Table:
 
 
 def queues(report: Report) -> Table:
-    rows = []
-    for name, key in (("waiting for a batch", "latency_ms"), ("a whole step", "step_ms")):
-        times = report["composed"][key]
-        rows.append([name, *(number(times[p]) for p in ("p50", "p95", "p99")), str(times["n"])])
-    return ("milliseconds", "p50", "p95", "p99", "of"), rows
+    waits = {"waiting for a batch": report["composed"]["latency_ms"], "a whole step": report["composed"]["step_ms"]}
+    percentiles = ("p50", "p95", "p99")
+    rows = [[name, *(number(ms[p]) for p in percentiles), str(ms["n"])] for name, ms in waits.items()]
+    return ("milliseconds", *percentiles, "of"), rows
 
 
 def limits(report: Report) -> Table:
@@ -72,10 +71,19 @@ def changes(comparison: dict[str, Any]) -> Table:
     for row in comparison["rows"]:
         mark = "" if not row["changed"] else "slower" if row["ratio"] > 1 else "faster"
         ratio = f"{row['ratio']:.2f}x" if row["before_ms"] > 0 else "new"
-        rows.append(
-            [row["stage"], number(row["before_ms"]), number(row["after_ms"]), ratio, mark, number(row["images_per_s"])]
-        )
+        before, after, undone = (number(row[key]) for key in ("before_ms", "after_ms", "images_per_s"))
+        rows.append([row["stage"], before, after, ratio, mark, undone])
     return ("stage", "core-ms before", "after", "ratio", "changed", "images/s if undone"), rows
+
+
+def settings(report: Report) -> Table:
+    """What other settings brought, and which is the smallest that is as good as the best."""
+    sweep, rows = report["sweep"], []
+    for name, line in sweep["lines"].items():
+        for point in line if len(line) > 1 else []:
+            mark = "enough" if point["value"] == sweep["knees"].get(name) else ""
+            rows.append([name, f"{point['value']:g}", number(point["images_per_s"]), number(point["core_ms"]), mark])
+    return ("setting", "value", "images/s", "core-ms an image", ""), rows
 
 
 def by_resource(report: Report) -> str:
@@ -101,40 +109,21 @@ def law(report: Report) -> str:
 
 def tiles(report: Report) -> list[tuple[str, str, str]]:
     """(what, value, detail) of the numbers that sum a run up."""
-    c, n_views = report["composed"], report["shape"]["views"]
+    c, n_views, asked = report["composed"], report["shape"]["views"], report["settings"]["batch_size"]
+    between = " .. ".join(map(number, c["images_per_s_interval"]))
+    whole = f"; at batch {asked} {number(c['full_batch_images_per_s'])}" if c["batch"] != asked else ""
     shown = [
-        ("observed", number(c["images_per_s"]), f"images/s, {number(c['images_per_s'] * n_views)} views/s"),
+        ("observed", number(c["images_per_s"]), f"images/s ({between}), {number(c['images_per_s'] * n_views)} views/s{whole}"),
         ("of expected", f"{c['efficiency']:.0%}", f"{number(c['expected_images_per_s'])} images/s from the stages"),
-        ("cost", number(c["core_ms"]), f"core-ms an image, {number(c['core_ms'] / n_views)} a view"),
+        ("cost", number(c["core_ms"]), f"core-ms an image, {number(c['core_ms'] / n_views)} a view;"
+                                       f" the stages alone {number(c['expected_core_ms'])}"),
         ("waiting for data", f"{c['data_wait']:.0%}", f"{c['ready']:.0%} of batches were ready"),
-    ]
+    ]  # fmt: skip
     if c["device_idle"] is not None:
-        shown.append(("GPU idle", f"{c['device_idle']:.0%}", "of the time, between steps"))
-    elif c["engine_busy"] is not None:
+        shown.append(("GPU idle", f"{c['device_idle']:.1%}", "of the time, between steps"))
+    if c["engine_busy"] is not None:
         shown.append(("engine busy", f"{c['engine_busy']:.0%}", f"{report['data']['threads']} threads"))
     return [*shown, ("peak memory", f"{report['peak_bytes'] / 2**30:.2f}", "GiB")]
-
-
-def end_to_end(report: Report) -> list[str]:
-    """The whole run in sentences."""
-    c, n_views, asked = report["composed"], report["shape"]["views"], report["settings"]["batch_size"]
-    low, high = (number(x) for x in c["images_per_s_interval"])
-    wait, step = (
-        ", ".join(f"{p} {number(c[key][p])}" for p in ("p50", "p95", "p99")) for key in ("latency_ms", "step_ms")
-    )
-    return [
-        f"observed {number(c['images_per_s'])} images/s ({low} .. {high}), {number(c['images_per_s'] * n_views)} views/s;"
-        f" expected {number(c['expected_images_per_s'])}; efficiency {c['efficiency']:.0%}"
-        + (f"; {number(c['full_batch_images_per_s'])} images/s at batch {asked}" if c["batch"] != asked else ""),
-        f"limits by resource, images/s: {by_resource(report)}",
-        f"core-ms an image {number(c['core_ms'])} (stages alone: {number(c['expected_core_ms'])}); peak memory"
-        f" {report['peak_bytes'] / 2**30:.2f} GiB",
-        f"data wait {c['data_wait']:.0%} of the time; {c['ready']:.0%} of batches were ready when asked for"
-        + (f"; engine threads busy {c['engine_busy']:.0%}" if c["engine_busy"] is not None else "")
-        + (f"; GPU idle between steps {c['device_idle']:.1%}" if c["device_idle"] is not None else ""),
-        f"batch wait {wait} ms; step {step} ms (of {c['step_ms']['n']})",
-        f"start-up: {start_up(report)}",
-    ]
 
 
 def bars(report: Report) -> list[dict[str, Any]]:
@@ -186,8 +175,10 @@ def columns(table: Table) -> list[str]:
 def text(report: Report) -> str:
     """Stages, then the whole run, limits, cost model, the recommended command and the verdict."""
     env = report["environment"]
-    lines = [heading(report), "", *columns(stages(report)), "", *end_to_end(report), ""]
-    for more in (columns(limits(report)), [law(report)] if law(report) else []):
+    lines = [heading(report), "", *columns(stages(report)), ""]
+    lines += [f"{what}: {value} {detail}" for what, value, detail in tiles(report)]
+    lines += [f"limits by resource, images/s: {by_resource(report)}", f"start-up: {start_up(report)}", ""]
+    for more in (columns(queues(report)), columns(limits(report)), [law(report)] if law(report) else []):
         lines += [*more, ""] if more else []
     if report.get("sweep"):
         lines.append("recommended: " + command(report))

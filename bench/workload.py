@@ -66,12 +66,6 @@ class Setup:
     """Seed of weights, order and views."""
 
 
-def training(asked: Any, size: int, device: torch.device) -> Training:
-    """The training that the fields of a dataclass ask for, by the names that train.py's flags have; the rest as there."""
-    known = {key: value for key, value in asdict(asked).items() if key in Config.__dataclass_fields__}
-    return setup.create(Config(**known), size, device)
-
-
 @dataclass
 class Workload:
     """`Setup`, opened: data, engine and, unless the backbone is `none`, a network in training."""
@@ -105,16 +99,10 @@ class Workload:
             loss, _ = self.training.gradients(inputs)
             self.training.update(loss.total)
 
-    def loader(self, **changes: Any) -> Loader:
-        """A loader over this data; `plan`, `policy`, `engine` and `prefetch` may be others than the workload's."""
-        parts = {
-            "plan": self.plan,
-            "policy": self.policy,
-            "engine": self.engine,
-            "prefetch": self.setup.prefetch,
-        } | changes
-        order, policy, engine = (parts.pop(name) for name in ("plan", "policy", "engine"))
-        return Loader(self.store, order, policy, engine, seed=self.setup.seed, **parts)
+    def loader(self) -> Loader:
+        return Loader(
+            self.store, self.plan, self.policy, self.engine, seed=self.setup.seed, prefetch=self.setup.prefetch
+        )
 
     def draw(self, ids: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, ViewParameters]:
         """`ids` and the parameters of their views: what an engine takes."""
@@ -137,7 +125,8 @@ def build(asked: Setup, step_seconds: float = float("inf")) -> Workload:
     size = asked.size or store.default_size()
     policy = views.policy(asked.policy, asked.views, size, views.overrides(asked.augment), store.grey)
     engine, reason = engines.create(asked.engine, store, device, threads=asked.threads or None)
-    trained = None if asked.backbone == "none" else training(asked, size, device)
+    known = {key: value for key, value in asdict(asked).items() if key in Config.__dataclass_fields__}
+    trained = None if asked.backbone == "none" else setup.create(Config(**known), size, device)
     whole = plan(store.labels, seed=asked.seed, batch=asked.batch_size)
     work = Workload(asked, store, policy, whole, engine, reason, device, trained)
     if device.type == "cpu" and step_seconds < float("inf"):

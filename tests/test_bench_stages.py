@@ -242,7 +242,7 @@ def test_without_a_backbone_the_data_path_is_profiled(photos):
     report = stages.measure(args, extras=False)
     names = [row["name"] for row in report["stages"]]
     assert "decode" in names and "normalize" in names and "forward" not in names
-    assert view.end_to_end(report)
+    assert "waiting for data" in view.text(report)
 
 
 def test_local_crops_are_profiled_too(photos):
