@@ -27,10 +27,10 @@ from manyview.pipeline.machine import cores
 OPTIONAL = (  # module, what is lost without it, the command
     (
         "nvidia.dali",
-        "engine dali: decoding and views on the GPU",
+        "engine dali: decoding on the GPU",
         "pip install nvidia-dali-cuda130 (drivers before 580: -cuda120)",
     ),
-    ("ffcv", "check of .beton files by the stock reader; they are read and written", "pip install ffcv (it compiles)"),
+    ("ffcv", "check of .beton files by the stock reader", "pip install ffcv (it compiles)"),
     ("onnxruntime", "tools/export.py --to onnx", "pip install onnx onnxscript onnxruntime"),
     ("pyarrow", "tools/embed.py --to FILE.parquet", "pip install pyarrow"),
     ("s3fs", "shards in a bucket", "pip install fsspec s3fs"),
@@ -50,14 +50,14 @@ OPEN_FILES, SHARED_MEMORY = 4096, 2 << 30
 class Row:
     name: str
     good: bool
-    text: str  # what was found; where it is not good also what is lost
+    text: str  # what there is; where it is not good also what is lost
     fix: str = ""
     needed: bool = False
 
 
 def rows() -> Iterator[Row]:
     """All of it, in the order in which it is printed."""
-    yield from packages()
+    yield packages()
     torch_fits = fits()
     yield torch_fits
     if torch_fits.good:
@@ -69,9 +69,7 @@ def rows() -> Iterator[Row]:
         yield Row(name, bool(version), version or f"not installed: without it no {lost}", command)
 
 
-@functools.cache
-def distributions() -> dict[str, list[str]]:
-    return dict(importlib.metadata.packages_distributions())  # slow
+distributions = functools.cache(importlib.metadata.packages_distributions)  # slow
 
 
 def installed(module: str) -> str:
@@ -88,19 +86,17 @@ def installed(module: str) -> str:
         return "there"
 
 
-def packages() -> Iterator[Row]:
+def packages() -> Row:
     python = ".".join(map(str, sys.version_info[:3]))
     try:
         wanted = [text for text in importlib.metadata.requires("manyview") or [] if "extra ==" not in text]
     except importlib.metadata.PackageNotFoundError:
         unknown = f"Python {python}; manyview is not installed, so what it needs is not known"
-        yield Row("packages", False, unknown, "pip install -e .")
-        return
+        return Row("packages", False, unknown, "pip install -e .")
     if wrong := [text for text in wanted if not satisfied(text)]:
         lacks = f"Python {python} lacks {', '.join(wrong)}: nothing trains"
-        yield Row("packages", False, lacks, f"pip install {' '.join(map(repr, wrong))}", needed=True)
-    else:
-        yield Row("packages", True, f"Python {python}, and the {len(wanted)} packages that everything needs")
+        return Row("packages", False, lacks, f"pip install {' '.join(map(repr, wrong))}", needed=True)
+    return Row("packages", True, f"Python {python}, and the {len(wanted)} packages that everything needs")
 
 
 def satisfied(requirement: str) -> bool:
@@ -153,14 +149,13 @@ def processor() -> Row:
     about = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in reversed(lines) if ":" in line}
     name, flags = about.get("model name", "unknown"), about.get("flags", "").split()
     units = [
-        flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags
+        unit for unit in ("amx_bf16", "avx512_bf16") if unit in flags
     ]  # as training/precision.py, which loads torch
     wide = "avx512f" in flags
     text = f"{name}, {cores()} cores, {', '.join(units) or 'no bf16'}, {'AVX-512' if wide else 'no AVX-512'}"
-    lost = ([] if units else ["bf16 is no faster than fp32 here"]) + (
-        [] if wide else ["the views' kernels run on 256 bits"]
-    )
-    return Row("processor", bool(units) and wide, "; ".join([text, *lost]))
+    text += "" if units else "; bf16 is no faster than fp32 here"
+    text += "" if wide else "; the views' kernels run on 256 bits"
+    return Row("processor", bool(units) and wide, text)
 
 
 def system() -> Iterator[Row]:

@@ -23,6 +23,7 @@ if __name__ == "__main__":  # the checkout on the path instead of this folder, w
 import torch
 import tyro
 
+from manyview.bench import output
 from manyview.pipeline.engines import has_dali
 from manyview.pipeline.errors import UserError, run
 from manyview.training.monitor import environment, read_metrics
@@ -110,35 +111,31 @@ def tests(options: Options, _: float) -> list[list[str]]:
     return [python("-m", "pytest", "-q", "-x", *files, "-k", "gpu or fused or against_the_reference")]
 
 
+def measured(name: str, options: Options, real: str, toy: str, *data: object) -> list[list[str]]:
+    """`profile.py NAME` on this data: `real` on the GPU, `toy` in the rehearsal."""
+    to = ["--json", options.out / f"{'views' if name == 'peers' else name}.json", "--device", device(options)]
+    return [python("tools/profile.py", name, *data, *to, *(toy if options.rehearse else real).split())]
+
+
 def views(options: Options, _: float) -> list[list[str]]:
-    words = ["tools/profile.py", "peers", "--json", options.out / "views.json", "--device", device(options)]
-    if options.rehearse:
-        toy = ["--views", "2", "--size", "16", "--batch-size", "16", "--images", "64", "--rounds", "1"]
-        return [python(*words, "--data", "None", "--small", data(options), *toy, "--only", "manyview cpu")]
-    photos = ["--data", options.photos or "None"]
     small = ["--small", data(options)] if not no_cifar(options) else []
-    return [python(*words, *photos, *small, "--views", "2,4,8,16", "--batch-size", "256")]
+    toy = "--views 2 --size 16 --batch-size 16 --images 64 --rounds 1 --only cpu"
+    real = "--views 2,4,8,16 --batch-size 256"
+    return measured("peers", options, real, toy, "--data", options.photos or "None", *small)
 
 
 def step(options: Options, _: float) -> list[list[str]]:
-    words = ["tools/profile.py", "step", "--data", data(options), "--json", options.out / "step.json"]
-    if options.rehearse:
-        words += ["--backbone", "resnet10-narrow", "--batch-size", "16", "--views", "2", "--rounds", "1"]
-    return [python(*words, "--device", device(options))]
+    toy = "--backbone resnet10-narrow --batch-size 16 --views 2 --rounds 1"
+    return measured("step", options, "", toy, "--data", data(options))
 
 
 def objective(options: Options, _: float) -> list[list[str]]:
-    words = ["tools/profile.py", "objective", "--json", options.out / "objective.json", "--device", device(options)]
-    if options.rehearse:
-        toy = ["--rounds", "1", "--batch-size", "16", "--backbone", "resnet10-narrow", "--sizes", "32"]
-        return [python(*words, "--views", "2", "--dim", "16", *toy)]
-    return [python(*words, "--views", "2,4,8,16", "--dim", "256,2048,8192")]
+    toy = "--views 2 --dim 16 --rounds 1 --batch-size 16 --backbone resnet10-narrow --sizes 32"
+    return measured("objective", options, "--views 2,4,8,16 --dim 256,2048,8192", toy)
 
 
 def probes(options: Options, _: float) -> list[list[str]]:
-    toy = ["--train", "400", "--test", "100", "--features", "16"] if options.rehearse else []
-    words = ["tools/profile.py", "probes", *toy, "--device", device(options), "--json", options.out / "probes.json"]
-    return [python(*words)]
+    return measured("probes", options, "", "--train 400 --test 100 --features 16")
 
 
 def device(options: Options) -> str:
@@ -200,12 +197,12 @@ def perform(one: Step, options: Options, about: dict, ends: float) -> None:
         row |= {"status": "left out", "reason": f"{left:.0f} s are left, it may take {one.seconds}"}
     else:
         print(f"--- {one.name}: {one.shows} (at most {left:.0f} s)", flush=True)
-        codes = []
+        code: int | None = 0
         for command in one.commands(options, left):
-            codes.append(call(command, options.out / f"{one.name}.txt", left - (time.monotonic() - begun)))
-            if codes[-1] != 0:
+            code = call(command, options.out / f"{one.name}.txt", left - (time.monotonic() - begun))
+            if code != 0:
                 break
-        status = "done" if all(code == 0 for code in codes) else "out of time" if codes[-1] is None else "failed"
+        status = "done" if code == 0 else "out of time" if code is None else "failed"
         row |= {"status": status, "seconds": round(time.monotonic() - begun, 1)}
     with open(options.out / "steps.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
@@ -239,17 +236,18 @@ def rows_of(options: Options, about: dict) -> dict[str, dict]:
 
 
 def write_page(options: Options, about: dict) -> None:
-    found = ", ".join(["DALI" if has_dali() else "no DALI", f"torch {torch.__version__}"])
-    lines = [f"# {about['device']}", "", f"Commit {about['commit']}, {found}. Made by `python tools/gpu.py`.", ""]
-    lines += ["| step | shows | ended | s | last lines |", "|---|---|---|--:|---|"]
+    body = []
     for one in STEPS:
         row = rows_of(options, about).get(one.name, {"status": "not begun"})
         log = options.out / f"{one.name}.txt"
         said = log.read_text(errors="replace").splitlines() if log.exists() else []
         tail = "<br>".join(line.replace("|", "/")[:160] for line in [line for line in said if line.strip()][-2:])
         ended = f"{row['status']}: {row['reason']}" if "reason" in row else row["status"]
-        lines.append(f"| {one.name} | {one.shows} | {ended} | {row.get('seconds', '')} | {tail} |")
-    (options.out / "README.md").write_text("\n".join(lines) + "\n")
+        body.append([one.name, one.shows, ended, row.get("seconds", ""), tail])
+    versions = f"{'DALI' if has_dali() else 'no DALI'}, torch {torch.__version__}"
+    text = f"Commit {about['commit']}, {versions}. Made by `python tools/gpu.py`."
+    table = output.table(("step", "shows", "ended", "s", "last lines"), body, left=5)
+    (options.out / "README.md").write_text(output.document(f"# {about['device']}", text, table))
 
 
 if __name__ == "__main__":

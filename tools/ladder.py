@@ -57,18 +57,14 @@ def main() -> int:
     for name in options.only:
         if name not in names:
             raise UserError(nearest("row", name, names))
-    todo = [
-        row for row in asked.rows
-        if (not options.only or row.name in options.only)
-        and (not options.core_hours or row.core_hours in options.core_hours)
-        and (not options.seeds or row.seed in options.seeds)
-    ]  # fmt: skip
+    todo = [row for row in asked.rows if row.name in (options.only or names)]
+    todo = [row for row in todo if row.core_hours in (options.core_hours or [row.core_hours])]
+    todo = [row for row in todo if row.seed in (options.seeds or [row.seed])]
     torch.set_num_threads(1)
     tune(torch.device("cpu"))
     failed = 0 if options.report else ladder.run(asked, options.out, options.runs, todo, options.precision)
-    command = f"python tools/ladder.py {shlex.quote(str(options.ladder))}"
     page = options.out.with_suffix(".md")
-    files.write(page, ladder.report(asked, options.out, command))
+    files.write(page, ladder.report(asked, options.out, f"python tools/ladder.py {shlex.quote(str(options.ladder))}"))
     print(page)
     return 1 if failed else 0
 

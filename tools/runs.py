@@ -23,8 +23,8 @@ from jinja2 import Environment, FileSystemLoader
 
 from manyview.pipeline import errors, files
 from manyview.pipeline.errors import UserError
-from manyview.pipeline.files import write
 
+FILES = ("config.json", "metrics.jsonl")
 CURVES = ("knn", "linear", "loss", "rank", "views_per_s")
 POINTS = 300  # of a curve, at most
 TESTS = {"kNN": ("knn-cosine-exp k=20", "l2"), "linear": ("linear-sweep", "bn")}  # eval.json's rows that have a column
@@ -84,9 +84,7 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """A run directory of train.py, finished or not. UserError where it is none or damaged."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no run of train.py (no config.json)")
+    """A run directory of train.py, finished or not. UserError where it is damaged."""
     rows = metrics(folder / "metrics.jsonl")
     scores = files.facts(folder / "eval.json").get("table", [])
     steps, probes = ([row for row in rows if key in row] for key in ("loss", "knn"))
@@ -113,16 +111,13 @@ def find(paths: list[Path]) -> list[Run]:
         if not path.is_dir():
             raise UserError(f"{path} is no folder")
         below = [path] if (path / "config.json").is_file() else sorted({*path.glob("*/"), *path.glob("*/*/")})
-        wanted = ("config.json", "metrics.jsonl")
-        folders += [folder for folder in below if all((folder / name).is_file() for name in wanted)]
+        folders += [folder for folder in below if all((folder / name).is_file() for name in FILES)]
     if not folders:
-        raise UserError(f"no runs in {', '.join(map(str, paths))}: a run has a config.json and a metrics.jsonl")
-    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
-    runs = [read(folder) for folder in folders]
-    short = [folder.name for folder in folders]
-    for run in runs:
-        twice = short.count(run.folder.name) > 1
-        run.name = f"{run.folder.parent.name}/{run.folder.name}" if twice else run.folder.name
+        raise UserError(f"no runs in {', '.join(map(str, paths))}: a run has a {' and a '.join(FILES)}")
+    runs = [read(folder) for folder in dict.fromkeys(folder.resolve() for folder in folders)]
+    short = [run.folder.name for run in runs]
+    for run, name in zip(runs, short):
+        run.name = f"{run.folder.parent.name}/{name}" if short.count(name) > 1 else name
     return runs
 
 
@@ -147,8 +142,8 @@ def table(runs: list[Run]) -> str:
     head = ["run", *(key.replace("_", "-") for key in keys), "M views", "core-h", "views/s", *TESTS, "verdict"]
     rows = [head]
     for run in runs:
-        totals = [run.total("views", 1e6), run.total("core_seconds", 3600), run.speed]
-        numbers = [form.format(n) if n is not None else "-" for form, n in zip(("{:.3g}", "{:.2g}", "{:,.0f}"), totals)]
+        totals = {".3g": run.total("views", 1e6), ".2g": run.total("core_seconds", 3600), ",.0f": run.speed}
+        numbers = [format(n, form) if n is not None else "-" for form, n in totals.items()]
         scores = [f"{100 * row['top1']:.1f}" if (row := run.score(column)) else "-" for column in TESTS]
         said = "; ".join(text for _, text in run.verdict)
         rows.append([run.name, *(setting(run.config.get(key)) for key in keys), *numbers, *scores, said])
@@ -158,13 +153,13 @@ def table(runs: list[Run]) -> str:
 
 def curves(run: Run) -> dict[str, Any]:
     """Points of each curve: [views, hours, core-hours, value], thinned."""
-    found: dict[str, list] = {}
+    points: dict[str, list] = {}
     for key in CURVES:
         rows = [row for row in (run.probes if key in ("knn", "linear") else run.steps) if row.get(key) is not None]
         every = math.ceil(len(rows) / POINTS) or 1
-        rows = [*rows[::every], *rows[-1:]] if (len(rows) - 1) % every else rows[::every]
-        found[key] = [[row["views"], row["seconds"] / 3600, row["core_seconds"] / 3600, row[key]] for row in rows]
-    return found
+        rows = [*rows[:-1:every], *rows[-1:]]  # the last always
+        points[key] = [[row["views"], row["seconds"] / 3600, row["core_seconds"] / 3600, row[key]] for row in rows]
+    return points
 
 
 def sheet(run: Run) -> str:
@@ -188,9 +183,8 @@ def page(runs: list[Run]) -> str:
     templates = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters["setting"] = setting
     data = [{"config": run.config, "curves": curves(run)} for run in runs]
-    return templates.get_template("runs.html").render(
-        runs=runs, keys=differences(runs), tests=list(TESTS), data=data, sheets=[sheet(run) for run in runs]
-    )
+    page, sheets = templates.get_template("runs.html"), [sheet(run) for run in runs]
+    return page.render(runs=runs, keys=differences(runs), tests=list(TESTS), data=data, sheets=sheets)
 
 
 @dataclass
@@ -206,7 +200,7 @@ def main() -> int:
     runs = find(config.runs or [Path("runs")])
     print(table(runs))
     if config.out:
-        write(config.out, page(runs))
+        files.write(config.out, page(runs))
         print(f"\n{config.out}: {len(runs)} runs")
     return 0
 

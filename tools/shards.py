@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,39 @@ from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import Options, read_manifest
 
 
-@dataclass
-class Write:
+@dataclass(kw_only=True)
+class Common:
+    jobs: int = 0
+    """Processes; 0 = one a core. The result does not depend on it."""
+    max_rejected: str = "1%"
+    """Images that may be set aside before this counts as failed: a percentage or a fraction."""
+    disjoint: bool = False
+    """Splits may have no class in common (few-shot sets)."""
+
+
+@dataclass(kw_only=True)
+class Converted(Common):
+    format: str = "webdataset"
+    """webdataset (.tar) or ffcv (.beton)."""
+    encoding: str = "jpeg"
+    """jpeg, raw, yuv420, or array: any number of channels, 8 or 16 bits, every value as it is (docs/datasets.md). Images of 64
+    pixels and under are always raw."""
+    size: int = 0
+    """Short side in pixels to shrink larger images to; 0 leaves them, and baseline JPEGs then keep their bytes."""
+    unlabelled: bool = False
+    """Folders are not classes, labels are not read."""
+
+    def convert(self, options: Options, source: Path | None, out: Path, reading: Reading, executor="local") -> int:
+        start, most = time.perf_counter(), fraction(self.max_rejected)
+        manifest = write_shards(
+            options, source, out, jobs=self.jobs, max_rejected=most, reading=reading, executor=executor
+        )
+        print(f"{summary.text(out, manifest)}\n{time.perf_counter() - start:.1f} s")
+        return 0
+
+
+@dataclass(kw_only=True)
+class Write(Converted):
     """Convert a dataset to shards. Run again after any interruption: it goes on where it stopped."""
 
     dataset: str
@@ -33,38 +63,23 @@ class Write:
     """The folder (or archives) the dataset lies in."""
     out: Path | None = None
     """Where the shards go: a folder (shards/DATASET if not given), or a bucket's address such as s3://bucket/name."""
-    format: str = "webdataset"
-    """webdataset (.tar) or ffcv (.beton)."""
-    encoding: str = "jpeg"
-    """jpeg, raw, yuv420, or array: any number of channels, 8 or 16 bits, every value as it is (docs/datasets.md). Images of 64
-    pixels and under are always raw."""
-    size: int = 0
-    """Short side in pixels to shrink larger images to; 0 leaves them, and baseline JPEGs then keep their bytes."""
     quality: int = 95
     """JPEG quality of images that must be encoded."""
-    jobs: int = 0
-    """Processes; 0 = one a core. The result does not depend on it."""
     seed: int = 0
     """Of the order in which samples are laid down."""
     shard_mb: int = 0
     """Source megabytes a shard; 0 = a 64th of the source, between 16 and 256."""
-    max_rejected: str = "1%"
-    """Images that may be set aside before the conversion counts as failed: a percentage or a fraction."""
     max_pixels: int = 100_000_000
     """Larger images are set aside. Each process may need 12 bytes a pixel of this (20 for colors of 16 bits): 1.2 GB."""
     white: float = 0.0
     """The value that becomes white in images of more than 8 bits: 4095 for 12 bits in files of 16. 0 = what the file's type
     holds, of which the upper 8 bits are kept."""
-    unlabelled: bool = False
-    """Folders are not classes, labels are not read."""
     labels: Path | None = None
     """A table of labels (csv, tsv, json, jsonl or text), a row an image. It labels the splits whose images it names."""
     name_column: str = ""
     """Its column of file names (with or without folders and suffix), if it has no usual name."""
     label_column: str = ""
     """Its column of labels, if it has no usual name or holds text of which no two are the same."""
-    disjoint: bool = False
-    """Splits may have no class in common (few-shot sets)."""
     holdout: str = "0"
     """Of a source without test images, the share of each class (25%) that is kept from training as split val, by --seed."""
     check: str = "decode"
@@ -86,16 +101,7 @@ class Write:
             holdout=fraction(self.holdout, "holdout"), seed=self.seed,
         )  # fmt: skip
         out = self.out or Path("shards") / self.dataset
-        return convert(options, self.source, out, self.jobs, self.max_rejected, reading, self.executor)
-
-
-def convert(
-    options: Options, source: Path | None, out: Path, jobs: int, max_rejected: str, reading: Reading, executor="local"
-) -> int:
-    start, rejected = time.perf_counter(), fraction(max_rejected)
-    manifest = write_shards(options, source, out, jobs=jobs, max_rejected=rejected, reading=reading, executor=executor)
-    print(f"{summary.text(out, manifest)}\n{time.perf_counter() - start:.1f} s")
-    return 0
+        return self.convert(options, self.source, out, reading, self.executor)
 
 
 @dataclass
@@ -131,15 +137,9 @@ class List:
 
 
 @dataclass(kw_only=True)
-class Foreign:
+class Foreign(Common):
     """How tars and betons that others wrote are read."""
 
-    jobs: int = 0
-    """Processes; 0 = one a core."""
-    max_rejected: str = "1%"
-    """Images that may be left out before this counts as failed."""
-    disjoint: bool = False
-    """Splits may have no class in common (few-shot sets)."""
     image_part: str = ""
     """Of a sample's files (KEY.left.jpg, KEY.right.jpg) or a .beton's fields, the one that is the image: left.jpg."""
     label_part: str = ""
@@ -149,9 +149,8 @@ class Foreign:
     """Take what there is of a tar that was cut off."""
 
     def reading(self) -> Reading:
-        return Reading(
-            disjoint=self.disjoint, image_part=self.image_part, label_part=self.label_part, allow_cut=self.allow_cut
-        )
+        return Reading(disjoint=self.disjoint, image_part=self.image_part, label_part=self.label_part,
+                       allow_cut=self.allow_cut)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -171,25 +170,17 @@ class Index(Foreign):
 
 
 @dataclass(kw_only=True)
-class Import(Foreign):
+class Import(Foreign, Converted):
     """Convert existing tars, betons or shards of this program (another format, encoding or size)."""
 
     source: Path
     """A .tar or .beton, or a folder of them."""
     out: Path
     """Where the shards go."""
-    format: str = "webdataset"
-    """webdataset (.tar) or ffcv (.beton)."""
-    encoding: str = "jpeg"
-    """jpeg, raw, yuv420, or array: any number of channels, 8 or 16 bits, every value as it is."""
-    size: int = 0
-    """Short side in pixels to shrink larger images to; 0 leaves them."""
-    unlabelled: bool = False
-    """Labels are not read."""
 
     def run(self) -> int:
         options = Options("shards", self.format, self.encoding, self.size, unlabelled=self.unlabelled)
-        return convert(options, self.source, self.out, self.jobs, self.max_rejected, self.reading())
+        return self.convert(options, self.source, self.out, self.reading())
 
 
 def fraction(text: str, what: str = "max-rejected") -> float:
@@ -219,13 +210,7 @@ def rounded(values: tuple[float, ...]) -> str:
     return "/".join(f"{value:.1f}" for value in values)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "write": Write,
-    "verify": Verify,
-    "ls": List,
-    "index": Index,
-    "import": Import,
-}
+COMMANDS: dict[str, Any] = {"write": Write, "verify": Verify, "ls": List, "index": Index, "import": Import}
 
 
 def main() -> int:

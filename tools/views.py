@@ -51,9 +51,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     device = engines.device_of(args.device)
     if args.images < 1 or args.size < 0:
-        raise errors.UserError(
-            f"--images {args.images} --size {args.size}: at least one image, of 0 (chosen) or more pixels"
-        )
+        raise errors.UserError(f"--images {args.images} --size {args.size}: at least one image, of 0 or more pixels")
     if args.out.suffix not in (".png", ".jpg", ".webp"):
         raise errors.UserError(f"--out {args.out}: a picture's name ends in .png, .jpg or .webp")
     store = Store(args.data, args.split)
@@ -62,10 +60,8 @@ def main() -> None:
     # The slow reference makes views of floats, four of 8 bytes a pixel at its worst; the others keep bytes.
     need = sum(group.count * group.size**2 for group in chosen.groups) * args.images * 3 * 5 + 100 * size**2
     if need > psutil.virtual_memory().available:
-        raise errors.UserError(
-            f"{args.images} images x {chosen.views} views of {size} px need about {need / 2**30:,.0f} GiB: a smaller --size, "
-            "fewer --views or --images"
-        )
+        text = f"{args.images} images x {chosen.views} views of {size} px need about {need / 2**30:,.0f} GiB"
+        raise errors.UserError(f"{text}: a smaller --size, fewer --views or --images")
     ids = plan(len(store), seed=args.seed, batch=min(args.images, len(store))).batch(0)[0]
     renders: dict[str, sheet.Render] = {}
     with contextlib.ExitStack() as stack:
@@ -82,17 +78,19 @@ def main() -> None:
 
 
 def names(args: Args, store: Store, device: torch.device) -> list[str]:
+    every = ["reference", *engines.ENGINES]
     if args.engines != "all":
         wanted = args.engines.split(",")
-        valid = ["reference", *engines.ENGINES]
         for name in wanted:
-            if name not in valid:
-                raise errors.UserError(errors.nearest("engine", name, valid))
+            if name not in every:
+                raise errors.UserError(errors.nearest("engine", name, every))
         return wanted
     # One that holds the whole set would load much for a few pictures where they are large.
     large = max(store.heights.max(), store.widths.max()) > engines.SMALL
-    fit = [name for name in engines.ENGINES if not engines.unfit(name, store, device)]
-    return ["reference", *(name for name in fit if not (large and name == "resident"))]
+    left_out = [
+        name for name in engines.ENGINES if engines.unfit(name, store, device) or (large and name == "resident")
+    ]
+    return [name for name in every if name not in left_out]
 
 
 if __name__ == "__main__":
