@@ -60,16 +60,13 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
 
 def mismatch(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Settings, data or hardware that differ: the comparison is then one of those too."""
-
-    def facts(report: dict[str, Any]) -> dict[str, Any]:
-        data = report["data"]
-        return {key: report["settings"][key] for key in SAME} | {
-            "data": data["fingerprint"], "engine": data["engine"], "images a step": data["batch"],
-            "machine": report["environment"]["device"],
-        }  # fmt: skip
-
-    pairs = zip(facts(before).items(), facts(after).values())
-    return [f"{name}: {str(one)[:40]} / {str(two)[:40]}" for (name, one), two in pairs if one != two]
+    one, two = (
+        {key: report["settings"][key] for key in SAME}
+        | {"data": report["data"]["fingerprint"], "engine": report["data"]["engine"]}
+        | {"images a step": report["data"]["batch"], "machine": report["environment"]["device"]}
+        for report in (before, after)
+    )
+    return [f"{name}: {str(one[name])[:40]} / {str(two[name])[:40]}" for name in one if one[name] != two[name]]
 
 
 def text(result: dict[str, Any]) -> str:

@@ -43,15 +43,12 @@ def loads(costs: Iterable[Cost], shape: Shape) -> dict[str, dict[str, float]]:
         units = cost.units(shape.views, shape.batch)
         core, wall = cost.core_ms * units, cost.wall_ms * units
         by_resource["cores"][cost.name] = core / shape.cores
-        if cost.where == "engine" and shape.engine_on_device:
-            by_resource["device"][cost.name] = wall
-        elif cost.where == "engine":
+        if cost.where == "engine" and not shape.engine_on_device:
             by_resource["engine"][cost.name] = core / shape.parallel
-        elif cost.where == "main":
-            by_resource["main"][cost.name] = wall
         else:
-            by_resource[cost.where][cost.name] = wall
-            by_resource["main"][cost.name] = min(core, wall) if cost.where == "device" else 0.0
+            by_resource["device" if cost.where == "engine" else cost.where][cost.name] = wall
+        if cost.where == "device":
+            by_resource["main"][cost.name] = min(core, wall)
     return {name: stages for name, stages in by_resource.items() if sum(stages.values()) > 0}
 
 

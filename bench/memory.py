@@ -6,9 +6,7 @@ growth of the resident set during the step.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 
 from manyview.bench import output
-from manyview.bench.harness import memory, spent, synchronize
+from manyview.bench.harness import alone, memory, spent, synchronize
 from manyview.model import backbone
 from manyview.pipeline import engines
 from manyview.training import setup
@@ -49,8 +47,7 @@ def measure(args: Args) -> list[dict[str, Any]]:
     backbone.create(args.backbone, image_size=args.size)
     rows = []
     for v, chunk in ((v, chunk) for v in args.views for chunk in args.chunks if chunk < v):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            peak_bytes, seconds = fresh.submit(peak, args, v, chunk).result()
+        peak_bytes, seconds = alone(peak, args, v, chunk)
         print(f"V={v:<3d} chunk {chunk or 'all':<4} {peak_bytes / 2**20:8.0f} MiB  {seconds:.2f} s a step", flush=True)
         row = {"views": v, "chunk": chunk, "batch": args.batch_size, "peak_bytes": peak_bytes}
         rows.append(row | {"seconds": round(seconds, 3)})

@@ -11,10 +11,8 @@ and .csv.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import shutil
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from manyview.bench import large_index, output
-from manyview.bench.harness import CPU, spent
+from manyview.bench.harness import CPU, alone, spent
 from manyview.bench.output import number, quantity, table
 from manyview.bench.replay import Cluster, Epoch, replay
 from manyview.pipeline import index
@@ -106,9 +104,7 @@ def startup(n: int, args: Args) -> dict[str, Any]:
         times: dict[str, Any] = {"generated_s": seconds, "index_bytes": (Path(folder) / "train.index").stat().st_size}
         world = args.gpus * max(args.nodes)
         for order in ORDERS:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                job = fresh.submit(large_index.started, folder, order, args.batch_per_gpu * world, world)
-                times[order] = job.result()
+            times[order] = alone(large_index.started, folder, order, args.batch_per_gpu * world, world)
     return times
 
 

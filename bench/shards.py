@@ -18,7 +18,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from manyview.bench import output
-from manyview.bench.harness import CPU, Call, interleaved, spent, tree_seconds
+from manyview.bench.harness import CPU, Call, alone, interleaved, spent, tree_seconds
 from manyview.bench.limits import forget
 from manyview.bench.writers import CONTENDERS, photos
 from manyview.pipeline import codec
@@ -115,11 +114,10 @@ def conversion(args: Args, scratch: Path, n: int) -> list[dict[str, Any]]:
     # litdata empties these folders when it starts, and unless told otherwise they are data/ and chunks/ in /tmp.
     os.environ |= {"OMP_NUM_THREADS": "1", "DATA_OPTIMIZER_CACHE_FOLDER": str(scratch / "chunks"),
                    "DATA_OPTIMIZER_DATA_CACHE_FOLDER": str(scratch / "data")}  # fmt: skip
-    spawn = multiprocessing.get_context("spawn")
 
     def fresh(number: int) -> dict[str, float]:
-        with tempfile.TemporaryDirectory(dir=scratch) as target, ProcessPoolExecutor(1, spawn) as process:
-            run = process.submit(convert, number, args.source, Path(target), args.jobs).result()
+        with tempfile.TemporaryDirectory(dir=scratch) as target:
+            run = alone(convert, number, args.source, Path(target), args.jobs)
         os.sync()  # nobody starts with another's unwritten pages
         return run
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from manyview.bench import expected, limits, output, page, runs, view, waterfall
+from manyview.bench import expected, limits, output, page, runs, view
 from manyview.bench.end_to_end import EndToEnd, trace
 from manyview.bench.harness import LOAD_LIMIT, SPREAD_LIMIT, Neighbours
 from manyview.bench.stage_cost import Cost, StageCosts
@@ -58,14 +57,14 @@ def main(argv: list[str]) -> int:
         print(runs.ask(args.run))
         return 0
     baseline = read(args.baseline) if args.baseline else None
-    report = measure(args, progress=lambda text: print(text, end="\r", flush=True) if sys.stdout.isatty() else None)
+    report = measure(args)
     if baseline:
         report["baseline"] = compare(baseline, report)
         report["verdict"] = sentence(report)
     folder = args.out or Path("runs") / f"profile-{args.data.name}-v{args.views}"
     for path in (folder / "profile.json", args.json):
         output.write(path, report)
-    waterfall.draw(report, folder / "waterfall.png")
+    page.waterfall(report, folder / "waterfall.png")
     (folder / "report.html").write_text(page.html(report))
     print(view.text(report))
     print(f"\nprofile.json, waterfall.png and report.html are in {folder}")
@@ -86,7 +85,7 @@ def read(path: Path) -> dict[str, Any]:
     return report
 
 
-def measure(args: Args, progress: Callable[[str], object] = lambda text: None, extras: bool = True) -> dict[str, Any]:
+def measure(args: Args, extras: bool = True) -> dict[str, Any]:
     """The whole report, as JSON-ready data. Without `extras` there is no sweep and no limit: stages and verdict alone."""
     imported = time.time() - psutil.Process().create_time()
     neighbours, begun = Neighbours(), time.perf_counter()
@@ -101,13 +100,11 @@ def measure(args: Args, progress: Callable[[str], object] = lambda text: None, e
     batches.close()  # type: ignore[attr-defined]
     sweep = Sweep(work, max(work.batch, min(args.batch_size, alone.images))) if extras else None
     for number in (1, 2, 3):  # by turns: what the machine does meanwhile hits all of them
-        part = f"part {number} of 3: "
-        progress(part + "every stage alone   ")
+        if sys.stdout.isatty():
+            print(f"part {number} of 3", end="\r", flush=True)
         rounds(alone, 0.4 * args.seconds / 3)
-        progress(part + "everything together ")
         whole.block(0.3 * args.seconds / 3)
         if sweep:
-            progress(part + "other settings      ")
             sweep.round(0.3 * args.seconds / 3)
     alone.close()
     others = neighbours.share()

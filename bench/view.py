@@ -20,13 +20,12 @@ ALWAYS = ("data", "views", "backbone", "batch_size", "threads", "prefetch")  # s
 
 def heading(report: Report) -> str:
     data, settings = report["data"], report["settings"]
-    sizes = "+".join(str(size) for size in data["sizes"])
+    sizes, batch = "+".join(str(size) for size in data["sizes"]), settings["batch_size"]
+    batches = f"{batch} (measured with {data['batch']})" if data["batch"] != batch else batch
     return (
         f"{data['name']} ({data['images']:,} images, {data['encoding']}, {data['bytes_per_image'] / 1e3:.0f} kB), "
         f"{settings['views']} views of {sizes} px, policy {settings['policy']}, backbone {settings['backbone']}, "
-        f"batch {settings['batch_size']}"
-        + (f" (measured with {data['batch']})" if data["batch"] != settings["batch_size"] else "")
-        + f", engine {data['engine']} with {data['threads']} threads on {data['device']}"
+        f"batch {batches}, engine {data['engine']} with {data['threads']} threads on {data['device']}"
     )
 
 
@@ -101,10 +100,8 @@ def law(report: Report) -> str:
     if not fit:
         return ""
     a, b = ("{} .. {}".format(*map(number, fit[f"{name}_interval"])) for name in "ab")
-    return (
-        f"data path, core-ms an image = {number(fit['a'])} + {number(fit['b'])} V  (a {a}, b {b}; worst point"
-        f" {fit['worst_error']:.0%} off)"
-    )
+    formula = f"{number(fit['a'])} + {number(fit['b'])} V"
+    return f"data path, core-ms an image = {formula}  (a {a}, b {b}; worst point {fit['worst_error']:.0%} off)"
 
 
 def tiles(report: Report) -> list[tuple[str, str, str]]:
@@ -165,11 +162,8 @@ def command(report: Report) -> str:
 def columns(table: Table) -> list[str]:
     """A table in columns, the first to the left, the others to the right; nothing where there are no rows."""
     head, rows = table
-    if not rows:
-        return []
-    widths = [max(len(line[i]) for line in (head, *rows)) + 2 for i in range(len(head))]
-    return ["".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
-            for line in (head, *rows)]  # fmt: skip
+    forms = [f"{'>' if i else '<'}{max(map(len, column)) + 2}" for i, column in enumerate(zip(head, *rows))]
+    return ["".join(map(format, line, forms)) for line in (head, *rows)] if rows else []
 
 
 def text(report: Report) -> str:

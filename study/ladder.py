@@ -132,8 +132,9 @@ def make(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
     """Train if that is what the row does, then score; the CSV's line."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "trained.json").exists():  # the commit is the one that trained
-        commit, how = monitor.commit(), {"train": _train, "peer": _peer, "kmeans": _fit, "pixels": _nothing}[row.kind]
-        files.write(folder / "trained.json", json.dumps(how(row, data, folder, precision) | {"commit": commit}))
+        commit, how = monitor.commit(), {"train": _train, "peer": _peer, "kmeans": _fit}.get(row.kind)
+        trained = how(row, data, folder, precision) if how else NO_STEPS
+        files.write(folder / "trained.json", json.dumps(trained | {"commit": commit}))
     trained = json.loads((folder / "trained.json").read_text())
     bank, test = Store(data, "train"), Store(data, "val")
     x, queries = (_features(row, folder, store) for store in (bank, test))
@@ -148,11 +149,7 @@ def make(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-NO_STEPS = {"core_seconds": 0.0, "views": 0, "steps": 0, "tflop": 0}
-
-
-def _nothing(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
-    return NO_STEPS | {"command": "none: the pixels of the clean view"}
+NO_STEPS = {"core_seconds": 0.0, "views": 0, "steps": 0, "tflop": 0, "command": "none: the pixels of the clean view"}
 
 
 def _fit(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
@@ -256,28 +253,16 @@ def _is_there(row: Row, lines: dict[tuple[str, str, str], dict[str, Any]]) -> bo
     return row.key in lines and lines[row.key]["settings"] == row.settings
 
 
-HEAD = (
-    "row",
-    "core-hours",
-    "seeds",
-    "kNN %",
-    "linear %",
-    "core-seconds",
-    "TFLOP",
-    "million views",
-    "steps",
-    "features",
-)
+HEAD = ("row", "core-hours", "seeds", "kNN %", "linear %", "core-seconds", "TFLOP", "million views", "steps",
+        "features")  # fmt: skip
 
 
 def report(ladder: Ladder, out: Path, command: str) -> str:
     """Markdown: a line for every row of the ladder, seeds together; rows that are not there yet are said to be pending."""
     lines = finished(out)
-    groups: dict[tuple[float, str], list[Row]] = {}
-    for row in ladder.rows:
-        groups.setdefault((row.core_hours, row.name), []).append(row)
     cells = []
-    for (hours, name), rows in sorted(groups.items(), key=lambda item: item[0][0]):
+    for hours, name in sorted(dict.fromkeys((row.core_hours, row.name) for row in ladder.rows), key=lambda key: key[0]):
+        rows = [row for row in ladder.rows if (row.core_hours, row.name) == (hours, name)]
         there = [lines[row.key] for row in rows if _is_there(row, lines)]
         cells.append([name, f"{hours:g}" if hours else "-", f"{len(there)} of {len(rows)}", *_scores(there)])
     machines, commits = (", ".join(sorted({line[key] for line in lines.values()})) for key in ("machine", "commit"))
@@ -294,18 +279,11 @@ def _scores(lines: list[dict[str, Any]]) -> list[str]:
     """The columns from kNN on, of the seeds of one row."""
     if not lines:
         return ["pending", "pending", *5 * [""]]
-    mean = {key: np.mean([float(line[key]) for line in lines]) for key in ("core_seconds", "tflop", "views", "steps")}
-    costs = [
-        f"{mean['core_seconds']:,.0f}",
-        f"{mean['tflop']:,.0f}",
-        f"{mean['views'] / 1e6:.2f}",
-        f"{mean['steps']:,.0f}",
-    ]
-    return [
-        *(_accuracy([100 * float(line[key]) for line in lines]) for key in ("knn", "linear")),
-        *costs,
-        lines[0]["features"],
-    ]
+    keys = ("core_seconds", "tflop", "views", "steps")
+    seconds, tflop, views, steps = (np.mean([float(line[key]) for line in lines]) for key in keys)
+    accuracies = [_accuracy([100 * float(line[key]) for line in lines]) for key in ("knn", "linear")]
+    costs = [f"{seconds:,.0f}", f"{tflop:,.0f}", f"{views / 1e6:.2f}", f"{steps:,.0f}"]
+    return [*accuracies, *costs, lines[0]["features"]]
 
 
 def _accuracy(values: list[float]) -> str:

@@ -149,10 +149,8 @@ def run(study: Study, out: Path, folder: Path, jobs: int) -> int:
             left = monitor.duration((time.perf_counter() - begun) / n * (len(todo) - n))
             place = folder / study.name / name_of(settings)
             if code == 0:
-                row = (
-                    settings | json.loads((place / "row.json").read_text()) | {"commit": commit, "shared": study.shared}
-                )
-                rows[name_of(settings)] = row
+                row = settings | json.loads((place / "row.json").read_text())
+                rows[name_of(settings)] = row | {"commit": commit, "shared": study.shared}
                 write(study, out, rows)
                 text = f"linear {row['linear']:.2%}, kNN {row['knn']:.2%}, {row.get('core_seconds', 0):.0f} core-s"
             elif not stopped:

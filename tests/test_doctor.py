@@ -51,14 +51,9 @@ def test_a_torchvision_of_another_torch_is_said(monkeypatch):
     assert not row.good and row.needed and "nms does not exist" in row.text and "torch torchvision" in row.fix
 
 
-def test_limits(monkeypatch):
-    import resource
-
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 524288))
-    files, *_ = doctor.system()
-    assert not files.good and "1024 at once" in files.text and files.fix == "ulimit -n 4096"
+def test_little_shared_memory_is_said(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 64 << 20}))
-    *_, shared = doctor.system()
+    shared = doctor.shared_memory()
     assert not shared.good and "0.1 GiB free" in shared.text and "--shm-size" in shared.fix
 
 

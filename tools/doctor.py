@@ -43,7 +43,7 @@ OPTIONAL = (  # module, what is lost without it, the command
     ("accelerate", "examples/accelerate_loop.py", "pip install accelerate"),
 )
 JPEG_HARDWARE = {(8, 0), (9, 0), (10, 0)}  # compute capabilities: the data centre's cards that have nvJPEG's own engine
-OPEN_FILES, SHARED_MEMORY = 4096, 2 << 30
+SHARED_MEMORY = 2 << 30
 
 
 @dataclass
@@ -63,7 +63,7 @@ def rows() -> Iterator[Row]:
     if torch_fits.good:
         yield from gpu()
     yield processor()
-    yield from system()
+    yield shared_memory()
     for name, lost, command in OPTIONAL:
         version = installed(name)
         yield Row(name, bool(version), version or f"not installed: without it no {lost}", command)
@@ -148,9 +148,8 @@ def processor() -> Row:
     lines = info.read_text().splitlines() if info.is_file() else []
     about = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in reversed(lines) if ":" in line}
     name, flags = about.get("model name", "unknown"), about.get("flags", "").split()
-    units = [
-        unit for unit in ("amx_bf16", "avx512_bf16") if unit in flags
-    ]  # as training/precision.py, which loads torch
+    # As training/precision.py, which loads torch.
+    units = [unit for unit in ("amx_bf16", "avx512_bf16") if unit in flags]
     wide = "avx512f" in flags
     text = f"{name}, {cores()} cores, {', '.join(units) or 'no bf16'}, {'AVX-512' if wide else 'no AVX-512'}"
     text += "" if units else "; bf16 is no faster than fp32 here"
@@ -158,21 +157,13 @@ def processor() -> Row:
     return Row("processor", bool(units) and wide, text)
 
 
-def system() -> Iterator[Row]:
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    good = soft == resource.RLIM_INFINITY or soft >= OPEN_FILES
-    text = f"{'any number' if soft == resource.RLIM_INFINITY else soft} at once"
-    lost = "" if good else "; a set of more shards cannot be open at a time"
-    yield Row("open files", good, text + lost, f"ulimit -n {OPEN_FILES if hard < 0 else min(hard, OPEN_FILES)}")
+def shared_memory() -> Row:
     shared, larger = Path("/dev/shm"), "docker run --shm-size=8g …"
     if not shared.is_dir() or not os.access(shared, os.W_OK):
-        yield Row("/dev/shm", False, "cannot be written: DALI and DataLoader's workers need it", larger)
-        return
+        return Row("/dev/shm", False, "cannot be written: DALI and DataLoader's workers need it", larger)
     free = shutil.disk_usage(shared).free
     lost = "" if free >= SHARED_MEMORY else "; DataLoader's workers (of the bench's peers) and DALI may fail"
-    yield Row("/dev/shm", free >= SHARED_MEMORY, f"{free / 2**30:.1f} GiB free{lost}", larger)
+    return Row("/dev/shm", free >= SHARED_MEMORY, f"{free / 2**30:.1f} GiB free{lost}", larger)
 
 
 def main() -> int:
