@@ -11,7 +11,7 @@ bootstrap's 95 % of that median.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,10 +61,8 @@ def main(argv: list[str]) -> None:
 def measure(args: Args, argv: list[str]) -> dict[str, Any]:
     device = engines.device_of(args.device)
     precision = "bf16" if device.type == "cuda" else "fp32"
-    work = workload.build(Setup(
-        data=args.data, split="train", backbone=args.backbone, size=args.size, views=args.views, batch_size=args.batch_size,
-        projector_dim=args.projector_dim, engine=args.engine, device=args.device, precision=precision,
-    ))  # fmt: skip
+    asked = {key: value for key, value in asdict(args).items() if key in Setup.__dataclass_fields__}
+    work = workload.build(Setup(**asked | {"split": "train", "precision": precision, "compile": False}))
     training: Any = work.training
     shape = (args.views, args.batch_size, args.size, args.size, 3)
     pixels = torch.randint(256, shape, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)

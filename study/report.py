@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,9 @@ def pooling(spread: Spread) -> str:
     )
 
 
-def section(title: str, *parts: str) -> Lines:
-    """Paragraphs, those that are empty left out."""
-    return [line for part in (title, *parts) if part for line in (part, "")]
+def section(*parts: str | Sequence[str | Claim]) -> Lines:
+    """Titles, paragraphs, tables and lists with an empty line after each; what is empty is left out."""
+    return [line for part in parts if part for line in (*([part] if isinstance(part, str) else part), "")]
 
 
 def cell(spread: Spread, sample: Sample) -> str:
@@ -152,20 +153,21 @@ def projector(rows: list[Row], untrained: Sample, spread: Spread, picture: Path)
     losses = [(f"At {name}, D = {d}", spread.difference(at[most], at[d])) for name, at in fixed.items() for d in small]
     body = [[d, *(cell(spread, percent(rows, projector_dim=d, c=c)) for c in cs), f"{tuned[d]:g}"] for d in dims]
 
+    same = f"within {POINT:g} point of D = {most}, tuned"
+    level = [Claim(f"D = {d}, tuned, {same}", spread.difference(scaled[d], scaled[most]), -POINT, POINT)
+             for d in dims[:-1] if 64 <= d <= 256]  # fmt: skip
+    lost = [
+        Claim(f"{name} loses at least {LOSS:g} points against D = {most}", gap, LOSS) for name, gap in losses if gap
+    ]
     figures.projector(rows, {"beta best for each D": scaled, **fixed}, untrained, spread, picture)
-    return [
-        *section(
-            "### 1. Small projectors suffice",
-            f"![accuracy against D, and against beta](paper/{picture.name})",
-            "Linear top-1 on the test split, %, against D (down) and c = beta x D (across). Tuned is the c that is best on"
-            " held-out training images:",
-            table(["D", *(f"c = {c:.4g}" for c in cs), "tuned c"], body),
-        ),
-        *(Claim(f"D = {d}, tuned, within {POINT:g} point of D = {most}, tuned", spread.difference(scaled[d], scaled[most]),
-                -POINT, POINT) for d in dims[:-1] if 64 <= d <= 256),
-        *(Claim(f"{name} loses at least {LOSS:g} points against D = {most}", loss, LOSS) for name, loss in losses if loss),
-        "",
-    ]  # fmt: skip
+    return section(
+        "### 1. Small projectors suffice",
+        f"![accuracy against D, and against beta](paper/{picture.name})",
+        "Linear top-1 on the test split, %, against D (down) and c = beta x D (across). Tuned is the c that is best on"
+        " held-out training images:",
+        table(["D", *(f"c = {c:.4g}" for c in cs), "tuned c"], body),
+        [*level, *lost],
+    )
 
 
 def law(rows: list[Row]) -> Lines:
@@ -174,12 +176,12 @@ def law(rows: list[Row]) -> Lines:
     seeds = values(rows, "seed")
     body = [[d, *(marked(rows, d, seed) for seed in seeds)] for d in dims]
     at_edge = sum(text.endswith("*") for line in body for text in line[1:])
-    return [
-        *section("### 2. The best beta falls as 1/D", table(["D", *(f"best beta, seed {s}" for s in seeds)], body)),
-        Claim("Slope of log beta* on log D between -1.3 and -0.7, as claimed", claims.slope(rows), -1.3, -0.7),
-        *([f"- {at_edge} best betas (*) lie at an edge of the grid: the optimum may be beyond it."] if at_edge else []),
-        "",
-    ]
+    claim = "Slope of log beta* on log D between -1.3 and -0.7, as claimed"
+    said: Lines = [Claim(claim, claims.slope(rows), -1.3, -0.7)]
+    if at_edge:
+        said.append(f"- {at_edge} best betas (*) lie at an edge of the grid: the optimum may be beyond it.")
+    head = ["D", *(f"best beta, seed {s}" for s in seeds)]
+    return section("### 2. The best beta falls as 1/D", table(head, body), said)
 
 
 def marked(rows: list[Row], dim: int, seed: int) -> str:
@@ -227,20 +229,15 @@ def convergence(rows: list[Row], points: list[Row], spread: Spread, picture: Pat
         shared = [budget for budget in budgets if sum(bool(at[v, budget]) for v in vs) > 1]
         body += [[f"{budget:,}", batch, *(cell(spread, at[v, budget]) for v in vs)] for budget in shared]
     paper = next(iter(batches(rows)))
-    return [
-        *section(
-            "### 3. More views converge faster",
-            f"![convergence](paper/{picture.name})",
-            "At an equal number of views, so at about equal time. Linear top-1 on the test split, %, all images:",
-            table(["views seen", "alike", *(f"V = {v}" for v in vs)], body),
-        ),
-        *at_equal_views,
-        "",
+    return section(
+        "### 3. More views converge faster",
+        f"![convergence](paper/{picture.name})",
+        "At an equal number of views, so at about equal time. Linear top-1 on the test split, %, all images:",
+        table(["views seen", "alike", *(f"V = {v}" for v in vs)], body),
+        at_equal_views,
         f"At equal epochs, where a larger V sees more views and pays for them (of {paper}, the paper's comparison):",
-        "",
-        *(at_equal_epochs or ["- not measured"]),
-        "",
-    ]
+        at_equal_epochs or ["- not measured"],
+    )
 
 
 def images(rows: list[Row], scarce: list[Row], spread: Spread, picture: Path) -> Lines:
@@ -253,19 +250,16 @@ def images(rows: list[Row], scarce: list[Row], spread: Spread, picture: Path) ->
         for f in values(alike, "fraction")
         if len(values(at := select(alike, budget=budget, fraction=f), "views")) > 1 or (at and batch == paper)
     ]
-    lines = section("### 4. More views replace data")
-    if len(values(rows, "fraction")) > 1:
+    pictured = len(values(rows, "fraction")) > 1
+    if pictured:
         figures.images(rows, spread, picture)
-        lines += [f"![views against images](paper/{picture.name})", ""]
-    return [
-        *lines,
-        *section(
-            f"Linear top-1 on the test split, %, at an equal number of views, so about equal time (over V = {vs[0]}):",
-            table(["views seen", "images", "alike", *(f"V = {v}" for v in vs)], body),
-        ),
-        *instead(scarce, spread),
-        "",
-    ]
+    return section(
+        "### 4. More views replace data",
+        f"![views against images](paper/{picture.name})" if pictured else "",
+        f"Linear top-1 on the test split, %, at an equal number of views, so about equal time (over V = {vs[0]}):",
+        table(["views seen", "images", "alike", *(f"V = {v}" for v in vs)], body),
+        instead(scarce, spread),
+    )
 
 
 def instead(rows: list[Row], spread: Spread) -> Lines:
@@ -276,15 +270,13 @@ def instead(rows: list[Row], spread: Spread) -> Lines:
         first = vs[0]
         share = f * v / first
         whole, control, part = (percent(rows, views=n, fraction=s) for n, s in ((first, share), (first, f), (v, f)))
-        if whole and part:
-            name = f"V = {v} on {100 * f:g}% against V = {first} on {100 * share:g}%"
-            lines.append(Claim(f"{name}, within {POINT:g} point", spread.difference(part, whole), -POINT, POINT))
-        if whole and control:
-            text = f"Images are worth something: V = {first} on {100 * f:g}% loses against {100 * share:g}%"
-            lines.append(Claim(text, spread.difference(whole, control), 0))
-        if control and part:
-            text = f"Views are worth something: V = {v} on {100 * f:g}% gains over V = {first} on {100 * f:g}%"
-            lines.append(Claim(text, spread.difference(part, control), 0))
+        few, more, ahead = f"{100 * f:g}%", f"{100 * share:g}%", (0, math.inf)
+        halves = (
+            (f"V = {v} on {few} against V = {first} on {more}, within {POINT:g} point", part, whole, -POINT, POINT),
+            (f"Images are worth something: V = {first} on {few} loses against {more}", whole, control, *ahead),
+            (f"Views are worth something: V = {v} on {few} gains over V = {first} on {few}", part, control, *ahead),
+        )
+        lines += [Claim(text, gap, *margins) for text, a, b, *margins in halves if (gap := spread.difference(a, b))]
     return lines
 
 
@@ -311,13 +303,10 @@ def off_diagonals(rows: list[Row], spread: Spread) -> Lines:
         for name in names if name != "pairs" for v in vs
         if (gap := spread.difference(*(percent(rows, form=n, views=v) for n in (name, "pairs"))))
     ]  # fmt: skip
-    return [
-        *section(
-            "### Which off-diagonal",
-            "The default of `barlow` is `mean`, chosen by its cost ([objective.md](objective.md)); what accuracy says, at an"
-            " equal number of views and c = 3 for all, is that no form is clearly behind. Linear top-1 on the test split, %:",
-            table(["form", *(f"V = {v}" for v in vs)], body),
-        ),
-        *gaps,
-        "",
-    ]
+    return section(
+        "### Which off-diagonal",
+        "The default of `barlow` is `mean`, chosen by its cost ([objective.md](objective.md)); what accuracy says, at an"
+        " equal number of views and c = 3 for all, is that no form is clearly behind. Linear top-1 on the test split, %:",
+        table(["form", *(f"V = {v}" for v in vs)], body),
+        gaps,
+    )

@@ -22,7 +22,6 @@ import itertools
 import json
 import multiprocessing
 import signal
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -155,7 +154,9 @@ def run(study: Study, out: Path, folder: Path, jobs: int) -> int:
                 text = f"linear {row['linear']:.2%}, kNN {row['knn']:.2%}, {row.get('core_seconds', 0):.0f} core-s"
             elif not stopped:
                 failed += 1
-                text = f"FAILED ({code}); the end of {place}.log:\n" + last_lines(Path(f"{place}.log"))
+                log = Path(f"{place}.log")
+                said = log.read_text().splitlines()[-5:] if log.exists() else []
+                text = f"FAILED ({code}); the end of {place}.log:\n" + "\n".join(f"    {line}" for line in said)
             else:
                 text = "stopped; the same command goes on"
             print(f"{n}/{len(todo)} {name_of(settings)}: {text}; {left} left", flush=True)
@@ -174,10 +175,6 @@ def on_sigterm(children: set[Any]) -> list[int]:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     return stopped
-
-
-def last_lines(path: Path, n: int = 5) -> str:
-    return "\n".join(f"    {line}" for line in path.read_text().splitlines()[-n:]) if path.exists() else ""
 
 
 def finished(study: Study, out: Path) -> dict[str, Settings]:
@@ -231,12 +228,3 @@ def curves(study: Study, folder: Path, out: Path) -> None:
             lines[name_of(settings)] = probes
     if lines:
         files.write(out, table([*study.columns, *CURVE], [row for rows in lines.values() for row in rows]))
-
-
-def main(path: Path, out: Path | None, folder: Path, jobs: int) -> int:
-    study = read(path)
-    out = out or Path("results") / f"{study.name}.csv"
-    failed = run(study, out, folder, jobs)
-    curves(study, folder, out.with_suffix(".curves.csv"))
-    print(f"{out}: {len(finished(study, out))} of {len(study.runs)} rows", file=sys.stderr)
-    return 1 if failed else 0

@@ -38,7 +38,12 @@ def main() -> int:
     options = tyro.cli(Options, description=__doc__)
     if options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
-    return sweep.main(options.study, options.out, options.folder, options.jobs)
+    study = sweep.read(options.study)
+    out = options.out or Path("results") / f"{study.name}.csv"
+    failed = sweep.run(study, out, options.folder, options.jobs)
+    sweep.curves(study, options.folder, out.with_suffix(".curves.csv"))
+    print(f"{out}: {len(sweep.finished(study, out))} of {len(study.runs)} rows", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
