@@ -63,9 +63,8 @@ def waterfall(report: dict[str, Any], path: Path) -> None:
     ax.set_title(subtitle, x=-0.08, loc="left", fontsize=8.5, color="#7b8794")
     kinds = [kind for kind in KINDS if any(r["kind"] == kind for r in rows)]
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[kind]) for kind in kinds]
-    figure.legend(
-        handles, [KINDS[kind] for kind in kinds], loc="outside lower right", ncols=2, frameon=False, fontsize=9
-    )
+    labels = [KINDS[kind] for kind in kinds]
+    figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)

@@ -142,9 +142,8 @@ class StageCosts:
         self._alone("plan", lambda: (plan.batch(step), next(plan.reading(step, step + 1))), plan.global_batch)
         sizes, epochs = (np.asarray(store.heights[ids]), np.asarray(store.widths[ids])), np.zeros(len(ids), np.int64)
         seed, policy = self.work.setup.seed, self.work.policy
-        self._alone(
-            "parameters", lambda: workload.parameters(policy, seed, epochs, ids, *sizes), len(ids) * policy.views
-        )
+        n = len(ids) * policy.views
+        self._alone("parameters", lambda: workload.parameters(policy, seed, epochs, ids, *sizes), n)
 
     def _engine(self, ids: np.ndarray) -> None:
         """read and decode on their own; then the whole engine, and again with one step of a view less each time."""

@@ -6,7 +6,7 @@ The step beside a bare one for two networks, and peak memory for V = 2..16, whol
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,8 @@ def main(argv: list[str]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
     steps = []
     for backbone, views, batch in NETWORKS.get(args.device, NETWORKS["cpu"]):
-        asked = step.Args(
-            args.data, backbone, views=views, batch_size=batch, rounds=args.rounds, device=args.device, compile=True
-        )
-        steps.append(step.measure(asked, argv))
+        asked = step.Args(args.data, backbone, views=views, batch_size=batch, rounds=args.rounds, device=args.device)
+        steps.append(step.measure(replace(asked, compile=True), argv))
         print(json.dumps(steps[-1]["rows"]))
     output.write(args.out / "step.json", steps)
     rows = memory.measure(memory.Args(device=args.device))

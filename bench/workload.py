@@ -100,9 +100,8 @@ class Workload:
             self.training.update(loss.total)
 
     def loader(self) -> Loader:
-        return Loader(
-            self.store, self.plan, self.policy, self.engine, seed=self.setup.seed, prefetch=self.setup.prefetch
-        )
+        seed, prefetch = self.setup.seed, self.setup.prefetch
+        return Loader(self.store, self.plan, self.policy, self.engine, seed=seed, prefetch=prefetch)
 
     def draw(self, ids: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, ViewParameters]:
         """`ids` and the parameters of their views: what an engine takes."""

@@ -34,9 +34,8 @@ def projector(rows: list[Row], lines: Lines, untrained: Sample, spread: Spread, 
         x = values(select(rows, projector_dim=d), "beta")
         samples = [percent(rows, "held_out", projector_dim=d, beta=b) for b in x]
         band(right, x, samples, claims.spread(rows, "held_out"), f"D = {d}", marker)
-    right.set(
-        xscale="log", xlabel="beta", ylabel="linear, % (held-out training)", title="2. The best beta falls with D"
-    )
+    right.set(xscale="log", xlabel="beta", title="2. The best beta falls with D")
+    right.set_ylabel("linear, % (held-out training)")
     left.legend()
     right.legend()
     save(figure, picture)
