@@ -123,7 +123,11 @@ class StageCosts:
         return self._spent(lambda: call(times)) / times
 
     def _alone(self, name: str, call: Call, units: float) -> None:
-        self.cost[name].add(self._often(name, lambda times: [call() for _ in range(times)]), units)
+        def loop(times: int) -> None:  # which keeps no result: memory is used again, as in training
+            for _ in range(times):
+                call()
+
+        self.cost[name].add(self._often(name, loop), units)
 
     def _in_threads(self, name: str, call: Callable[[Any], Any], items: list[Any]) -> Spent:
         """`call` on every item, in as many threads as the engine has."""

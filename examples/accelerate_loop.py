@@ -18,10 +18,11 @@ def main(
     shards: tyro.conf.Positional[str],
     network: str = "resnet18",
     views: int = 8,
-    batch_size: int = 64,  # images a process
+    batch_size: int = 64,
     steps: int = 100,
     out: Path = Path("accelerate"),
 ) -> None:
+    """:param batch_size: images a process"""
     accelerator = Accelerator()
     trunk = timm.create_model(network, num_classes=0)
     model: nn.Module = nn.Sequential(trunk, manyview.Projector(trunk.num_features, 256))

@@ -33,11 +33,13 @@ def main(
     shards: tyro.conf.Positional[str],
     network: str = "resnet18",
     views: int = 8,
-    batch_size: int = 64,  # images a process
+    batch_size: int = 64,
     epochs: int = 1,
     out: str = "lightning",
-    resume: str | None = None,  # a checkpoint, also one of the middle of an epoch
+    resume: str | None = None,
 ) -> None:
+    """:param batch_size: images a process
+    :param resume: a checkpoint, also one of the middle of an epoch"""
     L.seed_everything(0)
     data = manyview.Views(shards, views, batch_size, seed=0)
     trainer = L.Trainer(max_epochs=epochs, default_root_dir=out, logger=False, enable_progress_bar=False)

@@ -32,6 +32,7 @@ import manyview
 from manyview.bench import output
 from manyview.bench.contenders import Photos, pil, transforms
 from manyview.bench.harness import Spent, interleaved, interval, spent, tree_seconds
+from manyview.bench.peers import extract
 from manyview.model import backbone
 from manyview.pipeline.convert.write import write_shards
 from manyview.pipeline.files import write
@@ -111,11 +112,8 @@ def epoch(framework: str, network: nn.Module, batches: Iterable) -> None:
 
 def contenders(args: Args, folder: Path) -> dict[Name, Callable[[], None]]:
     (folder / "photos").mkdir()
-    store = Store(args.data, "train")
     calls: dict[Name, Callable[[], None]] = {}
-    files = [folder / "photos" / f"{i}.jpg" for i in range(args.images)]
-    for i, file in enumerate(files):
-        file.write_bytes(store.read(i).tobytes())
+    files = extract(Store(args.data, "train"), args.images, folder / "photos")
     write_shards(Options("folder"), folder / "photos", folder / "shards", quiet=True)
     for name, framework in itertools.product(args.networks, args.frameworks):
         views, augmented = (1, "supervised") if framework == "timm" else (args.views, "simclr")

@@ -14,10 +14,11 @@ import manyview
 def main(
     shards: tyro.conf.Positional[str],
     network: str = "resnet18",
-    pretrained: bool = False,  # begin with timm's weights
+    pretrained: bool = False,
     batch_size: int = 64,
     epochs: int = 1,
 ) -> None:
+    """:param pretrained: begin with timm's weights"""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     statistics = {}  # of the images, by default this data's own; weights want those that they were trained with
     if pretrained:

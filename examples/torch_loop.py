@@ -19,10 +19,11 @@ def main(
     shards: tyro.conf.Positional[str],
     network: str = "resnet18",
     views: int = 8,
-    batch_size: int = 64,  # images a process
+    batch_size: int = 64,
     epochs: int = 1,
     checkpoint: Path = Path("torch_loop.pt"),
 ) -> None:
+    """:param batch_size: images a process"""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
