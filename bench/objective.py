@@ -263,7 +263,9 @@ def shares(args: Args, dims: list[int], device: torch.device) -> list[dict[str, 
     for size in output.whole_numbers("--sizes", args.sizes, 1):
         network: Any = backbone.create(args.backbone, image_size=size)
         network.to(device, memory_format=torch.channels_last)
-        trunk_ms = of_backbone(network, size, v * b, device)
+        piece = min(v * b, 256 if device.type == "cuda" else 16)  # as many images as fit stand for all
+        pixels = torch.randn(piece, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        trunk_ms = of_network(network, pixels) * v * b / piece
         for dim in sorted({dims[0], dims[-1]}):
             head = Projector(network.num_features, dim).to(device)
             head_ms = of_network(head, torch.randn(v * b, network.num_features, device=device))
@@ -276,13 +278,6 @@ def shares(args: Args, dims: list[int], device: torch.device) -> list[dict[str, 
                     "projector_share": round(head_ms / whole, 5), "objective_share": round(ms / whole, 5),
                 })  # fmt: skip
     return rows
-
-
-def of_backbone(network: nn.Module, size: int, images: int, device: torch.device) -> float:
-    """Milliseconds for so many images, from as many of them as fit."""
-    piece = min(images, 256 if device.type == "cuda" else 16)
-    pixels = torch.randn(piece, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    return of_network(network, pixels) * images / piece
 
 
 def of_network(network: nn.Module, x: Tensor) -> float:

@@ -175,11 +175,6 @@ def name_of(n: int) -> str:
     return NAMES.get(n, f"{number(n)} images")
 
 
-def basis(n: int) -> str:
-    """What the figures of `qualities` rest on."""
-    return "all samples, measured" if n <= QUALITY else f"extrapolated from {number(QUALITY)} samples"
-
-
 def page(result: dict[str, Any]) -> str:
     """results/scale.md: measured, replayed and computed apart."""
     s, about, sets = result["settings"], result["environment"], result["sets"]
@@ -187,7 +182,9 @@ def page(result: dict[str, Any]) -> str:
     every = [(one, row) for one in sets for row in one["rows"]]
     pairs = [(one, order) for one in sets for order in ORDERS]
     limits = [[name_of(one["images"]), order, *bounds(one, order, s).values()] for one, order in pairs]
-    mixing = [[name_of(x["images"]), *(f"{x['quality'][o]:.2%}" for o in ORDERS), basis(x["images"])] for x in sets]
+    basis = ("all samples, measured", f"extrapolated from {number(QUALITY)} samples")
+    mixing = [[name_of(x["images"]), *(f"{x['quality'][order]:.2%}" for order in ORDERS), basis[x["images"] > QUALITY]]
+              for x in sets]  # fmt: skip
     return output.document(
         "# Many machines, without the machines",
         f"`python tools/profile.py plan --images {images} --nodes {nodes}`, commit {about['commit']}, {about['device']},"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from manyview.study.sweep import RESULTS, Settings, Study, finished, name_of, read_rows
+from manyview.study.sweep import RESULTS, Settings, Study, finished, name_of
 
 Row = dict[str, Any]
 Sample = list[float]  # one value a seed
@@ -32,11 +32,6 @@ def rows_of(study: Study, path: Path, *grids: str) -> list[Row]:
     done = finished(study, path)
     names = {name_of(settings): None for grid in grids for settings in study.grids.get(grid, [])}
     return [row_of(study, done[name]) for name in names if name in done]
-
-
-def curves(study: Study, path: Path) -> list[Row]:
-    """The online probe on held-out training images while training; none where the file is not there."""
-    return [row_of(study, point) for point in read_rows(path)]
 
 
 def row_of(study: Study, cells: Settings) -> Row:
@@ -195,7 +190,15 @@ class Claim:
         return f"- {self.text}: {word} ({self.value}{more})"
 
 
-def decide(lines: list[str | Claim]) -> list[str]:
+Lines = list[str | Claim]
+
+
+def section(*parts: str | Sequence[str | Claim]) -> Lines:
+    """Titles, paragraphs, tables and lists with an empty line after each; what is empty is left out."""
+    return [line for part in parts if part for line in (*([part] if isinstance(part, str) else part), "")]
+
+
+def decide(lines: Lines) -> list[str]:
     """Every claim as a sentence, corrected for all of them by Holm's step-down method."""
     claims = [line for line in lines if isinstance(line, Claim) and line.value is not None]
     corrected = dict(zip(map(id, claims), holm([claim.p for claim in claims])))

@@ -8,7 +8,7 @@ import numpy as np
 
 from manyview.bench.output import table
 from manyview.study import claims
-from manyview.study.claims import Claim, Estimate, Row, Spread, percent, select, values
+from manyview.study.claims import Claim, Estimate, Lines, Row, Spread, percent, select, values
 
 
 def crossing(spread: Spread, rows: list[Row], target: Estimate) -> Estimate | None:
@@ -27,7 +27,7 @@ def crossing(spread: Spread, rows: list[Row], target: Estimate) -> Estimate | No
     return None
 
 
-def section(rows: list[Row], spread: Spread) -> list[str | Claim]:
+def section(rows: list[Row], spread: Spread) -> Lines:
     """The baseline is the smallest V with the largest D, after the most views; all on all of the images.
 
     A share of its views or core-seconds is a ratio, whose error is taken from that of its logarithm. Core-seconds are those of
@@ -56,14 +56,10 @@ def section(rows: list[Row], spread: Spread) -> list[str | Claim]:
         body.append([name, f"{views:,.0f}", f"{views_share} %", f"{cost_share} %"])
         verdicts.append(Claim(f"{name}: as good as the baseline after fewer views, in %", views_share, high=100))
         verdicts.append(Claim(f"{name}: as good as the baseline after fewer core-seconds, in %", cost_share, high=100))
-    return [
+    return claims.section(
         "### The headline: how soon is the baseline reached?",
-        "",
         f"The baseline: V = {first}, D = {most}, {budget:,} views, {seconds:.0f} core-seconds, {target} % linear. Views"
         " after which the others are as good, between the budgets that they were trained for, and the shares of the baseline's:",
-        "",
         table(["", "views", "share of the views", "share of the core-seconds"], body),
-        "",
-        *verdicts,
-        "",
-    ]
+        verdicts,
+    )

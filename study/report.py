@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from manyview.bench.output import table
 from manyview.pipeline.errors import UserError
 from manyview.study import claims, figures, headline, sweep
-from manyview.study.claims import Claim, Row, Sample, Spread, estimate, percent, select, values
+from manyview.study.claims import Claim, Lines, Row, Sample, Spread, estimate, percent, section, select, values
 from manyview.study.sweep import Settings, Study
 from manyview.training.plots import STYLE
 
@@ -23,7 +22,6 @@ MARGIN = 0.05  # of accuracy, by which anything trained must beat the untrained 
 LOSS = 5.0  # points that a beta which suits the largest D should cost a small one
 LEVEL = 0.5  # points that "at least level" may be below
 LEVELS = f"at least level ({LEVEL:g} below at most) with"
-Lines = list[str | Claim]
 
 
 def main(studies: list[Path], out: Path, must_hold: bool = False) -> int:
@@ -79,7 +77,8 @@ def page(study: Study, path: Path, rows_csv: Path, pictures: Path) -> Lines:
     if len(values(strong, "projector_dim")) > 1:
         lines += [*projector(strong, percent(untrained), spread, picture["projector"]), *law(claims.gridded(strong))]
     if views:
-        curves = claims.curves(study, rows_csv.with_suffix(".curves.csv"))
+        online = sweep.read_rows(rows_csv.with_suffix(".curves.csv"))  # probes on held-out training images
+        curves = [claims.row_of(study, point) for point in online]
         lines += convergence(views, curves, spread, picture["convergence"])
         lines += [*images(views, scarce, spread, picture["data"]), *costs(views)]
     if soon := claims.rows_of(study, rows_csv, "baseline"):
@@ -127,11 +126,6 @@ def pooling(spread: Spread) -> str:
         f" freedom). Bartlett's test that it is the same in all of them: p = {spread.p_equal:.2f}, so "
         + ("it is pooled." if spread.pooled else "each setting keeps its own, and differences are Welch's.")
     )
-
-
-def section(*parts: str | Sequence[str | Claim]) -> Lines:
-    """Titles, paragraphs, tables and lists with an empty line after each; what is empty is left out."""
-    return [line for part in parts if part for line in (*([part] if isinstance(part, str) else part), "")]
 
 
 def cell(spread: Spread, sample: Sample) -> str:
