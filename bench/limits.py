@@ -71,12 +71,12 @@ def _sequential(paths: list[Path], seconds: float) -> tuple[int, int, float]:
 
 def _samples(store: Store, seconds: float, seed: int) -> tuple[int, int, float]:
     """(images, bytes, seconds) of random samples, each once, in as many threads as cores."""
-    order = np.random.default_rng(seed).permutation(len(store)).tolist()
+    order = np.random.default_rng(seed).permutation(len(store))
     begun, threads = time.perf_counter(), cores()
 
     def some(first: int) -> list[int]:
         in_time = itertools.takewhile(lambda _: time.perf_counter() - begun < seconds, order[first::threads])
-        return [store.read(i).nbytes for i in in_time]
+        return [store.read(int(i)).nbytes for i in in_time]
 
     with ThreadPoolExecutor(threads) as pool:
         sizes = list(itertools.chain(*pool.map(some, range(threads))))

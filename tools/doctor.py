@@ -25,11 +25,7 @@ from manyview.pipeline import errors
 from manyview.pipeline.machine import cores
 
 OPTIONAL = (  # module, what is lost without it, the command
-    (
-        "nvidia.dali",
-        "engine dali: decoding on the GPU",
-        "pip install nvidia-dali-cuda130 (drivers before 580: -cuda120)",
-    ),
+    ("nvidia.dali", "engine dali: views on the GPU", "pip install nvidia-dali-cuda130 (drivers before 580: -cuda120)"),
     ("ffcv", "check of .beton files by the stock reader", "pip install ffcv (it compiles)"),
     ("onnxruntime", "tools/export.py --to onnx", "pip install onnx onnxscript onnxruntime"),
     ("pyarrow", "tools/embed.py --to FILE.parquet", "pip install pyarrow"),
