@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import simplejpeg
 
 from manyview.pipeline import codec, index
 
@@ -75,7 +76,8 @@ class Writer:
         if self.planar:
             image: tuple = (offset, size)
         else:
-            height, width = _sides(payload)
+            sides = payload.shape if payload.ndim == 3 else simplejpeg.decode_jpeg_header(payload, strict=False)
+            height, width = sides[:2]
             image = (MODES[codec.kind(payload)], width, height, offset)
         self.records.append((image, label))
         return offset
@@ -95,14 +97,6 @@ class Writer:
         self.file.write(header.tobytes())
         self.file.seek(0)
         return index.sha256(self.file)
-
-
-def _sides(payload: np.ndarray) -> tuple[int, int]:
-    if payload.ndim == 3:
-        return payload.shape[0], payload.shape[1]
-    import simplejpeg
-
-    return simplejpeg.decode_jpeg_header(payload, strict=False)[:2]
 
 
 @dataclass

@@ -153,13 +153,13 @@ def jpeg_header(data: np.ndarray) -> Jpeg | None:
             if frame or min(end, len(data)) - start < 10:
                 return None
             frame = (marker, data[start + 4 : end].tobytes())
-    return _jpeg(*frame, orientation(exif)) if frame else None
-
-
-def _jpeg(marker: int, frame: bytes, orientation: int) -> Jpeg:
-    bits, height, width, components = struct.unpack_from(">BHHB", frame)
-    plain = marker == 0xC0 and bits == 8 and components in (1, 3) and orientation == 1
-    return Jpeg(height, width, plain, components == 1 or frame[7:15:3] in SAMPLINGS, orientation, components)
+    if frame is None:
+        return None
+    (marker, frame_header), turned = frame, orientation(exif)
+    bits, height, width, components = struct.unpack_from(">BHHB", frame_header)
+    plain = marker == 0xC0 and bits == 8 and components in (1, 3) and turned == 1
+    usual = components == 1 or frame_header[7:15:3] in SAMPLINGS
+    return Jpeg(height, width, plain, usual, turned, components)
 
 
 def segments(data: np.ndarray) -> Iterator[tuple[int, int, int]]:

@@ -27,6 +27,12 @@ class UserError(Exception):
     """
 
 
+def refuse(errors: list[str]) -> None:
+    """UserError of all of them at once; nothing where there are none."""
+    if errors:
+        raise UserError("\n".join(errors))
+
+
 def nearest(kind: str, given: str, valid: Iterable[str]) -> str:
     """The message for an unknown name: `unknown backbone 'resnet19'; nearest: resnet18, resnet10t`."""
     names = sorted(valid)
@@ -35,39 +41,46 @@ def nearest(kind: str, given: str, valid: Iterable[str]) -> str:
     return f"unknown {kind} {given!r}; {hint}"
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's text; where it has none, its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0 or its own code; 2 with one line an error for `UserError` and for what the system
     refuses by the name of a file; 130 for Ctrl-C; 141, quietly, where whoever reads what it prints has closed the pipe."""
     try:
         try:
-            code = _outcome(main)
+            code = main() or 0
+        except UserError as error:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+            code = 2
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+            print(f"error: {where}{error.strerror}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         if not (closed := [stream for stream in (sys.stdout, sys.stderr) if _closed(stream)]):
             raise
-        for stream in closed:  # what is still to be written goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        for stream in closed:
+            to_nowhere(stream)
         code = 128 + signal.SIGPIPE
     sys.exit(code)
 
 
-def _outcome(main: Callable[[], int | None]) -> int:
-    try:
-        return main() or 0
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-        where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
-        print(f"error: {where}{error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+def to_nowhere(stream: TextIO) -> None:
+    """Where nobody listens any more, later writes and the flush at exit must not fail either."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _closed(stream: TextIO) -> bool:

@@ -31,9 +31,8 @@ COLUMNS: dict[str, type] = {
 }
 ROWS = 1 << 20  # checked at a time: of 14 million all at once would be a gigabyte
 MAX_SIDE = 65_535  # pixels; .beton has 16 bits for them
-IN_MEMORY = (
-    128 << 20
-)  # bytes. What is read cannot be cut off under its reader, as what is mapped can; but it is his alone
+# Bytes. What is read cannot be cut off under its reader, as what is mapped can; but it is his alone.
+IN_MEMORY = 128 << 20
 HEADER = np.dtype([("magic", "S8"), ("version", "<u8"), ("rows", "<u8"), ("key_bytes", "<u8")])
 
 
@@ -51,9 +50,10 @@ class Index:
 
     def key(self, i: int) -> str:
         """Bytes that are not UTF-8, which only a damaged index has, as escapes: a message must be able to name it."""
-        return bytes(self.key_bytes[int(self.key_starts[i]) : int(self.key_starts[i + 1])]).decode(
-            errors="backslashreplace"
-        )
+        return self.raw_key(i).decode(errors="backslashreplace")
+
+    def raw_key(self, i: int) -> bytes:
+        return bytes(self.key_bytes[int(self.key_starts[i]) : int(self.key_starts[i + 1])])
 
     def forget(self) -> None:
         """Give back the memory of what was read of a mapped file; it is mapped again where it is needed."""
@@ -72,9 +72,7 @@ class Index:
 
 def build(rows: list[tuple], keys: list[str]) -> Index:
     """From one tuple a sample, in the order of `COLUMNS`."""
-    columns: dict[str, np.ndarray] = {
-        name: np.array([row[i] for row in rows], dtype=kind) for i, (name, kind) in enumerate(COLUMNS.items())
-    }
+    columns: dict = {name: np.array([row[i] for row in rows], kind) for i, (name, kind) in enumerate(COLUMNS.items())}
     encoded = [key.encode() for key in keys]
     return Index(columns, _starts([len(key) for key in encoded]), b"".join(encoded))
 
@@ -105,8 +103,11 @@ def write(index: Index, path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256(file: BinaryIO) -> str:
-    """Hex digest of what is left of an open file."""
+def sha256(file: BinaryIO | Path) -> str:
+    """Hex digest of a file, or of what is left of an open one."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return sha256(opened)
     digest = hashlib.sha256()
     while piece := file.read(1 << 20):
         digest.update(piece)
@@ -150,9 +151,8 @@ def check(index: Index, part: dict, classes: int, layout: codec.Layout = codec.R
     """
     if len(index) != part["count"]:
         raise ValueError(f"has {len(index)} rows, the manifest {part['count']}")
-    sizes, counts = (
-        np.array([shard[word] for shard in part["shards"]] or [0], np.int64) for word in ("bytes", "count")
-    )
+    shards = part["shards"]
+    sizes, counts = (np.array([shard[word] for shard in shards] or [0], np.int64) for word in ("bytes", "count"))
     ends = np.cumsum(counts)  # the rows of a shard lie together
     if ends[-1] != len(index):
         raise ValueError(f"has {len(index)} rows, the shards of the manifest {ends[-1]}")
@@ -173,12 +173,8 @@ def check(index: Index, part: dict, classes: int, layout: codec.Layout = codec.R
 
 def _wrong(row: dict[str, np.ndarray], sizes: np.ndarray, classes: int, layout: codec.Layout) -> dict[str, np.ndarray]:
     """Which rows are wrong, by what."""
-    height, width, length, kind = (
-        row["height"].astype(np.int64),
-        row["width"].astype(np.int64),
-        row["length"],
-        row["kind"],
-    )
+    height, width = row["height"].astype(np.int64), row["width"].astype(np.int64)
+    length, kind = row["length"], row["kind"]
     shard = np.minimum(row["shard"], len(sizes) - 1)
     raw, planar = kind == codec.RAW, kind == codec.YUV420
     sides = (np.minimum(height, width) < 1) | (np.maximum(height, width) > MAX_SIDE)

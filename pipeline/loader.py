@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -112,7 +112,10 @@ class Loader:
                 break
             except Corrupt as error:
                 pending.cancel()
-                self._quarantine(error)
+                known = error.id in self.bad
+                self.learn({error.id: f"{error.key} ({error.reason})"})
+                if not known:
+                    print(f"bad sample {error.key} ({error.reason}): replaced from now on", file=sys.stderr)
                 step, ids, epochs, pending = self._submit(step)
         self._timings["wait"] += time.perf_counter() - begun
         self._timings["batches"] += 1
@@ -128,12 +131,6 @@ class Loader:
             while int(ids[b]) in self.bad:
                 ids[b] = self.plan.after(int(ids[b]))
         return ids
-
-    def _quarantine(self, error: Corrupt) -> None:
-        known = error.id in self.bad
-        self.learn({error.id: f"{error.key} ({error.reason})"})
-        if not known:
-            print(f"bad sample {error.key} ({error.reason}): replaced from now on", file=sys.stderr)
 
     def learn(self, bad: dict[int, str]) -> None:
         """Replace these samples too, which another process found; UserError above `max_bad`."""
@@ -174,14 +171,22 @@ def _rows_of(mean: tuple, std: tuple, width: int, device: torch.device) -> tuple
     return scale.repeat(width), shift.repeat(width)
 
 
-def clean_views(store: Store, engine: Engine, size: int, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-    """One centre view of each of these images that can be read: (their ids (B,), views (B, C, size, size))."""
-    while True:
+def clean_views(
+    store: Store,
+    engine: Engine,
+    size: int,
+    ids: np.ndarray,
+    crop_ratio: float = 1.0,
+    say: Callable[[str], None] | None = None,
+) -> tuple[np.ndarray, torch.Tensor]:
+    """One centre view of each of these images that can be read: (their ids (B,), views (B, C, size, size)). `say` is told of
+    each other one."""
+    while len(ids):
         try:
-            (group,) = engine(ids, clean(size, store.heights[ids], store.widths[ids]))
+            (group,) = engine(ids, clean(size, store.heights[ids], store.widths[ids], crop_ratio))
             return ids, group[0]
         except Corrupt as error:
             ids = ids[ids != error.id]
-            if not len(ids):
-                empty = np.empty((0, store.layout.channels, size, size), store.layout.dtype)
-                return ids, torch.from_numpy(empty)
+            if say:
+                say(f"{error.key}: {error.reason}")
+    return ids, torch.from_numpy(np.empty((0, store.layout.channels, size, size), store.layout.dtype))

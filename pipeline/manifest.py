@@ -86,7 +86,9 @@ def _odd(manifest: Any) -> str:
 def _odd_part(part: Any, channels: int, anywhere: bool) -> str:
     if odd := _lacking(part, PART_KEYS) or _lacking(part["index"], {"file": str, "sha256": str}):
         return odd
-    if not all(len(part[word]) == channels and all(map(_finite, part[word])) for word in ("mean", "std")):
+    numbers = [*part["mean"], *part["std"]]
+    finite = all(type(value) in (int, float) and abs(value) < 1e6 for value in numbers)
+    if not len(part["mean"]) == len(part["std"]) == channels or not finite:
         return "mean or std"
     names = [part["index"]["file"]]
     for shard in part["shards"]:
@@ -111,10 +113,6 @@ def _lacking(value: Any, keys: dict[str, type]) -> str:
 def _text(value: Any) -> bool:
     """Whether this can be printed."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e6
 
 
 def _inside(name: str) -> bool:

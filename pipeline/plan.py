@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from manyview.pipeline.compiled import njit
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, nearest, refuse
 from manyview.pipeline.philox import below, philox
 
 ORDERS = ("random", "blocks")
@@ -133,9 +133,8 @@ class InOrder:
         first, share = self.rank * share + min(self.rank, more), share + (self.rank < more)
         steps = self.steps(1)
         step %= steps
-        start, stop = (
-            min(k * self.size, share - (steps - k)) for k in (step, step + 1)
-        )  # one is left for each later batch
+        # One is left for each later batch.
+        start, stop = (min(k * self.size, share - (steps - k)) for k in (step, step + 1))
         return np.arange(first + start, first + stop), np.zeros(stop - start, np.int64)
 
     def reading(self, start: int, stop: int) -> Iterator[np.ndarray]:
@@ -179,8 +178,7 @@ def plan(
         errors.append(f"seed must not be negative, not {seed}")
     if not 0 <= rank < world:
         errors.append(f"rank {rank} is not in 0..{world - 1}")
-    if errors:
-        raise UserError("\n".join(errors))
+    refuse(errors)
     if fraction == 1:
         return Plan(n, seed, batch, world, rank, order)
     labels = np.full(n, -1) if np.ndim(labels) == 0 else np.asarray(labels)

@@ -48,9 +48,8 @@ def contact_sheet(
     pen.text((MARGIN, MARGIN + 26), f"seed {seed}, epoch 0; {legend}", FAINT, _font(14))
     for b, i in enumerate(ids.tolist()):
         top = MARGIN + 3 * LINE + GAP + b * block
-        below = (
-            top + _original(sheet, shown(decode(store.read(i))), p.views["box"][:, b], (MARGIN, top), first, tall) + 8
-        )
+        original = shown(decode(store.read(i)))
+        below = top + _original(sheet, original, p.views["box"][:, b], (MARGIN, top), first, tall) + 8
         pen.text((MARGIN, below), _shorten(store.key(i), first), INK, _font(13, bold=True))
         label = f", class {store.classes[store.labels[i]]}" if store.labels[i] >= 0 else ""
         about = f"sample {i}, {store.widths[i]} x {store.heights[i]} px{label}"
@@ -90,9 +89,8 @@ def describe(view: np.void, pixels: int, layout: Layout = RGB) -> list[str]:
         color += f" s {saturation:.2f} h {hue:+.0f}°" if saturation > 1e-3 else " grey"
     if np.array_equal(view["color"], np.eye(3, 4)):
         color = "color as it is"
-    rest = [f"blur {view['sigma']:.2f} px"] * bool(view["sigma"]) + ["solarize"] * bool(
-        view["solarize"] and layout == RGB
-    )
+    rest = [f"blur {view['sigma']:.2f} px"] if view["sigma"] else []
+    rest += ["solarize"] if view["solarize"] and layout == RGB else []
     mirrored = "".join(sign for name, sign in MIRRORED.items() if view[name])
     return [f"{share}  {mirrored}".rstrip(), color, "  ".join(rest)]
 

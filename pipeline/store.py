@@ -13,7 +13,7 @@ import numpy as np
 from isal.isal_zlib import crc32  # the CRC-32 of zlib, four times as fast
 
 from manyview.pipeline import bucket, codec, files, index, storage
-from manyview.pipeline.errors import UserError
+from manyview.pipeline.errors import UserError, refuse
 from manyview.pipeline.manifest import MANIFEST, layout, read_manifest
 
 GAP = 128 << 10  # bytes: reading over less than this is cheaper than another request
@@ -69,8 +69,7 @@ class Store:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
                 where = storage.where(self.path / shard["file"])
                 errors.append(f"shard {where} {state}; make it again or copy it anew")
-        if errors:
-            raise UserError("\n".join(errors))
+        refuse(errors)
 
     def _read_index(self, part: dict) -> index.Index:
         path = self.path / part["index"]["file"]
@@ -97,9 +96,8 @@ class Store:
             payload = self.bucket.read_again(i)
             damaged = crc32(payload) != rows["crc"][i]
         if damaged:
-            raise Corrupt(
-                i, self.key(i), f"its bytes in {self.shards[rows['shard'][i]]['file']} have changed (checksum)"
-            )
+            name = self.shards[rows["shard"][i]]["file"]
+            raise Corrupt(i, self.key(i), f"its bytes in {name} have changed (checksum)")
         return codec.view(payload, rows["kind"][i], int(rows["height"][i]), int(rows["width"][i]), self.layout)
 
     def prefetch(self, ids: np.ndarray) -> None:

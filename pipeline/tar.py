@@ -87,9 +87,8 @@ def _padded(size: int) -> int:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-LONGEST = (
-    1 << 20
-)  # bytes of a long name or of extended headers; what claims more is damaged, or meant to fill the memory
+# Bytes of a long name or of extended headers; what claims more is damaged, or meant to fill the memory.
+LONGEST = 1 << 20
 GLOBAL = b"g"  # header of POSIX that says more of all members
 NAMES = (b"x", GLOBAL, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)  # say more of the next
 FOLDER = tarfile.DIRTYPE

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from manyview.pipeline.compiled import njit
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, nearest, refuse
 from manyview.pipeline.philox import below, philox, uniform
 
 
@@ -29,9 +29,8 @@ class Group:
     size: int  # pixels, square
     scale: tuple[float, float] = (0.08, 1.0)  # the crop's share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
-    flip: float = (
-        0.5  # probabilities of a mirror image, left to right and upside down, and of a turn by 90, 180 or 270 degrees
-    )
+    # Probabilities of a mirror image, left to right and upside down, and of a turn by 90, 180 or 270 degrees.
+    flip: float = 0.5
     vflip: float = 0.0
     turn: float = 0.0
     jitter: float = 0.8  # probabilities of the color jitter and of grey
@@ -78,6 +77,7 @@ def _plain(value: float | tuple[float, ...]) -> str:
     return "[" + ",".join(map(_plain, value)) + "]" if isinstance(value, tuple) else f"{value:g}"
 
 
+# One view of one image.
 VIEW = np.dtype(
     [
         ("box", np.int32, (4,)),  # top, left, height, width in source pixels
@@ -88,7 +88,7 @@ VIEW = np.dtype(
         ("sigma", np.float32),  # of the blur, in pixels of the view; 0 = none
         ("solarize", np.bool_),  # invert values of 128 and more
     ]
-)  # one view of one image
+)
 
 
 @dataclass
@@ -147,9 +147,7 @@ def policy(name: str, views: int, size: int, overrides: dict[str, Any] | None = 
     if second is not None:
         groups.append(Group(views - 2, max(1, round(size * 3 / 7)), **second))
     changed = _override(groups, (_auto(size, grey) if name == "auto" else {}) | (overrides or {}))
-    errors = [error for group in changed for error in _check(group)]
-    if errors:
-        raise UserError("\n".join(dict.fromkeys(errors)))
+    refuse(list(dict.fromkeys(error for group in changed for error in _check(group))))
     return Policy(name, tuple(changed))
 
 
@@ -182,9 +180,8 @@ def _override(groups: list[Group], changes: dict[str, Any]) -> list[Group]:
     names = {"global": 0, "local": 1}
     valid = [field.name for field in fields(Group)]
     errors = []
-    for key, value in sorted(
-        changes.items(), key=lambda item: not item[0].endswith("size")
-    ):  # what shares are taken of
+    # Sizes first, which shares are taken of.
+    for key, value in sorted(changes.items(), key=lambda item: not item[0].endswith("size")):
         where, _, field = key.rpartition(".")
         if field not in valid or (where and where not in names):
             errors.append(nearest("view setting", key, [*valid, *(f"{n}.{v}" for n in names for v in valid)]))
@@ -199,8 +196,7 @@ def _override(groups: list[Group], changes: dict[str, Any]) -> list[Group]:
                 errors.append(f"view setting {key}={value!r} is not a number or a list of numbers as in {field}="
                               f"{getattr(groups[0], field)}")  # fmt: skip
                 break
-    if errors:
-        raise UserError("\n".join(errors))
+    refuse(errors)
     return groups
 
 
@@ -294,9 +290,7 @@ def _draw(settings, seed, epochs, ids, heights, widths, views):
             z0, z1, z2, z3 = philox(seed, ids[i], epochs[i], v, 18)
             view.flip, view.vflip = uniform(x0) < s.flip, uniform(z2) < s.vflip
             if uniform(z3) < s.turn:
-                quarters = 1 + int(
-                    3 * uniform(z3) / s.turn
-                )  # counterclockwise; an odd one is a transpose and a mirror image
+                quarters = 1 + int(3 * uniform(z3) / s.turn)  # counterclockwise; odd: a transpose and a mirror image
                 view.flip ^= quarters <= 2
                 view.vflip ^= quarters >= 2
                 view.transposed = quarters != 2

@@ -66,7 +66,8 @@ def decode(data: np.ndarray, max_pixels: int) -> np.ndarray:
     elif start.startswith(b"\xff\xd8\xff"):
         pixels = _jpeg(data, max_pixels)
     else:
-        pixels = _by_pillow(data.tobytes(), max_pixels)
+        with encode.opened(data.tobytes(), FORMATS, max_pixels) as (image, bare, turned):
+            pixels = encode.upright(_values(image, bare), turned)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3:
         raise ValueError(f"an array of {pixels.shape} is no image")
@@ -121,7 +122,10 @@ def _tiff(data: np.ndarray, max_pixels: int) -> np.ndarray:
             first = pages[0]
             if first.photometric == tifffile.PHOTOMETRIC.PALETTE:
                 raise ValueError("colors by a palette are not kept as they are")
-            if len(pages) > 1 and not _are_channels(len(pages), first.description):
+            # ImageJ or OME say of one depth and one time that it has as many channels as pages.
+            said = re.search(r"^channels=(\d+)", first.description, re.MULTILINE)
+            said = said or re.search(r'SizeC="(\d+)"', first.description)
+            if len(pages) > 1 and (said is None or int(said[1]) != len(pages)):
                 raise ValueError(f"has {len(pages)} pages, of which nothing says that they are channels")
             if first.axes not in ("YX", "YXS", "SYX") or (len(pages) > 1 and first.axes != "YX"):
                 raise ValueError(f"pages of axes {first.axes} are no image")
@@ -139,17 +143,6 @@ def _tiff(data: np.ndarray, max_pixels: int) -> np.ndarray:
         raise
     except Exception as error:  # tifffile raises whatever its parsers meet
         raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-
-
-def _are_channels(pages: int, description: str) -> bool:
-    """Whether a TIFF of ImageJ or OME says that it has as many channels as pages, so one depth and one time."""
-    said = re.search(r"^channels=(\d+)", description, re.MULTILINE) or re.search(r'SizeC="(\d+)"', description)
-    return said is not None and int(said[1]) == pages
-
-
-def _by_pillow(data: bytes, max_pixels: int) -> np.ndarray:
-    with encode.opened(data, FORMATS, max_pixels) as (image, bare, turned):
-        return encode.upright(_values(image, bare), turned)
 
 
 def _values(image, data: bytes) -> np.ndarray:

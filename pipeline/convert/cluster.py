@@ -99,9 +99,7 @@ def _result(ray: Any, done: Any, name: str) -> dict:
         if not isinstance(cause, OSError):
             raise cause from None
         text = f"{name}: {cause.strerror or cause}: {cause.filename or 'output'}; finished shards are kept"
-    except (
-        ray.exceptions.RayError
-    ) as error:  # killed, out of memory, a decoder that crashed, a node without this program
+    except ray.exceptions.RayError as error:  # killed, out of memory, a decoder crashed, a node without this program
         reason = str(error).splitlines()[0]
         text = (
             f"{name}, tried {RETRIES + 1} times: {reason} Finished shards are kept, the same command goes on from them"

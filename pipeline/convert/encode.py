@@ -184,7 +184,11 @@ def opened(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterator[t
         raise ValueError("empty file")
     Image.MAX_IMAGE_PIXELS = None  # the limit is checked here, before any pixel is decoded
     Image.init()
-    data, turned = _without_metadata(data)
+    turned = 1
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        data, turned = _bare_png(data)
+    elif data[:4] in (b"II*\0", b"MM\0*"):
+        data, turned = _bare_tiff(data), codec.orientation(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -211,16 +215,8 @@ def _bare_jpeg(data: np.ndarray) -> bytes:
     return b"".join([*kept, data[end:].tobytes()])
 
 
-def _without_metadata(data: bytes) -> tuple[bytes, int]:
-    """The parts of a PNG or TIFF that make the picture, and its EXIF orientation; other files as they are, and 1."""
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return _bare_png(data)
-    if data[:4] in (b"II*\0", b"MM\0*"):
-        return _bare_tiff(data), codec.orientation(data)
-    return data, 1
-
-
 def _bare_png(data: bytes) -> tuple[bytes, int]:
+    """The parts that make the picture, and its EXIF orientation."""
     kept, exif, at = [data[:8]], b"", 8
     while at + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
@@ -279,7 +275,9 @@ def _rgb(image, data: bytes, white: float) -> tuple[np.ndarray, str]:
     else:
         note = f"{bits} bits: the upper 8 were kept" if bits > 8 else ""
         pixels = _by_strips(image.size, lambda top, end: _on_white(image.crop((0, top, image.width, end))))
-    return pixels, "; ".join(filter(None, [note, _dropped_bands(image)]))
+    bands = image.tag_v2.get(277, 1) if image.format == "TIFF" else 0
+    more = bands > len(image.getbands()) or image.mode == "RGBX"
+    return pixels, "; ".join(filter(None, [note, "bands beyond red, green and blue were left out" * more]))
 
 
 def _by_strips(size: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> np.ndarray:
@@ -325,15 +323,6 @@ def bits_of(image, data: bytes) -> int:
     return max(image.tag_v2.get(258, (8,))) if image.format == "TIFF" else 8
 
 
-def _dropped_bands(image) -> str:
-    bands = image.tag_v2.get(277, 1) if image.format == "TIFF" else 0
-    return (
-        "bands beyond red, green and blue were left out"
-        if bands > len(image.getbands()) or image.mode == "RGBX"
-        else ""
-    )
-
-
 def _narrower(
     values: np.ndarray, bits: int, tiff: bool, white: float
 ) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
@@ -355,7 +344,6 @@ def _narrower(
     if tiff and 8 < bits < 16:
         return lambda some: (some >> (bits - 8)).astype(np.uint8), f"{bits} bits: the upper 8 were kept"
     used = max(8, int(largest).bit_length())
-    dark = (
-        f"; their values use {used}, so they are dark: --white {(1 << used) - 1} makes them bright" if used < 15 else ""
-    )
+    way = f"; their values use {used}, so they are dark: --white {(1 << used) - 1} makes them bright"
+    dark = way if used < 15 else ""
     return lambda some: (some >> 8).astype(np.uint8), f"16 bits: the upper 8 were kept{dark}"

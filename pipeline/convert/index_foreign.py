@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,22 +15,18 @@ from isal.isal_zlib import crc32
 from manyview.pipeline import beton, codec, files, index, storage, tar
 from manyview.pipeline.convert import encode, moments, pool, summary
 from manyview.pipeline.convert.sources import AS_IT_IS, Reading, shards
-from manyview.pipeline.convert.write import check_options
+from manyview.pipeline.convert.write import Contents, check_options
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.manifest import MANIFEST, Options, finish_split, read_manifest, write_manifest, write_rejected
 
 
 @dataclass
-class Result:
-    """What a look at every image of one shard gave. `rows`: tuples in the order of `index.COLUMNS`."""
+class Result(Contents):
+    """What a look at every image of one shard gave."""
 
-    size: int
-    sha256: str
-    keys: list[str] = field(default_factory=list)
-    rows: list[tuple] = field(default_factory=list)
-    rejected: list[dict] = field(default_factory=list)
+    size: int = 0
+    sha256: str = ""
     foreign: list[str] = field(default_factory=list)  # images that would have to be encoded
-    moments: np.ndarray = field(default_factory=moments.nothing)
 
 
 def index_foreign(
@@ -70,17 +67,19 @@ def index_foreign(
     idx = dict.fromkeys(items, "")
     if suffixes == {tar.SUFFIX}:
         idx = {path: f"{name}.idx" for path, name in zip(items, shards.unique_names(paths, source))}
-        _write_dali_indexes(idx, out)
+        for place, name in idx.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (out / name).exists():
+                files.write(out / name, tar.dali_index(Path(place)))
     looked = [(shard, results[path], idx[path]) for path, shard in items.items()]
     return _manifest(out, classes, looked, max_rejected, reading, notes)
 
 
 def look(shard: shards.Shard) -> Result:
     """Decode every image of one shard."""
-    with open(shard.path, "rb") as opened:
-        digest = index.sha256(opened)
+    digest = index.sha256(shard.path)
     with files.Opened(shard.path) as file:
-        result = Result(file.size, digest, rejected=shard.problems)
+        result = Result(size=file.size, sha256=digest, rejected=shard.problems)
         for record in shard.records:
             pool.check_stop()
             try:
@@ -131,13 +130,6 @@ def _pixels(data: np.ndarray) -> np.ndarray | None:
     return None
 
 
-def _write_dali_indexes(names: dict[str, str], out: Path) -> None:
-    for path, name in names.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        if not (out / name).exists():
-            files.write(out / name, tar.dali_index(Path(path)))
-
-
 def _manifest(
     out: Path,
     classes: list[str],
@@ -148,9 +140,8 @@ def _manifest(
 ) -> dict:
     rejected = [item for _, result, _ in looked for item in result.rejected]
     write_rejected(out, rejected, len(rejected) + sum(len(result.rows) for _, result, _ in looked), max_rejected)
-    by_split = {
-        name: [each for each in looked if each[0].split == name] for name in sorted({s.split for s, *_ in looked})
-    }
+    names = sorted({shard.split for shard, *_ in looked})
+    by_split = {name: [each for each in looked if each[0].split == name] for name in names}
     indexes = {
         name: index.concatenate([index.build(result.rows, result.keys) for _, result, _ in mine])
         for name, mine in by_split.items()
@@ -167,7 +158,7 @@ def _manifest(
         rejects = sum(len(result.rejected) for _, result, _ in mine)
         splits[name] = finish_split(out, name, indexes[name], listed, average, rejects)
     kind = "ffcv" if looked[0][0].path.suffix.lower() == beton.SUFFIX else "webdataset"
-    digest = shards.digest([result.sha256 for _, result, _ in looked])
+    digest = hashlib.sha256("\n".join(result.sha256 for _, result, _ in looked).encode()).hexdigest()
     about: dict[str, Any] = {"parts": reading.parts} if reading.parts else {}  # for whoever verifies
     ignored = sum(shard.ignored for shard, *_ in looked)
     return write_manifest(out, Options("shards", kind), classes, splits, len(rejected), digest, ignored, notes, **about)

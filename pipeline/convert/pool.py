@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.machine import cores, keep_memory
@@ -20,12 +20,12 @@ from manyview.pipeline.machine import cores, keep_memory
 LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
-class Workers:
+class Workers(NamedTuple):
     """What a worker process has from its parent: its work, and an array in memory that all of them share: images, bytes,
     rejected images, stop."""
 
-    def __init__(self, work: Callable, totals) -> None:
-        self.work, self.totals = work, totals
+    work: Callable
+    totals: Any
 
 
 workers: Workers  # set before the processes fork, so nothing is copied
@@ -65,8 +65,12 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
         min(jobs or cores(), len(items)), mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
     )
     try:
-        with _uninterrupted():
+        # Ctrl-C waits: an executor that is stopped while it starts its workers cannot be shut down, and they stay.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             futures = {executor.submit(_work, item): name for name, item in items.items()}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with Progress(total, quiet) as progress:
             for future in _as_completed(set(futures), lambda: progress.update(*totals[:3])):
                 results[futures[future]] = future.result()
@@ -87,16 +91,6 @@ def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None,
 
 def _work(item):
     return workers.work(item)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits: an executor that is stopped while it starts its workers cannot be shut down, and they stay."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_completed(pending: set[Future], tick: Callable[[], None]) -> Iterator[Future]:

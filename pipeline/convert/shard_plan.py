@@ -7,6 +7,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -31,16 +32,14 @@ class Row:
     digest: str  # of everything that decides the shard's bytes
 
 
-def safe_keys(names: list[str], stems: bool = True) -> list[str]:
+def safe_keys(names: list[str]) -> list[str]:
     """Unique keys of ASCII letters, digits, `_`, `-` and `/`, for any file names.
 
     WebDataset takes everything after a key's first dot for the type, and the index of DALI's reader is split at spaces.
     A name that had to be changed, or whose stem occurs twice, gets eight digits of its hash.
     """
-    plain = [os.path.splitext(name)[0] if stems else name for name in names]
-    counts: dict[str, int] = {}
-    for stem in plain:
-        counts[stem] = counts.get(stem, 0) + 1
+    plain = [os.path.splitext(name)[0] for name in names]
+    counts = Counter(plain)
     keys = [
         stem if counts[stem] == 1 and len(stem) <= KEY_LENGTH and SAFE.fullmatch(stem) else _hashed(stem, name)
         for stem, name in zip(plain, names)

@@ -29,7 +29,11 @@ def check(classes: list[str], labels: dict[str, np.ndarray], disjoint: bool = Fa
     warnings = []
     for split, numbers in present.items():
         if split != first and not numbers & present[first] and not disjoint:
-            raise UserError(_apart(split, first, *(names(classes, present[each]) for each in (split, first))))
+            theirs, ours = (names(classes, present[each]) for each in (split, first))
+            raise UserError(
+                f"{split} ({theirs}) shares no class with {first} ({ours}): --labels FILE gives labels, --unlabelled takes "
+                "folders for no classes, --disjoint if it is meant so"
+            )
         if strange := numbers - present[first]:
             warnings.append(f"{len(strange)} classes of {split} have no image in {first}: {names(classes, strange)}")
     return _warned(warnings + _odd(classes, labels, present))
@@ -51,9 +55,8 @@ def lost(source: Source, rejected: list[dict]) -> list[str]:
         before |= set(np.unique(split.labels).tolist())
         after |= set(np.unique(split.labels[kept]).tolist())
     missing = before - after - {-1}
-    return _warned(
-        [f"every image of {names(source.classes, missing)} was set aside: see rejected.jsonl"] if missing else []
-    )
+    text = f"every image of {names(source.classes, missing)} was set aside: see rejected.jsonl"
+    return _warned([text] if missing else [])
 
 
 def text(out: Path, manifest: dict) -> str:
@@ -63,19 +66,11 @@ def text(out: Path, manifest: dict) -> str:
     pixels = f", {layout(manifest)}" if layout(manifest) != RGB else ""
     lines = [f"{storage.where(out)}: {counts} images{pixels}, {manifest['format']}, {manifest['rejected']} rejected"]
     named = f" ({names(classes, set(range(len(classes))))})" if classes else ""
-    labelled = [
-        f"{part['labelled']:,} of {split}" for split, part in splits.items() if "labelled" in part
-    ]  # older: unknown
+    # Older manifests do not say it.
+    labelled = [f"{part['labelled']:,} of {split}" for split, part in splits.items() if "labelled" in part]
     lines.append(f"{len(classes)} classes{named}" + f"; labelled: {', '.join(labelled)}" * bool(labelled))
     notes = [*manifest.get("notes", ()), *store.flat_channels(manifest)]
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
-
-
-def _apart(split: str, first: str, theirs: str, ours: str) -> str:
-    return (
-        f"{split} ({theirs}) shares no class with {first} ({ours}): --labels FILE gives labels, --unlabelled takes "
-        "folders for no classes, --disjoint if it is meant so"
-    )
 
 
 def _odd(classes: list[str], labels: dict[str, np.ndarray], present: dict[str, set[int]]) -> list[str]:

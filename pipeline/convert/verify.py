@@ -51,8 +51,7 @@ def _here(path: Path, names: list[str]) -> Iterator[list[Path]]:
 def _split(path: Path, part: dict, manifest: dict) -> Iterator[str]:
     with _here(path, [part["index"]["file"]]) as (file,):
         try:
-            with open(file, "rb") as opened:
-                altered = index.sha256(opened) != part["index"]["sha256"]
+            altered = index.sha256(file) != part["index"]["sha256"]
             rows = index.read(file)
         except FileNotFoundError:
             yield f"{file.name}: is missing"
@@ -73,13 +72,10 @@ def _split(path: Path, part: dict, manifest: dict) -> Iterator[str]:
         mine = np.flatnonzero(rows["shard"] == number)
         if len(mine) != shard["count"]:
             yield f"{shard['file']}: {len(mine)} of its {shard['count']} samples are in the index"
-        # Older manifests do not say the name of DALI's index.
-        idx = (
-            [shard.get("idx", str(Path(shard["file"]).with_suffix(".idx")))]
-            if manifest["format"] == "webdataset"
-            else []
-        )
-        with _here(path, [shard["file"], *idx]) as (file, *beside):
+        names = [shard["file"]]
+        if manifest["format"] == "webdataset":  # older manifests do not say the name of DALI's index
+            names.append(shard.get("idx", str(Path(shard["file"]).with_suffix(".idx"))))
+        with _here(path, names) as (file, *beside):
             yield from (f"{shard['file']}: {line}" for line in _shard(file, beside, shard, rows, mine, manifest))
 
 
@@ -91,7 +87,7 @@ def _doubled(rows: index.Index, part: dict, name: str) -> Iterator[str]:
     first: dict[str, int] = {}
     for i in range(len(rows)):
         key = rows.key(i)
-        if key.encode() != bytes(rows.key_bytes[int(rows.key_starts[i]) : int(rows.key_starts[i + 1])]):
+        if key.encode() != rows.raw_key(i):
             yield f"{name}: the key of row {i} is not text"
         if first.setdefault(key, i) != i:
             yield f"{name}: key {key} occurs twice, in {shard(first[key])} and in {shard(i)}"
@@ -106,9 +102,8 @@ def _shard(
     size = file.stat().st_size
     if size != shard["bytes"]:
         yield f"has {size} bytes instead of {shard['bytes']}" + (": cut off" if size < shard["bytes"] else "")
-    with open(file, "rb") as opened:
-        if index.sha256(opened) != shard["sha256"]:
-            yield "altered since it was written (SHA-256)"
+    if index.sha256(file) != shard["sha256"]:
+        yield "altered since it was written (SHA-256)"
     if not size:
         return
     with files.Opened(file) as data:
@@ -121,7 +116,10 @@ def _shard(
     try:
         if beside:
             yield from _tar(file, rows, mine, lacking, reading, manifest["classes"])
-            yield from _dali_index(file, beside[0])
+            if not beside[0].exists():
+                yield f"{beside[0].name}: is missing"
+            elif beside[0].read_bytes() != tar.dali_index(file):
+                yield f"{beside[0].name}: does not fit the archive"
         else:
             yield from _beton(file, rows, mine, lacking, reading)
     except (ValueError, UserError) as error:
@@ -195,21 +193,13 @@ def _bare(keys: list[str], records: dict[str, shards.Record]) -> list[str]:
     return max(map(cut, range(16)), key=lambda some: sum(key in records for key in some))
 
 
-def _dali_index(file: Path, beside: Path) -> Iterator[str]:
-    if not beside.exists():
-        yield f"{beside.name}: is missing"
-    elif beside.read_bytes() != tar.dali_index(file):
-        yield f"{beside.name}: does not fit the archive"
-
-
 def _beton(file: Path, rows: index.Index, mine: np.ndarray, lacking: bool, reading: Reading) -> Iterator[str]:
     """Header, metadata and allocation table of an FFCV file, which has no keys: what the index lacks is named by place."""
     contents = beton.read(file, reading.image_part, reading.label_part)
     if lacking:
         left = np.flatnonzero(~np.isin(contents.offset, rows["offset"][mine]))
-        yield from (
-            f"sample {j} at {contents.offset[j]}, label {contents.label[j]}: missing from the index" for j in left
-        )
+        for k in left:
+            yield f"sample {k} at {contents.offset[k]}, label {contents.label[k]}: missing from the index"
     yield from (f"allocation table: {line}" for line in _allocation(contents))
     number = {int(offset): j for j, offset in enumerate(contents.offset)}
     for i in mine:

@@ -28,7 +28,7 @@ from manyview.pipeline import bucket, codec, files, index, storage, tar
 from manyview.pipeline.convert import bands, encode, moments, pool, source_state, summary
 from manyview.pipeline.convert.shard_plan import FORMATS, Row, plan_shards, safe_keys
 from manyview.pipeline.convert.sources import AS_IT_IS, Reading, Source, datasets
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, nearest, refuse
 from manyview.pipeline.manifest import (
     MANIFEST,
     Options,
@@ -66,10 +66,10 @@ class Job:
 class Contents:
     """What went into a shard, in order, and what did not."""
 
-    rows: list[tuple]  # as in index.COLUMNS
-    keys: list[str]
-    rejected: list[dict]
-    moments: np.ndarray
+    rows: list[tuple] = field(default_factory=list)  # as in index.COLUMNS
+    keys: list[str] = field(default_factory=list)
+    rejected: list[dict] = field(default_factory=list)
+    moments: np.ndarray = field(default_factory=moments.nothing)
     unseen: int = 0  # JPEGs whose pixels nobody needed
     notes: Counter = field(default_factory=Counter)  # what conversion cost, see `encode.Converted`
 
@@ -78,9 +78,8 @@ def convert_shard(job: Job, row: Row) -> dict:
     """Make one shard and record it beside. Returns its part of the manifest, rejected images and pixel sums."""
     final, work = job.out / row.name, job.out / WORK
     with files.whole(final, buffering=1 << 20) as file:
-        writer = FORMATS[job.options.format].Writer(
-            file, len(row.samples), job.options.encoding == "yuv420" or job.layout != codec.RGB
-        )
+        planar = job.options.encoding == "yuv420" or job.layout != codec.RGB
+        writer = FORMATS[job.options.format].Writer(file, len(row.samples), planar)
         contents = _fill(writer, row, job)
         digest = writer.finish()
         size = file.seek(0, os.SEEK_END)
@@ -91,21 +90,15 @@ def convert_shard(job: Job, row: Row) -> dict:
     if job.url:
         move([final.with_suffix(".idx"), final], job.url)
     index.write(index.build(contents.rows, contents.keys), work / f"{row.name}.index")
-    result = {
-        "digest": row.digest,
-        "shard": shard,
-        "rejected": contents.rejected,
-        "moments": contents.moments.tolist(),
-        "listed": job.listed,
-        "notes": contents.notes,
-    }
+    result = {"digest": row.digest, "shard": shard, "rejected": contents.rejected, "moments": contents.moments.tolist(),
+              "listed": job.listed, "notes": contents.notes}  # fmt: skip
     files.write(work / f"{row.name}.json", json.dumps(result))  # the last step
     return result
 
 
 def _fill(writer, row: Row, job: Job) -> Contents:
     split, keys = job.source.splits[row.split], job.keys[row.split]
-    contents = Contents([], [], [], moments.nothing(job.layout.channels))
+    contents = Contents(moments=moments.nothing(job.layout.channels))
     for i in row.samples:
         pool.check_stop()
         key, label = keys[i], int(split.labels[i])
@@ -164,8 +157,7 @@ def check_options(options: Options, jobs: int = 0) -> None:
         errors.append(f"jobs is a number of processes, 0 for one a core, not {jobs}")
     if options.shard_mb < 0 or options.shard_mb > 1 << 20:
         errors.append(f"shard-mb is 0 (chosen) or a size in megabytes, not {options.shard_mb}")
-    if errors:
-        raise UserError("\n".join(errors))
+    refuse(errors)
 
 
 def write_shards(
@@ -192,6 +184,8 @@ def write_shards(
         raise UserError(f"executor {executor} writes to a folder that its nodes share, not to {bucket.url}")
     if options.dataset == "shards" and source is not None and bucket is None:
         _refuse_itself(source, out)
+    if executor not in EXECUTORS:
+        raise UserError(nearest("executor", executor, EXECUTORS))
     before, here = read_manifest(out), workshop(out)
     if before is None:
         _refuse_foreign(out)
@@ -200,8 +194,7 @@ def write_shards(
         return before
     listed = source_state.now()
     now = datasets.load(options.dataset, source, reading)
-    if before is not None:
-        _check_same(now, source, before)
+    _check_same(now, source, before)
     with _alone(here):
         before = read_manifest(out)  # again: another process may have finished since
         finished = before is not None
@@ -271,7 +264,8 @@ def _write_alone(job: Job, max_rejected: float, jobs: int, quiet: bool, executor
     _clean(job.out, bucket, {row.name for row in job.rows})
     todo = {row.name: row for row in job.rows if row.name not in results}
     total = sum(len(row.samples) for row in todo.values())
-    new = _executor(executor).run(partial(convert_shard, job), todo, jobs=jobs, total=total, quiet=quiet)
+    run = importlib.import_module(EXECUTORS[executor]).run
+    new = run(partial(convert_shard, job), todo, jobs=jobs, total=total, quiet=quiet)
     _seen(job, new)
     results |= new
     manifest = _finish(job, results, max_rejected)
@@ -290,13 +284,6 @@ def _seen(job: Job, results: dict[str, dict]) -> None:
             raise UserError(
                 f"{job.out / name} was written by another node and is not seen here: the nodes must share {job.out}"
             )
-
-
-def _executor(name: str):
-    """What runs `convert_shard` on every row: processes of this machine, or a Ray cluster."""
-    if name not in EXECUTORS:
-        raise UserError(nearest("executor", name, EXECUTORS))
-    return importlib.import_module(EXECUTORS[name])
 
 
 def _refuse_itself(source: Path, out: Path) -> None:
@@ -348,8 +335,7 @@ def _sizes(out: Path) -> Callable[[str], int | None]:
 
 
 def _check_source(options: Options, now: Source, source: Path | None, out: Path, manifest: dict) -> None:
-    """UserError if a source is no longer what the shards were made from, by its list and, of what is younger, by content."""
-    _check_same(now, source, manifest)
+    """UserError if a source is no longer what the shards were made from, by the content of what is younger."""
     bucket, here = storage.open_storage(out), workshop(out)
     since = source_state.read(here, source)["at"]
     convert = partial(bands.convert, options=options, wanted=layout(manifest), look=CHECKS[options.check])
@@ -367,10 +353,11 @@ def _check_source(options: Options, now: Source, source: Path | None, out: Path,
             )
 
 
-def _check_same(now: Source, source: Path | None, manifest: dict) -> bool:
-    if now.fingerprint() != manifest["source"].get("fingerprint"):
+def _check_same(now: Source, source: Path | None, manifest: dict | None) -> bool:
+    """Whether there is a manifest. UserError where the source is no longer what it tells of, by its list."""
+    if manifest is not None and now.fingerprint() != manifest["source"].get("fingerprint"):
         raise UserError(f"{source} has changed since the shards were made from it: choose another OUT or remove them")
-    return True
+    return manifest is not None
 
 
 def _finished(job: Job) -> dict[str, dict]:
@@ -412,17 +399,8 @@ def _finish(job: Job, results: dict[str, dict], max_rejected: float) -> dict:
     source = job.source
     notes = [*source.notes, *(f"{count} images: {what}" for what, count in sorted(costs.items()))]
     notes += summary.lost(source, rejected)
-    return write_manifest(
-        job.out,
-        job.options,
-        source.classes,
-        splits,
-        len(rejected),
-        source.fingerprint(),
-        source.ignored,
-        notes,
-        job.layout,
-    )
+    return write_manifest(job.out, job.options, source.classes, splits, len(rejected), source.fingerprint(), source.ignored,
+                          notes, job.layout)  # fmt: skip
 
 
 def _count(source: Source) -> int:
@@ -431,17 +409,11 @@ def _count(source: Source) -> int:
 
 def _finish_split(job: Job, number: int, results: dict[str, dict]) -> dict:
     rows = [row for row in job.rows if row.split == number]
-    name = job.source.splits[number].name
-    parts = [index.read(job.out / WORK / f"{row.name}.index") for row in rows]
+    indexes = index.concatenate([index.read(job.out / WORK / f"{row.name}.index") for row in rows])
     total = sum((np.array(results[row.name]["moments"]) for row in rows), moments.nothing(job.layout.channels))
-    return finish_split(
-        job.out,
-        name,
-        index.concatenate(parts),
-        [results[row.name]["shard"] for row in rows],
-        moments.average(total),
-        sum(len(results[row.name]["rejected"]) for row in rows),
-    )
+    shards = [results[row.name]["shard"] for row in rows]
+    rejects = sum(len(results[row.name]["rejected"]) for row in rows)
+    return finish_split(job.out, job.source.splits[number].name, indexes, shards, moments.average(total), rejects)
 
 
 def workshop(out: Path) -> Path:

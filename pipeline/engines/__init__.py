@@ -17,12 +17,8 @@ from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.store import Store
 from manyview.pipeline.views import ViewParameters
 
-ENGINES = {
-    "cpu": "CPUEngine",
-    "dali": "DALIEngine",
-    "resident": "ResidentEngine",
-    "fused": "FusedEngine",
-}  # module of this package: its class
+# Module of this package: its class.
+ENGINES = {"cpu": "CPUEngine", "dali": "DALIEngine", "resident": "ResidentEngine", "fused": "FusedEngine"}
 NAMES = ("auto", *ENGINES)
 SMALL = 96  # pixels a side up to which dense resize matrices beat reading and decoding
 SHARE = 0.25  # of the device's free memory that resident pixels may take
@@ -75,13 +71,15 @@ class Engine(Protocol):
 
     def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
         """`submit` and wait."""
+        return self.submit(ids, parameters).result()
 
     def close(self) -> None:
         """End threads and give memory back; batches not begun are dropped."""
 
 
 def device_of(name: str) -> torch.device:
-    """The device of this name: cpu, cuda, or `auto`, which is the GPU where there is one. UserError if there is no such."""
+    """The device of this name: cpu, cuda (this process's, by a launcher's LOCAL_RANK or torch), or `auto`, which is the GPU where
+    there is one. UserError if there is no such."""
     if name.partition(":")[0] not in ("auto", "cpu", "cuda"):
         raise UserError(nearest("device", name, ("auto", "cpu", "cuda")))
     wanted = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,7 +87,9 @@ def device_of(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: torch sees no CUDA device; use --device cpu, or install a driver that fits this torch"
         )
-    return torch.device(wanted, 0 if wanted == "cuda" else None)  # type: ignore[arg-type]
+    if wanted != "cuda":
+        return torch.device(wanted)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
 
 
 def has_dali() -> bool:

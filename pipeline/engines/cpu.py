@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from manyview.pipeline.codec import RGB, decode
-from manyview.pipeline.engines import Pending, bands
+from manyview.pipeline.engines import Engine, Pending, bands
 from manyview.pipeline.engines.pixels import render
 from manyview.pipeline.machine import Memory, cores
 from manyview.pipeline.store import Corrupt, Store
@@ -26,7 +26,7 @@ from manyview.pipeline.views import ViewParameters
 PIXELS = 2**18  # of the images and views of a task, if it is more than one image: a part of what a cache holds
 
 
-class CPUEngine:
+class CPUEngine(Engine):
     """An `Engine` of compiled threads; `seconds` has read, decode and render."""
 
     name, holds_all = "cpu", False
@@ -40,9 +40,6 @@ class CPUEngine:
         self._lock = threading.Lock()
         self._memory = Memory()
         self._pool = ThreadPoolExecutor(self.threads, "views")
-
-    def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
-        return self.submit(ids, parameters).result()
 
     def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
         batch, channels = len(ids), self.store.layout.channels

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
 
-from manyview.pipeline.engines import Pending
+from manyview.pipeline.engines import Engine, Pending
 from manyview.pipeline.engines.cpu import check_size, decoded
 from manyview.pipeline.engines.pixels import finish
 from manyview.pipeline.machine import cores
@@ -26,7 +26,7 @@ HARDWARE_SHARE = 0.65  # of a batch, for the GPU's JPEG hardware: 46 % faster th
 DEPTH = 3  # batches inside DALI at a time: one being fed, one being made, one ready
 
 
-class DALIEngine:
+class DALIEngine(Engine):
     """An `Engine`; `seconds` has read and feed. A graph is built for each new list of sizes. Call it from one thread."""
 
     name, holds_all = "dali", False
@@ -40,9 +40,6 @@ class DALIEngine:
         self.fused = self.device.type != "cuda"  # DALI's own color and blur are slow on the CPU: one operator does both
         self._graphs: dict[tuple, Graph] = {}
 
-    def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
-        return self.submit(ids, parameters).result()
-
     def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
         begun = time.perf_counter()
         try:
@@ -50,9 +47,8 @@ class DALIEngine:
             self.seconds["read"] += time.perf_counter() - begun
             begun = time.perf_counter()
             if any(p.ndim != 1 for p in payloads):
-                payloads = list(
-                    self._readers.map(partial(decoded, self.store), ids.tolist(), payloads, parameters.shapes())
-                )
+                decode_one = partial(decoded, self.store)
+                payloads = list(self._readers.map(decode_one, ids.tolist(), payloads, parameters.shapes()))
         except Corrupt as error:
             return Pending.failed(error)
         batch = self._start(parameters, payloads)

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from manyview.pipeline.engines import Pending, has_dali
+from manyview.pipeline.engines import Engine, Pending, has_dali
 from manyview.pipeline.engines.cpu import check_size, decoded
 from manyview.pipeline.machine import cores
 from manyview.pipeline.store import Corrupt, Store
@@ -76,7 +76,7 @@ def render(images: torch.Tensor, rows: torch.Tensor, size: int, blurred: int) ->
     return out
 
 
-class FusedEngine:
+class FusedEngine(Engine):
     """An `Engine` for GPUs: JPEGs decoded by DALI (by threads of the host where there is none), views by the two kernels.
 
     `seconds` has read, decode (on the host) and feed.
@@ -92,9 +92,6 @@ class FusedEngine:
         self._readers = ThreadPoolExecutor(self.threads, "read")
         self._graph: Any = None
         self._busy: deque[tuple[Any, Any]] = deque()  # an event of the device, and the images that must live until then
-
-    def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
-        return self.submit(ids, parameters).result()
 
     def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
         begun = time.perf_counter()

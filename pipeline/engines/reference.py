@@ -58,9 +58,6 @@ def engine(store: Store, ids: np.ndarray, p: ViewParameters) -> list[torch.Tenso
     """What an engine returns."""
     images = [decode(store.read(int(i))) for i in ids]
     draw = render if store.layout == RGB else partial(render_bands, mean=store.mean)
-    return [
-        torch.stack(
-            [torch.stack([draw(image, view, size) for image, view in zip(images, row)]) for row in p.views[part]]
-        )
-        for part, size in p.groups
-    ]
+    rows = [[torch.stack([draw(image, view, size) for image, view in zip(images, row)]) for row in p.views[part]]
+            for part, size in p.groups]  # fmt: skip
+    return [torch.stack(group) for group in rows]

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from manyview.pipeline.engines import Pending
+from manyview.pipeline.engines import Engine, Pending
 from manyview.pipeline.engines.cpu import decoded
 from manyview.pipeline.machine import Memory, cores, keep_memory
 from manyview.pipeline.store import Corrupt, Store
@@ -22,7 +22,7 @@ from manyview.pipeline.views import VIEW, ViewParameters
 CHUNK = 128 * 32 * 32  # pixels a call on the CPU: small enough for the cache, large enough that calling costs little
 
 
-class ResidentEngine:
+class ResidentEngine(Engine):
     """An `Engine` that reads and decodes all images once, when it is made; they must be of one size (`engines.create`
     asks). `seconds` has load and render."""
 
@@ -55,9 +55,6 @@ class ResidentEngine:
             self.decoded += 1
             return image
         return np.zeros((*shape, 3), np.uint8)  # never shown: asking for it raises
-
-    def __call__(self, ids: np.ndarray, parameters: ViewParameters) -> list[torch.Tensor]:
-        return self.submit(ids, parameters).result()
 
     def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
         if self.bad and (errors := [self.bad[i] for i in ids.tolist() if i in self.bad]):

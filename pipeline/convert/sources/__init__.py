@@ -139,6 +139,11 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> np.ndarra
     return data
 
 
+def read_named(folder: str, names: list[str], i: int) -> np.ndarray:
+    """The file `names[i]` of a folder, as `read_bytes`."""
+    return read_bytes(os.path.join(folder, names[i]))
+
+
 def read_npy(data: np.ndarray) -> np.ndarray:
     """The array in the bytes of an .npy. ValueError for anything else, also where it would have to be unpickled."""
     try:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,30 +39,30 @@ def cifar(name: str, source: Path | None, reading: Reading) -> Source:
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    root = source or Path("data")
-    with explained(name, root, reading.download):
-        sets = {split: kind(str(root), train=split == "train", download=reading.download) for split in ("train", "val")}
-    files = _files(root / kind.base_folder)
+    sets, files = _sets(name, kind, {"train": {"train": True}, "val": {"train": False}}, source, reading)
     splits = [array_split(split, data.data, data.targets, files) for split, data in sets.items()]
     return Source(list(sets["train"].classes), splits, watch=[str(path) for path in files])
+
+
+def _sets(
+    name: str, kind: Any, splits: dict[str, dict[str, Any]], source: Path | None, reading: Reading
+) -> tuple[dict[str, Any], list[Path]]:
+    """torchvision's class `kind` of each split, by what it is told, and the files that it reads."""
+    root = source or Path("data")
+    with explained(name, root, reading.download):
+        sets = {split: kind(str(root), download=reading.download, **told) for split, told in splits.items()}
+    return sets, sorted(path.resolve() for path in (root / kind.base_folder).iterdir() if path.is_file())
 
 
 def stl10(source: Path | None, reading: Reading) -> Source:
     """`train` (5k), `val` (8k, the official test split) and `unlabelled` (100k, label -1)."""
     from torchvision import datasets
 
-    root = source or Path("data")
-    parts = {"train": "train", "val": "test", "unlabelled": "unlabeled"}
-    with explained("stl10", root, reading.download):
-        sets = {name: datasets.STL10(str(root), split=part, download=reading.download) for name, part in parts.items()}
-    files = _files(root / datasets.STL10.base_folder)
+    told = {"train": {"split": "train"}, "val": {"split": "test"}, "unlabelled": {"split": "unlabeled"}}
+    sets, files = _sets("stl10", datasets.STL10, told, source, reading)
     # torchvision gives (n, 3, H, W), and -1 for what has no label.
     splits = [array_split(name, data.data.transpose(0, 2, 3, 1), data.labels, files) for name, data in sets.items()]
     return Source(list(sets["train"].classes), splits, watch=[str(path) for path in files])
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path.resolve() for path in folder.iterdir() if path.is_file())
 
 
 @contextlib.contextmanager

@@ -6,16 +6,16 @@ the test images. Where a set has no official split, the split here is drawn once
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from manyview.pipeline.convert.sources import Reading, Source, Split, folders, read_bytes
+from manyview.pipeline.convert.sources import Reading, Source, Split, folders, read_named
 from manyview.pipeline.convert.sources.arrays import array_split, explained
 from manyview.pipeline.errors import UserError
 
@@ -35,14 +35,18 @@ def listed(root: Path, classes: list[str], parts: dict[str, Listed]) -> Source:
     for split, images in parts.items():
         if wrong := [label for _, label in images if not 0 <= label < len(classes)]:
             raise UserError(f"{root}: the list of {split} gives class {wrong[0]} of {len(classes)} (from 0)")
-        rows: dict[str, tuple[int, os.stat_result]] = {}
+        rows: dict[str, tuple[int, int, int]] = {}  # label, size, ctime
         for path, label in images:
             name = os.path.relpath(os.path.normpath(os.path.join(base, path)), base)
             if reason := _unusable(name, rows, os.path.join(base, name)):
                 result.problems.append({"split": split, "name": name, "reason": reason})
             else:
-                rows[name] = label, os.stat(os.path.join(base, name))
-        result.splits.append(_split(split, base, rows))
+                state = os.stat(os.path.join(base, name))
+                rows[name] = label, state.st_size, state.st_ctime_ns
+        names = sorted(rows, key=os.fsencode)
+        labels, sizes, times = np.array([rows[name] for name in names], np.int64).reshape(-1, 3).T.copy()
+        read = partial(read_named, base, names)
+        result.splits.append(Split(split, names, labels, sizes, read, times))
         result.watch += sorted({os.path.dirname(os.path.join(base, name)) for name in rows})
     return result
 
@@ -53,15 +57,6 @@ def _unusable(name: str, rows: dict, path: str) -> str:
     if name in rows:
         return "the list names it twice"
     return "" if os.path.isfile(path) else "the list names it, but it is not there"
-
-
-def _split(split: str, base: str, rows: dict[str, tuple[int, os.stat_result]]) -> Split:
-    names = sorted(rows, key=os.fsencode)
-    labels, sizes, times = (
-        np.array([pick(rows[name]) for name in names], np.int64)
-        for pick in (lambda row: row[0], lambda row: row[1].st_size, lambda row: row[1].st_ctime_ns)
-    )
-    return Split(split, names, labels, sizes, lambda i: read_bytes(os.path.join(base, names[i])), times)
 
 
 def root_of(source: Path | None, base: str) -> Path:
@@ -129,16 +124,13 @@ def voc2012(source: Path | None, reading: Reading) -> Source:
         fetch = reading.download and not (root / "VOCdevkit").is_dir()
         with explained("VOC 2012", root, fetch):
             sets[split] = datasets.VOCSegmentation(str(root), year="2012", image_set=split, download=fetch)
-    parts, problems = {}, []
-    for split, data in sets.items():
-        images = [(os.path.abspath(path), largest_class(mask)) for path, mask in zip(data.images, data.targets)]
-        parts[split] = [(path, label) for path, label in images if label >= 0]
-        wrong = [os.path.relpath(path, os.path.abspath(root)) for path, label in images if label < 0]
-        problems += [
-            {"split": split, "name": name, "reason": "its mask shows no class, or cannot be read"} for name in wrong
-        ]
-    result = listed(root, VOC_CLASSES, parts)
-    result.problems += problems
+    every = {split: [(os.path.abspath(path), largest_class(mask)) for path, mask in zip(data.images, data.targets)]
+             for split, data in sets.items()}  # fmt: skip
+    result = listed(root, VOC_CLASSES, {split: [row for row in rows if row[1] >= 0] for split, rows in every.items()})
+    reason = "its mask shows no class, or cannot be read"
+    for split, rows in every.items():
+        names = [os.path.relpath(path, os.path.abspath(root)) for path, label in rows if label < 0]
+        result.problems += [{"split": split, "name": name, "reason": reason} for name in names]
     return result
 
 
@@ -158,46 +150,45 @@ def largest_class(mask: str) -> int:
 # ------------------------------------------------------------------------------------------- sets of folders, without a split
 
 
-def drawn(root: Path, training: Callable[[np.ndarray], np.ndarray], leave_out: str = "") -> Source:
-    """Class folders below `root`, and of all images those that `training(labels)` -> (n,) bool chooses to be `train`."""
+def class_folders(root: Path, training: Callable[[np.ndarray], np.ndarray], leave_out: str = "") -> Source:
+    """Class folders below `root`; the images whose places `training(labels)` gives are `train`, the others `val`."""
     names = [name for name in folders.listing(root).names if "/" in name and name.split("/")[0] != leave_out]
     classes = sorted({name.split("/")[0] for name in names})
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[name.split("/")[0]] for name in names], np.int64)
-    mask = training(labels) if len(labels) else np.zeros(0, bool)
-    parts = {
-        split: [(names[i], int(labels[i])) for i in np.flatnonzero(chosen)]
-        for split, chosen in (("train", mask), ("val", ~mask))
-    }
-    return listed(root, classes, parts)
+    is_train = np.zeros(len(labels), bool)
+    if len(labels):
+        is_train[training(labels)] = True
+    images = list(zip(names, labels.tolist()))
+    return listed(root, classes, {"train": list(compress(images, is_train)), "val": list(compress(images, ~is_train))})
 
 
-def some_of_each(labels: np.ndarray, count: int) -> np.ndarray:
-    """(n,) bool: `count` images of every class, by a fixed seed."""
+def caltech101(source: Path | None, reading: Reading) -> Source:
+    """30 images of every class to train on, by a fixed seed."""
     from manyview.pipeline.plan import permutation  # here, as below: numba takes as long to load as all else
 
-    order, mask = permutation(len(labels), 0, 0), np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        mask[order[labels[order] == label][:count]] = True
-    return mask
+    def training(labels: np.ndarray) -> np.ndarray:
+        order = permutation(len(labels), 0, 0)
+        return np.concatenate([order[labels[order] == label][:30] for label in np.unique(labels)])
+
+    root = fetched("caltech101", "Caltech101", "caltech101/101_ObjectCategories", source, reading)
+    return class_folders(root, training, "BACKGROUND_Google")
 
 
-def share_of_each(labels: np.ndarray, share: float) -> np.ndarray:
-    """(n,) bool: this share of every class, by a fixed seed."""
-    from manyview.pipeline.plan import subset
-
-    mask = np.zeros(len(labels), bool)
-    mask[subset(labels, share, 0)] = True
-    return mask
-
-
-def share_of_all(labels: np.ndarray, share: float) -> np.ndarray:
-    """(n,) bool: this share of the images, whatever their class, by a fixed seed."""
+def caltech256(source: Path | None, reading: Reading) -> Source:
+    """80 % of the images, whatever their class, by a fixed seed."""
     from manyview.pipeline.plan import permutation
 
-    mask = np.zeros(len(labels), bool)
-    mask[permutation(len(labels), 0, 0)[: int(share * len(labels))]] = True
-    return mask
+    root = fetched("caltech256", "Caltech256", "caltech256/256_ObjectCategories", source, reading)
+    return class_folders(root, lambda labels: permutation(len(labels), 0, 0)[: int(0.8 * len(labels))])
+
+
+def eurosat(source: Path | None, reading: Reading) -> Source:
+    """80 % of every class, by a fixed seed."""
+    from manyview.pipeline.plan import subset
+
+    root = fetched("eurosat", "EuroSAT", "eurosat/2750", source, reading)
+    return class_folders(root, partial(subset, fraction=0.8, seed=0))
 
 
 def fetched(name: str, kind: str, inside: str, source: Path | None, reading: Reading) -> Path:
@@ -214,21 +205,6 @@ def fetched(name: str, kind: str, inside: str, source: Path | None, reading: Rea
     if here is None:
         raise UserError(f"{name} is not in {root}: no folder {last} there; --download fetches it")
     return here
-
-
-def caltech101(source: Path | None, reading: Reading) -> Source:
-    root = fetched("caltech101", "Caltech101", "caltech101/101_ObjectCategories", source, reading)
-    return drawn(root, partial(some_of_each, count=30), "BACKGROUND_Google")
-
-
-def caltech256(source: Path | None, reading: Reading) -> Source:
-    root = fetched("caltech256", "Caltech256", "caltech256/256_ObjectCategories", source, reading)
-    return drawn(root, partial(share_of_all, share=0.8))
-
-
-def eurosat(source: Path | None, reading: Reading) -> Source:
-    root = fetched("eurosat", "EuroSAT", "eurosat/2750", source, reading)
-    return drawn(root, partial(share_of_each, share=0.8))
 
 
 # --------------------------------------------------------------------------------------------------------- lists of our own
@@ -258,10 +234,7 @@ def cub200(source: Path | None, reading: Reading) -> Source:
         label = {image: int(number) - 1 for image, number in lines(root / "image_class_labels.txt", 2)}
         train = {image for image, one in lines(root / "train_test_split.txt", 2) if one == "1"}
         rows = [(f"images/{name}", label[image], image in train) for image, name in lines(root / "images.txt", 2)]
-    parts = {
-        split: [(name, number) for name, number, one in rows if one == wanted]
-        for split, wanted in (("train", True), ("val", False))
-    }
+    parts = {"train": [row[:2] for row in rows if row[2]], "val": [row[:2] for row in rows if not row[2]]}
     return listed(root, classes, parts)
 
 
@@ -275,7 +248,7 @@ def domainnet(domain: str, source: Path | None, reading: Reading) -> Source:
             rows = [line.rsplit(maxsplit=1) for line in text.splitlines() if line.strip()]
             parts[split] = [(path, int(label)) for path, label in rows]
         names: dict[int, str] = {}
-        for path, label in itertools.chain(*parts.values()):
+        for path, label in chain(*parts.values()):
             if names.setdefault(label, path.split("/")[-2]) != path.split("/")[-2]:
                 raise ValueError(f"label {label} is {names[label]} and {path.split('/')[-2]}")
     return listed(root, [names.get(i, str(i)) for i in range(max(names, default=-1) + 1)], parts)
@@ -295,7 +268,7 @@ def inaturalist(source: Path | None, reading: Reading) -> Source:
                 f"{root / place / wrong[0]}: its folder names no family (00000_Kingdom_Phylum_Class_Order_Family_…)"
             )
         parts[split] = [(f"{place}/{name}", name.split("/")[0].split("_")[FAMILY]) for name in names]
-    classes = sorted({family for _, family in itertools.chain(*parts.values())})
+    classes = sorted({family for _, family in chain(*parts.values())})
     number = {name: i for i, name in enumerate(classes)}
     by_number = {split: [(name, number[family]) for name, family in rows] for split, rows in parts.items()}
     return listed(root, classes, by_number)

@@ -12,16 +12,7 @@ import numpy as np
 
 from manyview.pipeline import storage
 from manyview.pipeline.convert import summary
-from manyview.pipeline.convert.sources import (
-    AS_IT_IS,
-    Reading,
-    Source,
-    arrays,
-    benchmarks,
-    folders,
-    imagenet,
-    shards,
-)
+from manyview.pipeline.convert.sources import AS_IT_IS, Reading, Source, arrays, benchmarks, folders, imagenet, shards
 from manyview.pipeline.errors import UserError, nearest
 
 FETCHES = 16  # requests at once: small images wait for the network's answer, not for its width
@@ -59,9 +50,8 @@ def load(dataset: str, source: Path | None, reading: Reading = AS_IT_IS) -> Sour
             split.labels = np.full(len(split.names), -1, np.int64)
     if reading.holdout:
         result.hold_out(reading.holdout, reading.seed)
-    result.notes += summary.check(
-        result.classes, {split.name: split.labels for split in result.splits}, reading.disjoint
-    )
+    labels = {split.name: split.labels for split in result.splits}
+    result.notes += summary.check(result.classes, labels, reading.disjoint)
     return result
 
 
@@ -93,7 +83,7 @@ WITH_TABLE = ("folder", "imagenet")
 DATASETS: dict[str, Callable[[Path, Reading], Source]] = {
     "folder": folders.folder,
     "imagenet": imagenet.imagenet,
-    "imagenet100": lambda source, reading: imagenet.imagenet(source, reading, imagenet.imagenet100_classes()),
+    "imagenet100": imagenet.imagenet100,
     "shards": shards.existing,
     "cifar10": lambda source, reading: arrays.cifar("cifar10", source, reading),
     "cifar100": lambda source, reading: arrays.cifar("cifar100", source, reading),

@@ -8,21 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
 
-from manyview.pipeline.convert.sources import (
-    AS_IT_IS,
-    SUFFIXES,
-    Reading,
-    Source,
-    Split,
-    read_bytes,
-    tables,
-)
+from manyview.pipeline.convert.sources import AS_IT_IS, SUFFIXES, Reading, Source, Split, read_named, tables
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.files import FAULTS, patiently
 
@@ -135,9 +128,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _leads_nowhere(path: str) -> bool:
     """Of links that may stand for a folder: those to files have a suffix of letters."""
-    return (
-        os.path.islink(path) and not os.path.exists(path) and not re.search(r"\.[A-Za-z]{1,5}$", os.path.realpath(path))
-    )
+    broken = os.path.islink(path) and not os.path.exists(path)
+    return broken and not re.search(r"\.[A-Za-z]{1,5}$", os.path.realpath(path))
 
 
 def _changed(entry: os.DirEntry) -> int:
@@ -169,7 +161,12 @@ def folder(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = No
     listings = {split: listing(root, reading.suffixes) for split, root in sorted(roots.items())}
     splits = {split: (roots[split], files.names) for split, files in listings.items()}
     by_table = tables.labels(source, splits, reading, result)
-    named = {split: by_table.get(split) or _by_folder(files, reading) for split, files in listings.items()}
+    # By folder: the first one of the path, as people see it, whatever its bytes.
+    named: dict[str, list[str | None]] = {
+        split: by_table.get(split)
+        or [None if reading.unlabelled or "/" not in name else normalize("NFC", name.split("/", 1)[0]) for name in files.names]
+        for split, files in listings.items()
+    }  # fmt: skip
     by_folder = {split for split in listings if split not in by_table and any(named[split])}
     result.classes = _classes(source, named, {split: listings[split].classes for split in by_folder}, only)
     number: dict[str | None, int] = {name: i for i, name in enumerate(result.classes)}
@@ -181,7 +178,9 @@ def folder(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = No
         if only is not None:
             files.keep(lambda name: label_of[name] in only)  # noqa: B023
         labels = np.array([number.get(label_of[name], -1) for name in files.names], np.int64)
-        result.splits.append(_file_split(split, roots[split], files, labels))
+        read = partial(read_named, str(roots[split]), files.names)
+        sizes, times = np.array(files.sizes, np.int64), np.array(files.times, np.int64)
+        result.splits.append(Split(split, files.names, labels, sizes, read, times))
         result.problems += [{"split": split, **problem} for problem in files.problems]
         result.watch += files.folders
     _left_out(listings, result)
@@ -202,20 +201,6 @@ def _classes(
     if missing := sorted(only - set(classes)):
         raise UserError(f"{source} lacks {len(missing)} of {len(only)} classes, the first is {missing[0]}")
     return sorted(only)
-
-
-def _by_folder(files: Listing, reading: Reading) -> list[str | None]:
-    """The class of each image: the first folder of its path, as people see it, whatever its bytes."""
-    return [
-        normalize("NFC", name.split("/", 1)[0]) if "/" in name and not reading.unlabelled else None
-        for name in files.names
-    ]
-
-
-def _file_split(split: str, root: Path, files: Listing, labels: np.ndarray) -> Split:
-    names, start = files.names, f"{root}{os.sep}"
-    sizes, times = np.array(files.sizes, np.int64), np.array(files.times, np.int64)
-    return Split(split, names, labels, sizes, lambda i: read_bytes(start + names[i]), times)
 
 
 def _left_out(listings: dict[str, Listing], result: Source) -> None:
@@ -282,9 +267,8 @@ def _one_each(source: Path, named: dict[Path, str], notes: list[str]) -> dict[st
 def _inside(folder: Path) -> Path:
     """Where a split's folder holds nothing but one of the same name, as some archives unpack: that."""
     entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
-    return (
-        _inside(entries[0]) if len(entries) == 1 and entries[0].is_dir() and entries[0].name == folder.name else folder
-    )
+    doubled = len(entries) == 1 and entries[0].is_dir() and entries[0].name == folder.name
+    return _inside(entries[0]) if doubled else folder
 
 
 def has_splits(source: Path) -> bool:
@@ -297,7 +281,6 @@ def _holds_images(folder: str | Path, suffixes: frozenset[str]) -> bool:
     except OSError as error:
         raise _unreadable(error) from None
     entries = [entry for entry in entries if not is_hidden(entry.name)]
-    below = (entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
-    return any(is_image(entry.name, suffixes) for entry in entries) or any(
-        _holds_images(path, suffixes) for path in below
-    )
+    if any(is_image(entry.name, suffixes) for entry in entries):
+        return True
+    return any(_holds_images(entry.path, suffixes) for entry in entries if entry.is_dir(follow_symlinks=False))

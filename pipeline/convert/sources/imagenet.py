@@ -31,33 +31,23 @@ class Member(NamedTuple):
 
 def _split(name: str, members: list[Member]) -> Split:
     members = sorted(members, key=lambda member: os.fsencode(member.name))
-    labels, sizes = ([getattr(member, what) for member in members] for what in ("label", "size"))
-    return Split(
-        name,
-        [member.name for member in members],
-        np.array(labels, np.int64),
-        np.array(sizes, np.int64),
-        lambda i: read_bytes(*members[i][2:]),
-        changed([member.path for member in members]),
-    )
+    names, paths = [member.name for member in members], [member.path for member in members]
+    labels, sizes = (np.array([getattr(member, what) for member in members], np.int64) for what in ("label", "size"))
+    return Split(name, names, labels, sizes, lambda i: read_bytes(*members[i][2:]), changed(paths))
 
 
 def imagenet(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = None) -> Source:
     """Class folders below train/ and val/, or the official archives as they were downloaded."""
-    if not has_imagenet_tars(source):
+    if not ((source / TRAIN).is_file() or (source / VAL).is_file()):
         return folders.folder(source, replace(reading, unlabelled=False) if only else reading, only)
     if reading.labels:
         raise UserError(f"{source} holds the official archives, whose labels are in {DEVKIT}: no --labels")
     return imagenet_tars(source, only)
 
 
-def imagenet100_classes() -> set[str]:
+def imagenet100(source: Path, reading: Reading = AS_IT_IS) -> Source:
     text = Path(__file__).with_name("imagenet100.txt").read_text()
-    return {line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")}
-
-
-def has_imagenet_tars(source: Path) -> bool:
-    return (source / TRAIN).is_file() or (source / VAL).is_file()
+    return imagenet(source, reading, {line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"})
 
 
 def imagenet_tars(source: Path, only: set[str] | None = None) -> Source:

@@ -6,7 +6,6 @@ A sample of a tar is the members of one key (their name up to the first dot), ea
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -155,10 +154,8 @@ def _read_tar(shard: Shard, reading: Reading) -> None:
             except ValueError as error:
                 shard.problems.append({"name": key, "reason": str(error)})
                 continue
-            extension = name.rpartition(".")[2]
-            shard.records.append(
-                Record(key, extension, members[name].offset, members[name].size, label, caption=caption)
-            )
+            extension, image = name.rpartition(".")[2], members[name]
+            shard.records.append(Record(key, extension, image.offset, image.size, label, caption=caption))
     if shard.records and not reading.label_part and not any(_of(members, LABELS) for members in samples.values()):
         classes = sorted({_folder(key) for key in samples} - {""})
         way = f"; --label-part folder takes {', '.join(classes[:3])}, … as classes" if classes else ""
@@ -341,10 +338,6 @@ def payload(record: Record, data: np.ndarray, reading: Reading = AS_IT_IS) -> np
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
         raise ValueError(f"an array of {array.dtype}, {array.shape}, is no 8-bit image")
     return array
-
-
-def digest(texts: list[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def existing(source: Path, reading: Reading = AS_IT_IS) -> Source:

@@ -52,9 +52,8 @@ class Table:
         metadata = self.path.name in METADATA
         parts = _parts(os.path.relpath(root / name, self.path.parent) if metadata else f"{root.name}/{name}")
         candidates = [*self.by_name.get(parts[-1], ()), *self.by_name.get(PurePosixPath(parts[-1]).stem, ())]
-        rows = [
-            i for i in candidates if self.paths[i] == parts or (not metadata and _same_folders(self.paths[i], parts))
-        ]
+        alike = tuple.__eq__ if metadata else _same_folders
+        rows = [i for i in candidates if alike(self.paths[i], parts)]
         if len(different := {self.labels[i] for i in rows}) > 1:
             first, second = sorted(map(str, different))[:2]
             raise UserError(f"{self.path} gives {'/'.join(parts)} two labels, {first!r} and {second!r}")
