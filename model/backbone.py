@@ -21,12 +21,12 @@ import torchvision
 import yaml
 from safetensors import safe_open
 from safetensors.torch import save as dump
-from torch import Tensor, nn
+from torch import nn
 
 from manyview.model import weights
 from manyview.pipeline import files
 from manyview.pipeline.codec import Layout
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, first_line, nearest
 from manyview.pipeline.store import Store, training_split
 from manyview.pipeline.views import crop_ratio
 
@@ -74,12 +74,7 @@ def _timm(name: str) -> tuple[str, dict[str, Any]]:
     if name.startswith("torchvision:"):
         return name.removeprefix("torchvision:"), {}
     network, _, text = name.partition(":")
-    timm_name, keywords = TINY.get(network, (network, {}))
-    return timm_name, {**keywords, **_keywords(name, text)}
-
-
-def _keywords(name: str, text: str) -> dict[str, Any]:
-    """`layers=[1,1,1,1],drop_path_rate=0.1` as keyword arguments."""
+    timm_name, own = TINY.get(network, (network, {}))
     try:
         keywords = yaml.safe_load("{" + text.replace("=", ": ") + "}")
     except yaml.YAMLError:
@@ -90,7 +85,7 @@ def _keywords(name: str, text: str) -> dict[str, Any]:
         )
     if reserved := sorted(RESERVED & keywords.keys()):
         raise UserError(f"backbone {name!r}: {reserved[0]} cannot be given in a name")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in keywords.items()}
+    return timm_name, own | {key: tuple(value) if isinstance(value, list) else value for key, value in keywords.items()}
 
 
 def _family(name: str) -> str:
@@ -116,12 +111,9 @@ def resolve(name: str, stem: str, image_size: int) -> str:
 
 def _kwargs(name: str, stem: str, image_size: int, channels: int = 3) -> dict[str, Any]:
     """What timm.create_model needs beside its name and num_classes=0."""
-    kwargs = {**_timm(name)[1], **({"in_chans": channels} if channels != 3 else {})}
-    if _fixed_size(name):
-        kwargs = {**kwargs, "img_size": image_size}
-    if stem == "small" and _family(name) == "vit":
-        kwargs = {**kwargs, "patch_size": small_patch(image_size)}
-    return kwargs
+    kwargs = _timm(name)[1] | ({"in_chans": channels} if channels != 3 else {})
+    kwargs |= {"img_size": image_size} if _fixed_size(name) else {}
+    return kwargs | ({"patch_size": small_patch(image_size)} if stem == "small" and _family(name) == "vit" else {})
 
 
 def small_patch(image_size: int) -> int:
@@ -157,7 +149,7 @@ def _build(name: str, image_size: int, stem: str, other_sizes: bool = False, cha
             model = _timm_model(name, kwargs, other_sizes and _fixed_size(name))
         except (AssertionError, AttributeError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(
-                f"backbone {name!r} does not take {_images(image_size, channels)}: {_line(error)}"
+                f"backbone {name!r} does not take {_images(image_size, channels)}: {first_line(error)}"
             ) from error
     if stem == "small" and _family(name) == "resnet":
         _small_stem(model, channels)
@@ -169,8 +161,8 @@ def _timm_model(name: str, kwargs: dict[str, Any], other_sizes: bool) -> Any:
     words: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}]
     for word in words if other_sizes else []:
         with contextlib.suppress(TypeError):
-            return timm.create_model(_timm(name)[0], pretrained=False, num_classes=0, **kwargs, **word)
-    return timm.create_model(_timm(name)[0], pretrained=False, num_classes=0, **kwargs)
+            return timm.create_model(_timm(name)[0], num_classes=0, **kwargs, **word)
+    return timm.create_model(_timm(name)[0], num_classes=0, **kwargs)
 
 
 def _images(size: int, channels: int) -> str:
@@ -194,16 +186,14 @@ def _features(model: nn.Module, name: str, image_size: int, channels: int) -> in
     try:
         y = model.eval()(torch.zeros(1, channels, image_size, image_size))
     except (AssertionError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"backbone {name!r} does not take {_images(image_size, channels)}: {_line(error)}") from error
+        raise UserError(
+            f"backbone {name!r} does not take {_images(image_size, channels)}: {first_line(error)}"
+        ) from error
     finally:
         model.train()
     if y.ndim != 2:
         raise UserError(f"backbone {name!r} gives no feature vector but {tuple(y.shape[1:])}")
     return y.shape[1]
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------- on disk
@@ -263,7 +253,7 @@ def metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except Exception as error:
-        raise UserError(f"{path}: not a safetensors file ({_line(error)})") from error
+        raise UserError(f"{path}: not a safetensors file ({first_line(error)})") from error
     if "backbone" not in header:
         raise UserError(f"{path}: its header names no backbone; others' files go with timm:NAME --weights FILE")
     return header
@@ -284,7 +274,12 @@ def load(source: str | Path, key: str | None = None) -> tuple[nn.Module, dict[st
     path, suffix = weights.split_key(source)
     path = locate(path)
     if path.suffix == ".pt":
-        header, tensors = _checkpoint(path, key or suffix)
+        checkpointed = weights.checkpoint(path, key or suffix)
+        if checkpointed is None:
+            raise UserError(f"{path}: not a checkpoint of train.py; others' files go with timm:NAME --weights FILE")
+        content, tensors, network = checkpointed
+        header = content.get("header") or _header_of_run(path)
+        header = {**header, "step": str(content["step"]), "network": network}
     else:
         header, tensors = metadata(path), weights.read(path)
     model = described(header)
@@ -292,27 +287,14 @@ def load(source: str | Path, key: str | None = None) -> tuple[nn.Module, dict[st
     return model.eval(), {**header, "num_features": str(model.num_features)}
 
 
-def _checkpoint(path: Path, key: str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of one of train.py's checkpoints; in older ones the run's config says what network it is."""
-    found = weights.checkpoint(path, key)
-    if found is None:
-        raise UserError(f"{path}: not a checkpoint of train.py; others' files go with timm:NAME --weights FILE")
-    content, tensors, network = found
-    header = content.get("header") or _header_of_run(path)
-    return {**header, "step": str(content["step"]), "network": network}, tensors
-
-
 def _header_of_run(path: Path) -> dict[str, str]:
+    """Of an older checkpoint, by its run's config and export."""
     folder = path.parent.parent
     config = files.facts(folder / "config.json")
     if not {"backbone", "stem", "size", "data"} <= config.keys():
         raise UserError(f"{path}: no config.json in {folder} that says what network this is")
-    header = {
-        "backbone": config["backbone"],
-        "stem": config["stem"],
-        "image_size": str(config["size"]),
-        "source": folder.name,
-    }
+    header = {name: config[name] for name in ("backbone", "stem")}
+    header |= {"image_size": str(config["size"]), "source": folder.name}
     if exported := _header(folder / "backbone.safetensors"):
         return header | {name: exported[name] for name in ("mean", "std", "channels", "bits") if name in exported}
     return header | Store(config["data"], training_split(config["data"])).described()
@@ -379,14 +361,11 @@ def timm_snippet(header: dict[str, str], path: str = "backbone.safetensors") -> 
     lines += stem_lines(header)
     lines.append(f"model.load_state_dict(load_file({path!r}), strict=True)")
     if known and made_by_timm(header):
-        lines.append(
-            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # of PIL images"
-        )
+        call = "timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+        lines.append(f"transform = {call}  # of PIL images")
     elif known:
-        pixels = layout(header)
-        lines.append(
-            f"# images: {pixels}, divided by {pixels.white}, then normalized by model.pretrained_cfg's mean and std"
-        )
+        images_are = f"{layout(header)}, divided by {layout(header).white}"
+        lines.append(f"# images: {images_are}, then normalized by model.pretrained_cfg's mean and std")
     return "\n".join(lines)
 
 

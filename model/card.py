@@ -105,21 +105,18 @@ def training(run: Path, config: dict[str, Any]) -> str:
     """The run's settings, time and command."""
     if not config:
         return "Not known: no config.json lay beside the weights."
-    lines = [
-        f"- {name.replace('_', ' ')}: {config[name]}" for name in TRAINED if config.get(name) not in (None, [], "")
-    ]
+    known = [name for name in TRAINED if config.get(name) not in (None, [], "")]
+    lines = [f"- {name.replace('_', ' ')}: {config[name]}" for name in known]
     if last := last_metrics(run / "metrics.jsonl"):
         lines.append(
             f"- seen: {last['images']:,} images, {last['views']:,} views, in {last['seconds'] / 3600:.2f} h and "
             f"{last['core_seconds'] / 3600:.2f} core-hours"
         )
     if environment := files.facts(run / "env.json"):
-        words = environment["command"].split(" ", 1)
-        command = " ".join([Path(words[0]).name, *words[1:]])
-        lines.append(
-            f"- on {environment['device']}, torch {environment['versions']['torch']}, commit {environment['commit']}"
-        )
-        lines.append(f"- command: `python {command}`")
+        program, space, flags = environment["command"].partition(" ")
+        torch = environment["versions"]["torch"]
+        lines.append(f"- on {environment['device']}, torch {torch}, commit {environment['commit']}")
+        lines.append(f"- command: `python {Path(program).name}{space}{flags}`")
     return "\n".join(lines)
 
 

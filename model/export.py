@@ -37,11 +37,15 @@ def export(
     home = file.parent.parent / "export" / file.stem if "network" in header else file.parent / "export"
     out = Path(out) if out else home / EXPORTS[to][0]
     out.parent.mkdir(parents=True, exist_ok=True)
-    snippet, other = EXPORTS[to][1](model, file, header, out)
+    snippet = EXPORTS[to][1](model, file, header, out)
+    made_by: dict[str, Any] = {}
+    if to != "onnx":
+        exec(snippet, made_by)  # the model that the printed lines make
     size = int(header["image_size"])
     images = torch.randn(4, backbone.layout(header).channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, theirs = model(images), other(images)
+        ours = model(images)
+        theirs = _onnx_features(out, images.numpy()) if to == "onnx" else made_by["model"].eval()(images)
     if theirs is None:
         return out, snippet, None
     difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
@@ -66,25 +70,12 @@ def _loaded(source: str, given: str | None) -> tuple[nn.Module, dict[str, str], 
     return model.eval(), header, Path(given or Path("runs") / public.name.replace(":", "-") / "published")
 
 
-def _run(snippet: str) -> nn.Module:
-    """The model that the printed lines make."""
-    names: dict[str, Any] = {}
-    exec(snippet, names)
-    return names["model"].eval()
-
-
-def _to_timm(model: nn.Module, file: Path, header: dict[str, str], out: Path):
+def _to_timm(model: nn.Module, file: Path, header: dict[str, str], out: Path) -> str:
     backbone.save(model, out, header)
-    snippet = backbone.timm_snippet(header, str(out))
-    return snippet, _run(snippet)
+    return backbone.timm_snippet(header, str(out))
 
 
-def _to_hub(model: nn.Module, file: Path, header: dict[str, str], out: Path):
-    snippet = card.write(model, file, header, out)
-    return snippet, _run(snippet)
-
-
-def _to_torchvision(model: nn.Module, file: Path, header: dict[str, str], out: Path):
+def _to_torchvision(model: nn.Module, file: Path, header: dict[str, str], out: Path) -> str:
     name = header["backbone"].removeprefix("torchvision:")
     if f"torchvision:{name}" not in backbone.names():
         raise UserError(f"torchvision has no {name!r}; `--to timm` and `--to onnx` take any backbone")
@@ -103,11 +94,10 @@ def _to_torchvision(model: nn.Module, file: Path, header: dict[str, str], out: P
         f"transform = v2.Compose([{resize}, v2.CenterCrop({size}), v2.ToImage(), "
         f"v2.ToDtype(torch.float32, scale=True), v2.Normalize({wanted['mean']}, {wanted['std']})])  # of PIL images",
     ]
-    snippet = "\n".join(lines)
-    return snippet, _run(snippet)
+    return "\n".join(lines)
 
 
-def _to_onnx(model: nn.Module, file: Path, header: dict[str, str], out: Path):
+def _to_onnx(model: nn.Module, file: Path, header: dict[str, str], out: Path) -> str:
     wanted, white = backbone.images(header), backbone.layout(header).white
     shape = ", ".join(map(str, wanted["input_size"]))
     try:
@@ -127,14 +117,13 @@ def _to_onnx(model: nn.Module, file: Path, header: dict[str, str], out: Path):
     for key, value in {**header, "pretrained_cfg": json.dumps(wanted)}.items():
         proto.metadata_props.add(key=key, value=value)
     files.write(out, proto.SerializeToString())
-    snippet = (
+    return (
         f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(out)!r})\n"
         f"# images: float32 (N, {shape}): the centre square of {wanted['crop_pct']:g} of the short side, resized\n"
         f"# ({wanted['interpolation']}, antialiased), 0..{white} made 0..1, less mean {wanted['mean']}, "
         f"divided by std {wanted['std']}\n"
         'features = session.run(None, {"images": images})[0]'
     )
-    return snippet, lambda images: _onnx_features(out, images.numpy())
 
 
 def _onnx_features(file: Path, images: np.ndarray) -> torch.Tensor | None:
@@ -147,7 +136,7 @@ def _onnx_features(file: Path, images: np.ndarray) -> torch.Tensor | None:
 
 EXPORTS = {
     "timm": ("timm.safetensors", _to_timm),
-    "hub": ("hub", _to_hub),
+    "hub": ("hub", card.write),
     "torchvision": ("torchvision.safetensors", _to_torchvision),
     "onnx": ("backbone.onnx", _to_onnx),
 }

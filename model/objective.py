@@ -7,11 +7,6 @@ O(V B D), and the decorrelation is one D x D product.
 
 Every function computes in fp32 (fp64 where `z` is) whatever autocast is around it, and returns a `Loss` of scalars.
 
-    barlow    cross-correlation to the identity: Barlow Twins (arXiv 2103.03230), whose form `pairs` it equals at V = 2
-    vicreg    variance, invariance, covariance, equal to VICReg (arXiv 2105.04906) at V = 2
-    spectral  the idealised loss itself, with the orthonormality constraint as a penalty
-    paper     the paper's own biased estimator, for reproduction
-
 Distributed: when torch.distributed is initialized, sums over the batch (of size D and D x D, never B x B) are
 all-reduced, so every rank returns the loss of the whole batch, and the gradient that DDP averages is the gradient of
 that loss. Every rank must hold the same number of rows.
@@ -32,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, nearest, refuse
 
 # beta = C / D. Constant pressure on each dimension, beta * (D - 1), means beta ~ 1 / D; the authors' tuned values over
 # D = 64 ... 8192 on CIFAR-10 fit c = 2.9 (log-log slope -1.02), on STL-10 c = 2.0 (slope -0.93).
@@ -131,12 +126,6 @@ def _standardize(z: Tensor, over: str, unbiased: bool = False) -> Tensor:
     return centered * variance.rsqrt()
 
 
-def _agreement(z: Tensor, mean: Tensor, n_global: int) -> Tensor:
-    """Correlation (V, D) of each dimension of each view with the mean of the *other* global views."""
-    others = torch.cat([(n_global * mean - z[:n_global]) / (n_global - 1), mean.expand_as(z[n_global:])])
-    return _final_sum((z * others).sum(1)) / _rows(z)
-
-
 def _spread(z: Tensor, n_global: int) -> Tensor:
     """Unbiased within-image variance E|z - E[z | image]|^2, summed over dimensions: a scalar, the same for every V."""
     g = n_global
@@ -159,12 +148,6 @@ def _off_diagonal_of(c: Tensor) -> Tensor:
     return c.square().sum() - c.diagonal(dim1=-2, dim2=-1).square().sum()
 
 
-def _strength(beta: float | str, auto: float) -> float:
-    if beta == "auto":
-        return auto
-    return float(beta)
-
-
 def _collapses(beta: float, dim: int) -> str:
     """What to tell about a `beta` on correlations that is past the known edge; empty where it is not."""
     if beta * dim <= COLLAPSE_EDGE:
@@ -176,7 +159,7 @@ def _collapses(beta: float, dim: int) -> str:
 
 
 def _correlation_strength(beta: float | str, dim: int) -> float:
-    value = _strength(beta, C / dim)
+    value = C / dim if beta == "auto" else float(beta)
     if text := _collapses(value, dim):
         warnings.warn(text, stacklevel=3)
     return value
@@ -197,7 +180,7 @@ def barlow(
     standardize: Literal["view", "pooled"] = "view",
     local: Sequence[bool] | Tensor | None = None,
 ) -> Loss:
-    """Multi-view Barlow Twins: sum_k (C_kk - 1)^2 + beta sum_{k != l} C_kl^2, with z (V, B, D) standardized.
+    """Multi-view Barlow Twins (arXiv 2103.03230): sum_k (C_kk - 1)^2 + beta sum_{k != l} C_kl^2, with z (V, B, D) standardized.
 
     The diagonal is each view's correlation with the mean of the others: Barlow Twins' own at V = 2, an unbiased
     estimate of the correlation between two views at every V. The off-diagonal C comes in three forms:
@@ -221,7 +204,8 @@ def barlow(
             on, off = _pairs(y, g)
             return _loss(on, strength * off)
         mean = y[:g].mean(0)
-        on = (1 - _agreement(y, mean, g)).square().sum(-1).mean()
+        others = torch.cat([(g * mean - y[:g]) / (g - 1), mean.expand_as(y[g:])])  # means of the *other* global views
+        on = (1 - _final_sum((y * others).sum(1)) / _rows(y)).square().sum(-1).mean()
         off = _off_diagonal(mean, _rows(y)) if form == "mean" else _off_diagonal_of(_cross(y[:g], mean))
         return _loss(on, strength * off)
 
@@ -250,7 +234,7 @@ def vicreg(
     form: Literal["view", "pooled"] = "view",
     local: Sequence[bool] | Tensor | None = None,
 ) -> Loss:
-    """Multi-view VICReg: 25 invariance + 25 variance + beta covariance on z (V, B, D); "auto" is its own beta = 1.
+    """Multi-view VICReg (arXiv 2105.04906) on z (V, B, D): 25 invariance + 25 variance + beta covariance; "auto" is beta = 1.
 
     Invariance is the mean squared distance over pairs of views, by the mean. Variance and covariance are each view's
     (`view`: at V = 2 this is VICReg) or those of all V B rows (`pooled`: one D x D product of the same scale).
@@ -264,7 +248,9 @@ def vicreg(
         centered = rows - _sum(rows.sum(1, keepdim=True)) / n
         deviation = (_final_sum(centered.square().sum(1)) / (n - 1) + 1e-4).sqrt()
         covariance = 2 * _off_diagonal(centered, n - 1) / (len(rows) * dim)
-        return _loss(25 * invariance, 25 * (1 - deviation).relu().mean() + _strength(beta, 1.0) * covariance)
+        return _loss(
+            25 * invariance, 25 * (1 - deviation).relu().mean() + (1.0 if beta == "auto" else float(beta)) * covariance
+        )
 
 
 def spectral(
@@ -282,7 +268,7 @@ def spectral(
         centered = rows - _sum(rows.sum(1, keepdim=True)) / n
         variance = _final_sum(centered.square().sum(1)) / n
         distance = _off_diagonal(centered, n) + (variance - 1).square().sum()
-        return _loss(_spread(x, g), _strength(beta, 1.0) * distance)
+        return _loss(_spread(x, g), (1.0 if beta == "auto" else float(beta)) * distance)
 
 
 def paper(z: Tensor, *, beta: float | Literal["auto"] = "auto", local: Sequence[bool] | Tensor | None = None) -> Loss:
@@ -315,8 +301,7 @@ def create(name: str, **options: Any) -> Callable[..., Loss]:
     function = OBJECTIVES[name]
     options = {key: value for key, value in options.items() if value is not None}
     errors = [error for key, value in options.items() if (error := _invalid(function, key, value))]
-    if errors:
-        raise UserError("\n".join(errors))
+    refuse(errors)
     return partial(function, **options)
 
 
@@ -335,7 +320,8 @@ def describe(objective: Callable[..., Loss], dim: int) -> tuple[str, dict[str, A
     options |= objective.keywords
     on_correlations = objective.func in (barlow, paper)
     if "beta" in options:
-        options["beta"] = _strength(options["beta"], C / dim if on_correlations else 1.0)
+        auto = C / dim if on_correlations else 1.0
+        options["beta"] = auto if options["beta"] == "auto" else float(options["beta"])
     text = ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in options.items()
     )

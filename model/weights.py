@@ -24,7 +24,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, first_line, nearest
 
 TF_EPS = 1e-3  # of batch-norm in networks that came from TensorFlow
 COUNTER = "num_batches_tracked"  # of batch-norm: old files lack it, and it changes nothing in evaluation
@@ -49,7 +49,7 @@ def contents(path: Path) -> Any:
     try:
         return load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except Exception as error:  # torch and safetensors raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = first_line(error)[:120]
         if "TorchScript" in str(error):
             reason = "a TorchScript archive, which is a program; save its state_dict instead"
         elif isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
@@ -202,7 +202,9 @@ class _Candidate:
 def _candidates(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[_Candidate]:
     """Every prefix under which any of the network's tensors lies, that with the most first."""
     best: list[_Candidate] = []
-    for rename in (_plain, _in_sequence(expected), _dinov2, _efficientnet(expected)):
+    # DINOv2's training code writes blocks in chunks: blocks.1.7 is the eighth block.
+    unchunked = partial(re.sub, r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.")
+    for rename in (str, _in_sequence(expected), unchunked, _efficientnet(expected)):
         counts: Counter[str] = Counter()
         for name in tensors:
             parts = name.split(".")
@@ -229,28 +231,18 @@ def _under(prefix: str, rename: Callable[[str], str], expected: dict, tensors: d
     return candidate
 
 
-def _plain(name: str) -> str:
-    return name
-
-
 def _in_sequence(expected: dict[str, Tensor]) -> Callable[[str], str]:
     """lightly's and others' `Sequential(*resnet.children())`: 0 is conv1, 1 bn1, 4 to 7 the four layers."""
     places = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
     if "conv1.weight" not in expected:
-        return _plain
+        return str
     return lambda name: ".".join([places.get(name.partition(".")[0], "?"), name.partition(".")[2]])
-
-
-def _dinov2(name: str) -> str:
-    """Blocks in chunks, as its training code writes them (blocks.1.7 is the eighth block)."""
-    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
 
 
 def _efficientnet(expected: dict[str, Tensor]) -> Callable[[str], str]:
     """efficientnet_pytorch's names of timm's EfficientNets: its blocks are numbered through, timm's by stages."""
-    stages = sorted(
-        {tuple(map(int, name.split(".")[1:3])) for name in expected if re.match(r"blocks\.\d+\.\d+\.", name)}
-    )
+    inside = [name for name in expected if re.match(r"blocks\.\d+\.\d+\.", name)]
+    stages = sorted({tuple(map(int, name.split(".")[1:3])) for name in inside})
     outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
     narrow = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     wide = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl",
@@ -419,16 +411,19 @@ def _timm(name: str, image_size: int | None, local: bool) -> Public:
         module = timm.models.model_entrypoint(name).__module__
         transform = _assumed(transform, "vision_transformer" in module or bool(fixed))
         if tag:
-            transform = replace(
-                transform, origin=f"{transform.origin}, or as timm's own weights have it: timm:{name}.{tag}"
-            )
+            origin = f"{transform.origin}, or as timm's own weights have it: timm:{name}.{tag}"
+            transform = replace(transform, origin=origin)
     full = name if "." in name or local or not tag else f"{name}.{tag}"
-    make = partial(_create, name, fixed)
-    return Public(f"timm:{full}", make, transform, "" if local and "." not in name else trained_on(tag))
 
+    def make(download: bool) -> nn.Module:
+        return timm.create_model(name, pretrained=download, num_classes=0, **fixed)
 
-def _create(name: str, fixed: dict[str, Any], download: bool) -> nn.Module:
-    return timm.create_model(name, pretrained=download, num_classes=0, **fixed)
+    return Public(
+        f"timm:{full}",
+        make,
+        transform,
+        "" if local and "." not in name else trained_on(tag),
+    )
 
 
 def _torchvision(name: str, image_size: int | None, local: bool) -> Public:
@@ -446,18 +441,16 @@ def _torchvision(name: str, image_size: int | None, local: bool) -> Public:
 
     def make(download: bool) -> nn.Module:
         module = torchvision.models.get_model(name, weights=weights if download else None)
-        return without_head(module)
+        for head in ("fc", "classifier", "heads", "head"):
+            if hasattr(module, head):
+                setattr(module, head, nn.Identity())
+                return module
+        raise UserError(
+            f"{type(module).__name__}: no known classifier to take off; use the timm version of this network"
+        )
 
     full = name if local else f"{name}.{weights.name}"
     return Public(f"torchvision:{full}", make, transform, "" if local else trained_on(weights.name))
-
-
-def without_head(module: nn.Module) -> nn.Module:
-    for name in ("fc", "classifier", "heads", "head"):
-        if hasattr(module, name):
-            setattr(module, name, nn.Identity())
-            return module
-    raise UserError(f"{type(module).__name__}: no known classifier to take off; use the timm version of this network")
 
 
 def trained_on(tag: str) -> str:

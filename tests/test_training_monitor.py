@@ -18,7 +18,7 @@ def test_metrics_are_cut_at_the_step_resumed_from(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s, "loss": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "lo')
     metrics = monitor.Metrics(path, 2)
-    metrics.write({"step": 3, "loss": 30})
+    metrics.row({"step": 3, "loss": 30})
     metrics.close()
     assert [(r["step"], r["loss"]) for r in monitor.read_metrics(path)] == [(1, 1), (2, 2), (3, 30)]
 
@@ -61,7 +61,7 @@ def test_a_missing_tracker_is_one_line(tmp_path, monkeypatch):
 
 def test_json_has_no_nan(tmp_path):
     metrics = monitor.Metrics(tmp_path / "metrics.jsonl", 0)
-    metrics.write({"step": 1, "loss": math.nan, "timings": {"wait": math.inf, "decode": 0.5}})
+    metrics.row({"step": 1, "loss": math.nan, "timings": {"wait": math.inf, "decode": 0.5}})
     metrics.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line, parse_constant=pytest.fail)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from manyview.pipeline import files
-from manyview.pipeline.errors import UserError
+from manyview.pipeline.errors import UserError, first_line
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -46,10 +46,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here, none of which tells the user which file
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({said}); remove it to go on from the one before"
-        ) from error
+        what = f"cannot be read as a checkpoint ({first_line(error)})"
+        raise UserError(f"{path} {what}; remove it to go on from the one before") from error
 
 
 def random_state() -> dict[str, Any]:

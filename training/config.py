@@ -14,7 +14,7 @@ import tyro
 import yaml
 
 from manyview.pipeline import engines, storage
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, nearest, refuse
 from manyview.pipeline.store import Store, training_split
 from manyview.training.monitor import TRACKERS
 
@@ -177,8 +177,7 @@ def parse(argv: list[str] | None = None) -> Config:
         errors.append(f"unknown flag {word!r}" + (f"; nearest: {', '.join(close)}" if close else "; see --help"))
     config.log = tuple(name for word in config.log for name in word.split(",") if name)
     errors += check(config)
-    if errors:
-        raise UserError("\n".join(errors))
+    refuse(errors)
     return config
 
 
@@ -286,27 +285,25 @@ def check(config: Config) -> list[str]:
 def _check_names(config: Config) -> list[str]:
     """Names that the data and model packages know best."""
     from manyview.model import backbone, objective
+    from manyview.pipeline import views
+
+    def check_policy() -> None:
+        size, changes = config.size or 224, views.overrides(config.augment)
+        chosen = views.policy(config.policy, max(2, config.views), size, changes)
+        if chosen.views < 2:
+            raise UserError(f"{chosen.views} view of an image; the objective wants two that agree")
 
     errors = []
     for flag, test in (
         ("--backbone", lambda: backbone.check(config.backbone)),
         ("--objective", lambda: objective.create(config.objective, **objective_options(config))),
-        ("--policy", lambda: _check_policy(config)),
+        ("--policy", check_policy),
     ):
         try:
             test()
         except UserError as error:
             errors += [f"{flag}: {line}" for line in str(error).splitlines()]
     return errors
-
-
-def _check_policy(config: Config) -> None:
-    from manyview.pipeline import views
-
-    size, changes = config.size or 224, views.overrides(config.augment)
-    chosen = views.policy(config.policy, max(2, config.views), size, changes)
-    if chosen.views < 2:
-        raise UserError(f"{chosen.views} view of an image; the objective wants two that agree")
 
 
 def objective_options(config: Config) -> dict[str, Any]:
@@ -335,10 +332,8 @@ def beta(config: Config) -> float | None:
 
 def to_json(config: Config) -> dict[str, Any]:
     """Plain values, in the order of the fields."""
-    plain = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        plain[field.name] = (
-            storage.where(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        )
-    return plain
+
+    def plain(value: Any) -> Any:
+        return storage.where(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}

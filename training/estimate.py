@@ -11,10 +11,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import nn
 
-from manyview.pipeline.errors import UserError
+from manyview.pipeline.errors import UserError, first_line
 from manyview.pipeline.store import Store, training_split
 from manyview.pipeline.views import Group, Policy
 from manyview.training import checkpoint, setup
@@ -31,9 +32,6 @@ class Estimate:
     bytes_per_view: int
     fixed_bytes: int  # weights, gradients and two optimizer moments
 
-    def rows_that_fit(self, available: int) -> int:
-        return max(0, (available - self.fixed_bytes) // self.bytes_per_view)
-
 
 def trials(training: Training, policy: Policy, device: torch.device, rows: int) -> list[Estimate]:
     """A trial for each group of views, of at most `rows` rows. UserError where the network does not take its size."""
@@ -44,9 +42,8 @@ def trials(training: Training, policy: Policy, device: torch.device, rows: int) 
         except (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            way = _size_that_works(training.model, group, policy)
-            raise UserError(f"this backbone does not train on views of {group.size} px: {reason}{way}") from error
+            reason = first_line(error) + _size_that_works(training.model, group, policy)
+            raise UserError(f"this backbone does not train on views of {group.size} px: {reason}") from error
     return costs
 
 
@@ -93,10 +90,10 @@ def trial(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
-    _synchronize(device)
+    torch.get_device_module(device).synchronize()
     start = time.perf_counter()
     step()
-    _synchronize(device)
+    torch.get_device_module(device).synchronize()
     seconds = time.perf_counter() - start
     weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
     checkpoint.restore_random_state(state)
@@ -115,39 +112,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def available_memory(device: torch.device) -> int:
     """Bytes that a run could use on the device: the whole GPU, or the host's memory that is not taken."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    import psutil
-
     return psutil.virtual_memory().available
 
 
 def check_memory(needed: int, device: torch.device) -> None:
     """MemoryError where a step needs more bytes a process than there are at all: on a CPU nothing would say so later, as the
     system ends whatever takes too much."""
-    import psutil
-
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if needed > (available_memory(device) if device.type == "cuda" else psutil.virtual_memory().total // ranks):
         raise MemoryError
-
-
-def rows_in_graph(cfg: Config, policy: Policy, size: int, world: int) -> float:
-    """Rows of size x size whose activations live at once, on one rank; local crops count by their area."""
-    weights = [(g.count, (g.size / size) ** 2) for g in policy.groups]
-    live = (
-        max(min(cfg.view_chunk, n) * area for n, area in weights)
-        if cfg.view_chunk
-        else sum(n * area for n, area in weights)
-    )
-    return live * cfg.batch_size / world
 
 
 def step_memory(costs: list[Estimate], cfg: Config, policy: Policy, world: int) -> int:
@@ -176,13 +153,15 @@ def out_of_memory(cfg: Config, world: int, device: torch.device) -> str:
         cost = trial(setup.network(cfg, size, store.layout.channels), size, torch.device("cpu"), contextlib.nullcontext)
     except (MemoryError, RuntimeError):
         return f"{asked}, and there is none even for a trial: a smaller --size or --backbone"
-    rows = cost.rows_that_fit(int(0.9 * available_memory(device)))
+    rows = max(0, int(0.9 * available_memory(device)) - cost.fixed_bytes) // cost.bytes_per_view
     return f"{asked}; {what_fits(cfg, policy, size, world, rows)}"
 
 
 def what_fits(cfg: Config, policy: Policy, size: int, world: int, rows: int) -> str:
     """Flags with which at most `rows` rows are in the graph on a rank: less than what was asked for, whatever the estimate."""
-    wanted = rows_in_graph(cfg, policy, size, world)
+    # Rows of size x size whose activations live at once, on one rank; local crops count by their area.
+    live = [min(cfg.view_chunk or group.count, group.count) * (group.size / size) ** 2 for group in policy.groups]
+    wanted = (max(live) if cfg.view_chunk else sum(live)) * cfg.batch_size / world
     rows = min(rows, int(wanted / 2))  # it did not fit, so an estimate of more than that is wrong
     batch = int(cfg.batch_size * rows / wanted) // world * world
     ways = [f"--batch-size {batch}"] if batch >= 2 * world else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import math
 import os
 import platform
 import re
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from manyview.pipeline import files
-from manyview.pipeline.errors import UserError
+from manyview.pipeline.errors import UserError, first_line, to_nowhere
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "ffcv")
@@ -53,7 +52,7 @@ class Appended:
         self.file.close()
 
 
-class Metrics:
+class Metrics(Appended):
     """metrics.jsonl: one JSON object a line. JSON has neither NaN nor infinity: they are null.
 
     On resume the lines after `step` are cut off (the steps are taken again), so the file has no gap and no double.
@@ -63,22 +62,10 @@ class Metrics:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             files.write(path, "".join(line + "\n" for line in kept))
-        self.file = Appended(path)
+        super().__init__(path)
 
-    def write(self, row: dict[str, Any]) -> None:
-        try:
-            self.file.write(json.dumps(row, allow_nan=False))
-        except ValueError:
-            self.file.write(json.dumps(_finite(row)))
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def row(self, row: dict[str, Any]) -> None:
+        self.write(json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)))
 
 
 def _step_of(line: str) -> float:
@@ -126,7 +113,7 @@ class Console:
             print(text, end="", flush=True)
         except OSError:
             self.quiet = True
-            _to_nowhere(sys.stdout)
+            to_nowhere(sys.stdout)
 
     def close(self) -> None:
         if self.open_line:
@@ -139,14 +126,7 @@ def say_on_stderr(text: str) -> None:
     try:
         print(text, file=sys.stderr)
     except OSError:
-        _to_nowhere(sys.stderr)
-
-
-def _to_nowhere(stream: Any) -> None:
-    """Where nobody listens any more, later writes and the flush at exit must not fail either."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+        to_nowhere(sys.stderr)
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -173,7 +153,7 @@ class Tracker:
             try:
                 self.sinks[name] = getattr(self, f"_{name}")(folder, config)
             except Exception as error:  # they raise many kinds: no network, no login, a damaged database
-                raise UserError(f"--log {name} does not start: {_line(error)}") from error
+                raise UserError(f"--log {name} does not start: {first_line(error)}") from error
 
     @property
     def id(self) -> str:
@@ -198,9 +178,8 @@ class Tracker:
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
-        run = wandb.init(
-            project="manyview", dir=str(folder), config=config, mode=mode, name=folder.name, id=self.id, resume="allow"
-        )
+        run = wandb.init(project="manyview", dir=str(folder), config=config, mode=mode, name=folder.name, id=self.id,
+                         resume="allow")  # fmt: skip
         return (lambda row: run.log(row, step=row["step"])), run.finish
 
     def _trackio(self, folder: Path, config: dict[str, Any]) -> Any:
@@ -225,12 +204,7 @@ class Tracker:
             call(*arguments)
         except Exception as error:  # no tracker is worth a run
             del self.sinks[name]
-            say_on_stderr(f"warning: --log {name} failed and is left out from now on: {_line(error)}")
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+            say_on_stderr(f"warning: --log {name} failed and is left out from now on: {first_line(error)}")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +32,22 @@ def draw(run: Path) -> None:
         if len(steps) > 1:
             columns = _columns(steps)
             for name, picture in (("loss", _loss), ("collapse", _collapse), ("throughput", _throughput)):
-                _save(picture(columns), run / "plots" / f"{name}.png")
+                _save(partial(picture, of=columns), run / "plots" / f"{name}.png")
         if probes:
-            _save(_accuracy(_columns(probes)), run / "plots" / "accuracy.png")
+            _save(partial(_accuracy, of=_columns(probes)), run / "plots" / "accuracy.png")
 
 
 def _columns(rows: list[dict[str, Any]]) -> Columns:
     """The numbers of the rows by name; NaN where one was not finite."""
-    return {
-        name: np.array([row.get(name) for row in rows], float) for name, x in rows[0].items() if not isinstance(x, dict)
-    }
+    names = [name for name, value in rows[0].items() if not isinstance(value, dict)]
+    return {name: np.array([row.get(name) for row in rows], float) for name in names}
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(draw_on: Callable[[Figure], None], path: Path) -> None:
     """As PNG, whole or not at all. Not through pyplot, which draws a figure twice to save it once."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure()
+    draw_on(figure)
     figure.tight_layout()
     with files.whole(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})
@@ -65,8 +68,7 @@ def _twin(ax: Axes) -> Axes:
     return twin
 
 
-def _loss(of: Columns) -> Figure:
-    figure = Figure()
+def _loss(figure: Figure, of: Columns) -> None:
     ax = figure.subplots()
     for key, label in (("loss", "total"), ("invariance", "invariance"), ("decorrelation", "decorrelation (weighted)")):
         line = ax.plot(of["step"], of[key], alpha=0.25, linewidth=0.8)[0]
@@ -75,11 +77,9 @@ def _loss(of: Columns) -> Figure:
         ax.set_yscale("log")
     ax.set(title="Loss", xlabel="step", ylabel="loss per batch")
     ax.legend()
-    return figure
 
 
-def _accuracy(of: Columns) -> Figure:
-    figure = Figure()
+def _accuracy(figure: Figure, of: Columns) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for ax, x, label in (
         (axes[0], of["seconds"] / 60, "training time (minutes)"), (axes[1], of["views"] / 1e6, "views seen (millions)")
@@ -90,29 +90,21 @@ def _accuracy(of: Columns) -> Figure:
         ax.locator_params(axis="x", nbins=4)  # half a picture wide, and numbers as long as 0.0125
     axes[0].set(title="Online probes, training images", ylabel="accuracy (%)")
     axes[0].legend()
-    return figure
 
 
-def _collapse(of: Columns) -> Figure:
-    figure = Figure()
+def _collapse(figure: Figure, of: Columns) -> None:
     ax = figure.subplots()
     ax.plot(of["step"], of["rank"], label="effective rank", color="C0")
-    ax.set(
-        title="Collapse watch: embeddings of one view",
-        xlabel="step",
-        ylabel="effective rank (dimensions)",
-        ylim=(0, None),
-    )
+    ax.set(title="Collapse watch: embeddings of one view", xlabel="step", ylabel="effective rank (dimensions)")
+    ax.set_ylim(0, None)
     twin = _twin(ax)
     twin.plot(of["step"], of["spread"], color="C1", label="median spread")
     twin.set(ylabel="median std of a dimension", ylim=(0, None))
     lines = [*ax.lines, *twin.lines]
     ax.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
-    return figure
 
 
-def _throughput(of: Columns) -> Figure:
-    figure = Figure()
+def _throughput(figure: Figure, of: Columns) -> None:
     ax = figure.subplots()
     ax.plot(of["step"], of["views_per_s"], label="views/s", color="C0")
     ax.set(title="Throughput", xlabel="step", ylabel="views per second", ylim=(0, None))
@@ -120,18 +112,19 @@ def _throughput(of: Columns) -> Figure:
     twin.fill_between(of["step"], 100 * of["data_wait"], color="C3", alpha=0.3, label="waiting for data")
     twin.set(ylabel="share of time waiting for data (%)", ylim=(0, 100))
     ax.legend([ax.lines[0], twin.collections[0]], ["views/s", "waiting for data"], loc="center right")
-    return figure
 
 
 def spectrum(eigenvalues: np.ndarray, path: Path, title: str) -> None:
     """Eigenvalues of a feature covariance, largest first, on log-log axes, beside the 1/i line that alpha-ReQ favours."""
     values = eigenvalues[eigenvalues > eigenvalues[0] * 1e-9]
     rank = np.arange(1, len(values) + 1)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure()
+
+    def draw_on(figure: Figure) -> None:
         ax = figure.subplots()
         ax.loglog(rank, values / values[0], label="features")
         ax.loglog(rank, 1.0 / rank, "--", color="grey", linewidth=1, label="1 / i")
         ax.set(title=title, xlabel="component i", ylabel="eigenvalue / largest")
         ax.legend()
-        _save(figure, path)
+
+    with matplotlib.rc_context(STYLE):
+        _save(draw_on, path)

@@ -22,40 +22,32 @@ def choose(
 ) -> tuple[torch.dtype, str]:
     """The autocast dtype and why; `inputs`: shapes (C, S, S) of the views. "auto" asks the hardware and the network and no clock:
     the same machine trains with the same numbers. UserError for bf16 where a processor gets its gradients wrong."""
-    if device.type == "cpu" and name in ("auto", "bf16"):
-        return _on_processor(name, network, inputs)
+    on_processor = device.type == "cpu" and name in ("auto", "bf16")
+    layer = _strides_over_one_pixel(network, inputs) if on_processor else None
+    why = f"in bf16 on a processor PyTorch's gradient of {layer} is wrong, which strides over a single pixel"
+    if layer and name == "bf16":
+        raise UserError(f"--precision bf16: {why}; take fp32, --stem small or larger views")
     if name != "auto":
         return DTYPES[name], f"{name} (asked for)"
+    if on_processor:
+        # EfficientNets, MobileNets and such: forward and backward at 96 px took 1.5 and 2 times longer in bf16 on Zen 4
+        # (docs/recipes.md). ConvNeXts, which have no batch-norm, are not among them.
+        modules = list(network.modules())
+        depthwise = any(isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels for m in modules)
+        unit = next(iter(sorted(BF16 & cpu_features())), None)
+        reasons = {
+            why: layer,
+            "depthwise convolutions and batch-norm are slower in bf16 on a processor": depthwise
+            and any(isinstance(m, nn.BatchNorm2d) for m in modules),
+            "this processor has neither amx_bf16 nor avx512_bf16": not unit,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                return torch.float32, f"fp32 (auto: {reason})"
+        return torch.bfloat16, f"bf16 (auto: this processor has {unit}, which makes it faster than fp32)"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "bf16 (auto: this GPU has it)"
     return torch.float16, "fp16 with a loss scaler (auto: this GPU has no bf16)"
-
-
-def _on_processor(name: str, network: nn.Module, inputs: Sequence[tuple[int, ...]]) -> tuple[torch.dtype, str]:
-    layer = _strides_over_one_pixel(network, inputs)
-    why = f"in bf16 on a processor PyTorch's gradient of {layer} is wrong, which strides over a single pixel"
-    if name == "bf16":
-        if layer:
-            raise UserError(f"--precision bf16: {why}; take fp32, --stem small or larger views")
-        return torch.bfloat16, "bf16 (asked for)"
-    unit = next(iter(sorted(BF16 & cpu_features())), None)
-    reasons = {
-        why: layer,
-        "depthwise convolutions and batch-norm are slower in bf16 on a processor": _depthwise(network),
-        "this processor has neither amx_bf16 nor avx512_bf16": not unit,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            return torch.float32, f"fp32 (auto: {reason})"
-    return torch.bfloat16, f"bf16 (auto: this processor has {unit}, which makes it faster than fp32)"
-
-
-def _depthwise(network: nn.Module) -> bool:
-    """EfficientNets, MobileNets and such: forward and backward at 96 px took 1.5 and 2 times longer in bf16 on Zen 4
-    (docs/recipes.md). ConvNeXts, which have no batch-norm, are not among them."""
-    modules = list(network.modules())
-    single = any(isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels for m in modules)
-    return single and any(isinstance(m, nn.BatchNorm2d) for m in modules)
 
 
 def _strides_over_one_pixel(network: nn.Module, inputs: Sequence[tuple[int, ...]]) -> str | None:

@@ -49,10 +49,8 @@ class Stop:
         self.asked = True
         if sign == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            with contextlib.suppress(OSError):
-                os.write(
-                    2, b"\nstopping after this step; once more to stop at once\n"
-                )  # print may be what was interrupted
+            with contextlib.suppress(OSError):  # not `print`, which may be what was interrupted
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     def __call__(self) -> bool:
         """To be called once a step, on every rank."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from manyview.model import backbone, objective
-from manyview.pipeline.errors import UserError
+from manyview.pipeline.errors import UserError, refuse
 from manyview.training import checkpoint, config, optim, setup
 from manyview.training.config import Config
 from manyview.training.setup import Training
@@ -45,8 +45,7 @@ def load(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         lines.append(
             f"the schedule is made for all steps; to train further, start a new run: --init-from {path} --out ANOTHER"
         )
-    if lines:
-        raise UserError("\n".join(lines))
+    refuse(lines)
     return state
 
 

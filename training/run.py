@@ -92,11 +92,7 @@ class Run:
         state: dict[str, Any] | None,
     ):
         self.folder, self.device, self.dim = folder, device, cfg.projector_dim
-        self.steps, self.images, self.views = (
-            steps,
-            cfg.batch_size,
-            cfg.batch_size * views,
-        )  # images and views of a step
+        self.steps, self.images, self.views = steps, cfg.batch_size, cfg.batch_size * views  # the latter two a step
         self.writes = rank == 0
         start = state["step"] if state else 0
         self.clock = Clock(state["seconds"], state["core_seconds"]) if state else Clock()
@@ -113,7 +109,7 @@ class Run:
         """One line of metrics.jsonl and of the tracker."""
         row: dict[str, Any] = {"step": step, "images": step * self.images, "views": step * self.views}
         row |= {"seconds": round(self.clock.seconds, 3), "core_seconds": round(self.clock.core_seconds, 3), **numbers}
-        self.metrics.write(row)
+        self.metrics.row(row)
         self.tracker.write(row)
 
     def log(

@@ -66,9 +66,7 @@ def network(cfg: Config, size: int, channels: int = 3) -> PretrainingModel:
     trunk: Any = backbone.create(
         cfg.backbone, image_size=size, stem=cfg.stem, other_sizes=several_sizes, channels=channels
     )
-    return PretrainingModel(
-        trunk, projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden or cfg.projector_dim)
-    )
+    return PretrainingModel(trunk, projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden))
 
 
 def create(cfg: Config, size: int, device: torch.device, channels: int = 3) -> Training:
@@ -88,12 +86,22 @@ def create(cfg: Config, size: int, device: torch.device, channels: int = 3) -> T
     lr, lr_rule = optim.learning_rate(cfg.optimizer, cfg.lr, cfg.batch_size)
     optimizer = optim.create(cfg.optimizer, model, lr, cfg.weight_decay)
     update = Update(model, optimizer, dtype)
-    step: Callable[..., tuple[Loss, Tensor]] = (
-        partial(backward_chunked, chunk=cfg.view_chunk)
-        if cfg.view_chunk
-        else partial(backward, per_view=cfg.bn == "view")
-    )
-    called = _wrapped(model, cfg.compile, device)
+    step: Callable[..., tuple[Loss, Tensor]] = partial(backward, per_view=cfg.bn == "view")
+    if cfg.view_chunk:
+        step = partial(backward_chunked, chunk=cfg.view_chunk)
+    called: Any = model
+    if cfg.compile:
+        try:
+            torch.compile(torch.sin)(
+                torch.ones(2, device=device)
+            )  # else the first step finds that there is no compiler
+        except Exception as error:  # of the compiler's own kinds
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(f"--compile does not work here: {reason}") from error
+        called = torch.compile(model)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        called = torch.nn.parallel.DistributedDataParallel(called, device_ids=ids, broadcast_buffers=False)
     gradients = partial(step, called, objective=loss_of, scale=update.scale, autocast=autocast)
     return Training(model, called, loss_of, optimizer, update, gradients, autocast, dtype, reason, lr, lr_rule, origin)
 
@@ -103,40 +111,18 @@ def fill(model: PretrainingModel, cfg: Config) -> str:
     file of weights a backbone. Returns what was taken. UserError where it is another network's."""
     assert cfg.init_from is not None
     path, key = weights.split_key(cfg.init_from)
-    found = weights.checkpoint(path, key)
-    if found is None:
+    checkpointed = weights.checkpoint(path, key)
+    if checkpointed is None:
         return f"backbone: {backbone.fill(model.backbone, cfg.backbone, cfg.init_from)}"
-    parts = [
-        {k.removeprefix(p): v for k, v in found[1].items() if k.startswith(p)} for p in ("backbone.", "projector.")
-    ]
+    trunk, head = ({name.removeprefix(part): value for name, value in checkpointed[1].items() if name.startswith(part)}
+                   for part in ("backbone.", "projector."))  # fmt: skip
     try:
-        weights.fill_from(model.backbone, parts[0], path)
+        weights.fill_from(model.backbone, trunk, path)
     except UserError as error:
         what = str(error).rpartition("of another network: ")[2]
         raise UserError(f"{path} holds another network than --backbone {cfg.backbone} ({what})") from None
     own = {name: value.shape for name, value in model.projector.state_dict().items()}
-    if own != {name: value.shape for name, value in parts[1].items()}:
+    if own != {name: value.shape for name, value in head.items()}:
         return f"backbone from {path}, its projector has another shape"
-    model.projector.load_state_dict(parts[1])
+    model.projector.load_state_dict(head)
     return f"backbone and projector from {path}"
-
-
-def _wrapped(model: torch.nn.Module, compiled: bool, device: torch.device) -> Any:
-    """What is called in a step: `model`, compiled and with its gradients averaged over ranks."""
-    called: Any = model
-    if compiled:
-        check_compiler(device)
-        called = torch.compile(model)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        called = torch.nn.parallel.DistributedDataParallel(called, device_ids=ids, broadcast_buffers=False)
-    return called
-
-
-def check_compiler(device: torch.device) -> None:
-    """UserError where torch.compile cannot work here at all, as without a C++ compiler: the first step would be late."""
-    try:
-        torch.compile(torch.sin)(torch.ones(2, device=device))
-    except Exception as error:  # of the compiler's own kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"--compile does not work here: {reason}") from error

@@ -86,7 +86,9 @@ def backward_chunked(
     for i, (part, zi) in enumerate(zip(cuts, z)):
         restore_random_state(part.device, states[i])  # dropout and drop path repeat what the first pass drew
         last = i == len(cuts) - 1
-        with gradient_sync(encoder, last):
+        # DDP reduces gradients once a step: in the backward pass of the last chunk.
+        alone = isinstance(encoder, DistributedDataParallel) and not last
+        with encoder.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
             with autocast():
                 out = embed(encoder, part, per_view=True)
             out.backward(zi.grad)
@@ -107,13 +109,6 @@ def restore_random_state(device: torch.device, state: Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
-
-
-def gradient_sync(encoder: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """DDP reduces gradients once a step: in the backward pass of the last chunk."""
-    if isinstance(encoder, DistributedDataParallel) and not last:
-        return encoder.no_sync()
-    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
