@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from manyview.evaluation.data import Data, open_data
 from manyview.evaluation.labels import Labels
 from manyview.model.weights import split_key
 from manyview.pipeline import engines, files
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, nearest, refuse
 from manyview.training.monitor import environment
 
 QUICK_LIMIT = 5_000
@@ -93,8 +94,7 @@ def check(config: Config) -> None:
         errors.append(f"--out is the folder of one target, and these are {len(config.targets)}")
     if config.preset not in (known := sorted({p.partition("-")[0] for p in finetune.PRESETS} - {"full"})):
         errors.append(nearest("preset", config.preset, known))
-    if errors:
-        raise UserError("\n".join(errors))
+    refuse(errors)
 
 
 def start(wanted: str) -> torch.device:
@@ -102,7 +102,6 @@ def start(wanted: str) -> torch.device:
     device = engines.device_of(wanted)
     if "RANK" in os.environ:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else every process would also hold memory of the first GPU
     return device
@@ -144,18 +143,16 @@ def prepare(
     limit = config.limit if config.limit is not None else QUICK_LIMIT if quick else 0
     groups = set(config.protocols) <= protocols.GROUPS.keys()
     table = Labels(config.labels) if config.labels else None
-    datasets = opened(
-        paths, partial(open_data, protocols=asked, groups=groups, limit=limit, seed=config.seed, table=table)
-    )
+    how: dict[str, Any] = {"protocols": asked, "groups": groups, "limit": limit, "seed": config.seed, "table": table}
+    datasets = opened(paths, partial(open_data, **how))
     annotate(datasets, config.notes)
     own = next((d for d in datasets if own_path and d.path.resolve() == own_path.resolve()), None)
     if own is None and own_path and own_path.is_dir() and not folder.is_folder(own_path):
         own = open_data(own_path, limit=limit, seed=config.seed)  # its training images alone; they may have no labels
     facts = environment(device)
     by = f"{command_line()} (commit {facts['commit']}; {facts['device']})"
-    work = suite.Suite(
-        trained, config.out or directory_for(target, run, trained), replace(config, device=str(device)), say, by
-    )
+    out = config.out or directory_for(target, run, trained)
+    work = suite.Suite(trained, out, replace(config, device=str(device)), say, by)
     for data in datasets:
         work.plan(data, own)  # what cannot be done is refused before anything is
     return work, datasets, own, run
@@ -206,8 +203,7 @@ def opened(paths: list[Path], open_one: Callable[[Path], Data]) -> list[Data]:
         for name in set(names)
         if names.count(name) > 1
     ]
-    if errors:
-        raise UserError("\n".join(errors))
+    refuse(errors)
     return datasets
 
 

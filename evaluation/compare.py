@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from manyview.pipeline import files
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, nearest, refuse
 
 LEAST = 5
 FEW = 10
@@ -123,9 +123,8 @@ def contents(paths: list[Path]) -> list[dict]:
         raise UserError("\n".join(f"{path}: no such run" for path in absent))
     result: list[dict] = []
     missing: list[str] = []
-    homes: dict[
-        str, dict[str, set[str]]
-    ] = {}  # of a run's name: the weights that lie there, whatever their size or layers
+    # By a run's name and its path: the weights that lie there, whatever their size or layers.
+    homes: dict[str, dict[str, set[str]]] = {}
     for path in sorted(set(paths)):
         if path.is_dir():
             files = [f for f in (path / "eval.json", *sorted(path.glob("eval-*/eval.json"))) if f.is_file()]
@@ -173,22 +172,20 @@ def _same_images(rows: list[dict]) -> None:
     samples: dict[str, dict[str, dict]] = {}
     for row in filter(_ranked, rows):
         samples.setdefault(row["dataset"], {}).setdefault(row["sample"], row)
-    errors = [
-        f"{dataset} was measured on different images: "
-        + ", ".join(f"{r['run']} with {r['n_train']:,} and {r['n']:,} ({sample[:6]})" for sample, r in found.items())
-        + "; evaluate on the same shards with the same --limit and --seed"
-        for dataset, found in sorted(samples.items())
-        if len(found) > 1
-    ]
-    if errors:
-        raise UserError("\n".join(errors))
+    errors = []
+    for dataset, of in sorted(samples.items()):
+        sizes = ", ".join(f"{r['run']} with {r['n_train']:,} and {r['n']:,} ({sample[:6]})" for sample, r in of.items())
+        if len(of) > 1:
+            errors.append(f"{dataset} was measured on different images: {sizes}; "
+                          "evaluate on the same shards with the same --limit and --seed")  # fmt: skip
+    refuse(errors)
 
 
-def write_csv(rows: list[dict], path: Path) -> None:
+def _write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[dict]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda r: tuple(str(r.get(c, "")) for c in COLUMNS)))
+        writer.writerows(rows)
 
 
 def _ranked(row: dict) -> bool:
@@ -282,12 +279,10 @@ def averages(correlations: list[Correlation]) -> list[dict]:
 def write(rows: list[dict], out: Path, *, seed: int = 0, reference: str | None = None) -> list[Correlation]:
     """results.csv (every row), correlations.csv and correlations.json in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, out / "results.csv")
+    _write_csv(out / "results.csv", COLUMNS, sorted(rows, key=lambda r: tuple(str(r.get(c, "")) for c in COLUMNS)))
     correlations = correlate(rows, seed=seed, reference=reference)
-    with (out / "correlations.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(Correlation.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(c) for c in correlations)
-    content = {"correlations": [asdict(c) for c in correlations], "averages": averages(correlations)}
+    plain = [asdict(c) for c in correlations]
+    _write_csv(out / "correlations.csv", tuple(Correlation.__dataclass_fields__), plain)
+    content = {"correlations": plain, "averages": averages(correlations)}
     files.write(out / "correlations.json", json.dumps(content, indent=1) + "\n")
     return correlations

@@ -35,9 +35,7 @@ class Data:
     protocols: tuple[Protocol, ...] = ()  # that are measured on it
     notes: list[str] = field(default_factory=list)
     table: Labels | None = None  # that the labels come from, instead of the shards
-    truth: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # of a table with several labels an image: (n, C) by split
+    truth: dict[str, np.ndarray] = field(default_factory=dict)  # of several labels an image: (n, C) by split
 
     @property
     def name(self) -> str:
@@ -93,7 +91,10 @@ def open_data(
     """
     present = folder.opened(path)
     needed = any(p.labels for p in protocols) and not groups
-    train = _store(path, present, "unlabelled" if "train" not in present and not needed else "train")
+    split = "unlabelled" if "train" not in present and not needed else "train"
+    if split not in present:
+        raise UserError(f"{storage.where(path)} has no split {split!r}; it has {', '.join(present)}")
+    train = present[split]()
     truth = {train.split: table.apply(train)} if table else {}
     data = Data(path, train, train, _known(train), np.arange(0), tuple(protocols), table=table, truth=truth)
     data.notes += getattr(train, "notes", [])
@@ -101,18 +102,12 @@ def open_data(
         _check_labels(data, present, groups)
     if any(p.test for p in data.protocols):
         _choose_test(data, present, seed)
-    for what in ("train", "test"):
-        _limit(data, what, limit if what == "train" else limit // 2, seed)
+    data.train_ids = _limited(data, "train", limit, seed)
+    data.test_ids = _limited(data, "test", limit // 2, seed)
     least = max((p.least for p in data.protocols), default=0)
     if len(data.train_ids) < least:
         raise UserError(f"{path}: kNN needs at least {least} training images, and these are {len(data.train_ids)}")
     return data
-
-
-def _store(path: Path, present: dict[str, Any], split: str) -> Any:
-    if split not in present:
-        raise UserError(f"{storage.where(path)} has no split {split!r}; it has {', '.join(present)}")
-    return present[split]()
 
 
 def _known(store: Any) -> np.ndarray:
@@ -151,23 +146,17 @@ def _choose_test(data: Data, present: dict[str, Any], seed: int) -> None:
         data.train_ids, data.test_ids = data.train_ids[~out], data.train_ids[out]
         data.notes.append(f"no val split: a tenth of each class (seed {seed}) is held out to be tested on")
     learnt, scored = (s.labels if "val" in present else s.labels[ids] for s, ids in map(data.of, ("train", "test")))
-    data.notes += targets.differences(data.name, learnt, scored, data.classes, jpeg=_is_jpeg(data))
+    jpeg = len(data.train_ids) > 0 and data.train.read(int(data.train_ids[0])).ndim == 1
+    data.notes += targets.differences(data.name, learnt, scored, data.classes, jpeg)
 
 
-def _is_jpeg(data: Data) -> bool:
-    return len(data.train_ids) > 0 and data.train.read(int(data.train_ids[0])).ndim == 1
-
-
-def _limit(data: Data, what: str, limit: int, seed: int) -> None:
+def _limited(data: Data, what: str, limit: int, seed: int) -> np.ndarray:
     store, pool = data.of(what)
     ids = sample(store.labels, pool, limit, seed)
     if len(ids) < len(pool) or (0 < len(pool) < len(store) and data.test is not data.train):
         why = f"seed {seed}, class-balanced" if limit else "those with labels"
         data.notes.append(f"{len(ids):,} of {len(store):,} {'training' if what == 'train' else what} images ({why})")
-    if what == "train":
-        data.train_ids = ids
-    else:
-        data.test_ids = ids
+    return ids
 
 
 def sample(labels: np.ndarray, pool: np.ndarray, limit: int, seed: int) -> np.ndarray:

@@ -17,16 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyview.evaluation.bicubic import clean_engine
 from manyview.evaluation.encoder import Encoder
-from manyview.evaluation.features import finite
+from manyview.evaluation.features import clean_engine, finite
 from manyview.evaluation.folder import FileStore, engine_name, is_folder, listed
 from manyview.pipeline import engines, files
 from manyview.pipeline.codec import RGB, Layout
 from manyview.pipeline.errors import UserError
-from manyview.pipeline.loader import normalize
-from manyview.pipeline.store import Corrupt, Store, splits
-from manyview.pipeline.views import clean
+from manyview.pipeline.loader import clean_views, normalize
+from manyview.pipeline.store import Store, splits
 
 PART = 8192  # images
 
@@ -73,10 +71,9 @@ def embed(
             with files.whole(parts / f"{number:06d}.npz") as file:
                 np.savez(file, **rows)  # type: ignore[arg-type]  # numpy's stub takes any name for allow_pickle
             print(f"part {number + 1} of {len(places)}: {len(rows['names']):,} images")
+    write = _parquet if to.suffix == ".parquet" else _npz
     with files.whole(to) as file:
-        (_parquet if to.suffix == ".parquet" else _npz)(
-            file, [parts / f"{n:06d}.npz" for n in range(len(places))], about
-        )
+        write(file, [parts / f"{n:06d}.npz" for n in range(len(places))], about)
     shutil.rmtree(parts)
     return about
 
@@ -133,13 +130,8 @@ def _part(
     ids = np.concatenate(kept)
     names = [store.key(int(i)).encode("utf-8", "surrogateescape").decode("utf-8", "replace") for i in ids]
     x = np.concatenate(features) if features else np.zeros((0, 0), np.float32)
-    labels = store.labels[ids].astype(np.int64)
-    return {
-        "names": np.array(names, np.str_),
-        "splits": np.full(len(ids), store.split),
-        "labels": labels,
-        "features": x,
-    }
+    labels, splits = store.labels[ids].astype(np.int64), np.full(len(ids), store.split)
+    return {"names": np.array(names, np.str_), "splits": splits, "labels": labels, "features": x}
 
 
 def _loaded(store: FileStore, ids: np.ndarray) -> np.ndarray:
@@ -147,7 +139,7 @@ def _loaded(store: FileStore, ids: np.ndarray) -> np.ndarray:
     store.forget()
     store.load(ids)
     for i in sorted(store.unusable.keys() & set(ids.tolist())):
-        print(f"left out: {store.key(i)}: {store.unusable[i]}")
+        _left_out(f"{store.key(i)}: {store.unusable[i]}")
     return np.array([i for i in ids if int(i) not in store.unusable], np.int64)
 
 
@@ -156,19 +148,16 @@ def _features(
     encoder: Encoder, module: Any, store: Any, ids: np.ndarray, engine: Any, device: torch.device
 ) -> tuple[np.ndarray, Tensor]:
     """(ids that could be read, features) of the clean views."""
-    with clean_engine(encoder, store, engine) as views:
-        while len(ids):
-            boxes = clean(encoder.image_size, store.heights[ids], store.widths[ids], encoder.crop_ratio)
-            try:
-                images = views.submit(ids, boxes).result()[0][0]
-            except Corrupt as error:
-                print(f"left out: {error.key}: {error.reason}")
-                ids = ids[ids != error.id]
-                continue
-            x = normalize(images.to(device), encoder.mean, encoder.std, torch.float32)
-            y = module(x.contiguous(memory_format=torch.channels_last)).float().cpu()
-            return ids, finite(y, encoder, store)
-    return ids, torch.zeros(0)
+    with clean_engine(encoder, store, engine) as own:
+        ids, images = clean_views(store, own, encoder.image_size, ids, encoder.crop_ratio, _left_out)
+    if not len(ids):
+        return ids, torch.zeros(0)
+    x = normalize(images.to(device), encoder.mean, encoder.std, torch.float32)
+    return ids, finite(module(x.contiguous(memory_format=torch.channels_last)).float().cpu(), encoder, store)
+
+
+def _left_out(why: str) -> None:
+    print(f"left out: {why}")
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -221,9 +210,7 @@ def _npz(file: Any, paths: list[Path], about: dict[str, Any]) -> None:
                 np.lib.format.write_array_header_2_0(out, header)
                 for part in _read(paths):
                     out.write(np.ascontiguousarray(part[name], dtype).tobytes())
-        for name, value in (
-            ("classes", np.array(about["classes"], dtype=np.str_)),
-            ("about", np.array(json.dumps(about))),
-        ):
+        classes, facts = np.array(about["classes"], dtype=np.str_), np.array(json.dumps(about))
+        for name, value in (("classes", classes), ("about", facts)):
             with archive.open(f"{name}.npy", "w") as out:
                 np.lib.format.write_array(out, value)

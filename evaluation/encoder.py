@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,14 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manyview.evaluation import layers
 from manyview.model import backbone, weights
 from manyview.model.weights import Transform, in_255
 from manyview.pipeline import files, index
 from manyview.pipeline.codec import RGB, Layout
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, first_line, nearest
 from manyview.pipeline.views import crop_ratio
 
+LAYERS = "pooled, last:N (the last N blocks or stages, concatenated), layer:N (one, counted from 0) or tokens"
 PIXEL_SIZE, PIXEL_BYTES = 32, 2**31  # of the images that the baseline of plain pixels looks at, and of all of them
 
 
@@ -41,7 +42,7 @@ class Encoder:
     interpolation: str = "bilinear"  # of the evaluation view: or bicubic
     origin: str = ""  # of mean, std, crop and interpolation
     weights: str = "trained"  # or "untrained", "pixels"
-    layers: str = "pooled"  # what of the network the features are: see `layers`
+    layers: str = "pooled"  # what of the network the features are: see `Layers`
     variant: str = ""  # what was asked for instead of its own size, transform and layers
     loaded: str = ""  # what was taken from a file, and what was left in it
     sha256: str = ""  # of the weights file
@@ -161,10 +162,8 @@ def load(target: str, asked: Asked | None = None) -> Encoder:
         raise UserError(
             f"{encoder.run}: {len(broken)} of its tensors are not finite (first: {broken[0]}): it has diverged"
         )
-    if asked.image_size and asked.image_size != encoder.image_size:
-        encoder = _resized(encoder, asked.image_size)
     if asked.image_size:
-        _check_size(encoder)
+        encoder = _resized(encoder, asked.image_size)
     changes: dict[str, Any] = {name: in_255(values) for name in ("mean", "std") if (values := getattr(asked, name))}
     if changes and encoder.layout != RGB:
         raise UserError(f"--mean and --std are three numbers for RGB, {encoder.run} takes {encoder.layout}")
@@ -173,7 +172,7 @@ def load(target: str, asked: Asked | None = None) -> Encoder:
     if changes:
         changes["origin"] = f"{', '.join(changes)} as asked for"
     changes |= {"pretrained_on": asked.pretrained_on} if asked.pretrained_on is not None else {}
-    return layers.select(replace(encoder, **changes, variant=asked.variant), asked.layers)
+    return select(replace(encoder, **changes, variant=asked.variant), asked.layers)
 
 
 def _load(target: str, asked: Asked) -> Encoder:
@@ -195,15 +194,18 @@ def _ours(path: Path, key: str | None) -> Encoder:
     backbone.images(header)  # which says what is missing
     file, size = backbone.locate(path), int(header["image_size"])
     folder = file.parent.parent if file.suffix == ".pt" else file.parent
-    config = files.facts(folder / "config.json")
+    config, environment = (files.facts(folder / name) for name in ("config.json", "env.json"))
     name = folder.resolve().name if config else header.get("source") or file.stem
     network = f" ({header['network']})" if "network" in header else ""
     mean, std = (tuple(float(value) for value in json.loads(header[word])) for word in ("mean", "std"))
     return Encoder(
         module, partial(backbone.described, header), name, header["backbone"], size, mean, std, backbone.layout(header),
         float(header["crop_pct"]) if "crop_pct" in header else None, header.get("interpolation", "bilinear"),
-        "as it was trained", sha256=_sha256(file), source=file.as_posix() + network,
-        step=header.get("step", str(config.get("steps", ""))), **_history(folder, config),
+        "as it was trained", sha256=index.sha256(file), source=file.as_posix() + network,
+        step=header.get("step", str(config.get("steps", ""))), method=str(config.get("objective", "")),
+        pretrained_on=config.get("dataset") or Path(str(config.get("data", ""))).name,
+        trained_by=f"python {environment['command']} (commit {environment['commit']})" if "command" in environment else "",
+        policy=config.get("policy", "simclr"), augment=tuple(config.get("augment", ())),
     )  # fmt: skip
 
 
@@ -219,7 +221,7 @@ def _public(target: str, asked: Asked) -> Encoder:
             raise UserError(f"{target}: {' '.join(str(error).split())[:160]}") from None
         loaded = weights.fill(module, asked.weights, asked.weights_key)
         path, key = weights.split_key(asked.weights)
-        sha, source = _sha256(path), path.as_posix()
+        sha, source = index.sha256(path), path.as_posix()
         name = "-".join(filter(None, [network.name, path.stem, asked.weights_key or key, sha[:8]]))
     t = network.transform
     return Encoder(
@@ -229,35 +231,25 @@ def _public(target: str, asked: Asked) -> Encoder:
 
 
 def _resized(encoder: Encoder, size: int) -> Encoder:
-    """The same network for images of another size; position embeddings are resampled."""
+    """The same network for images of another size; position embeddings are resampled. UserError where it takes none such."""
 
     def resize(module: Any) -> nn.Module:
         if hasattr(module, "set_input_size"):
             module.set_input_size(img_size=size)
         return module
 
-    try:
-        module = resize(encoder.module)
-    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        raise _does_not_take(encoder, size, error) from None
     fresh, before = encoder.fresh, encoder.image_size
-    moved = f"; position embeddings resampled from {before} px" if hasattr(module, "pos_embed") else ""
-    return replace(encoder, module=module, fresh=lambda: resize(fresh()), image_size=size,
-                   loaded=f"{encoder.loaded}{moved}".strip("; "))  # fmt: skip
-
-
-def _check_size(encoder: Encoder) -> None:
-    """UserError where the network does not take images of its size."""
     try:
+        if size != before:
+            module = resize(encoder.module)
+            moved = f"; position embeddings resampled from {before} px" if hasattr(module, "pos_embed") else ""
+            encoder = replace(encoder, module=module, fresh=lambda: resize(fresh()), image_size=size,
+                              loaded=f"{encoder.loaded}{moved}".strip("; "))  # fmt: skip
         with torch.inference_mode():
             encoder.module(encoder.no_image)
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        raise _does_not_take(encoder, encoder.image_size, error) from None
-
-
-def _does_not_take(encoder: Encoder, size: int, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-    return UserError(f"{encoder.run}: it does not take {size} px images: {reason}")
+        raise UserError(f"{encoder.run}: it does not take {size} px images: {first_line(error)[:120]}") from None
+    return encoder
 
 
 def pixels(trained: Encoder, images: int) -> Encoder:
@@ -270,19 +262,6 @@ def pixels(trained: Encoder, images: int) -> Encoder:
         trained, module=nn.Flatten().eval(), fresh=nn.Flatten, image_size=size, mean=(0.0,) * channels, std=(white,) * channels,
         weights="pixels", sha256="", source=name, step="", recipe=name, layers="pooled",
     )  # fmt: skip
-
-
-def _history(run: Path, config: dict[str, Any]) -> dict[str, Any]:
-    data = config.get("dataset") or Path(str(config.get("data", ""))).name
-    environment = files.facts(run / "env.json")
-    command = f"python {environment['command']} (commit {environment['commit']})" if "command" in environment else ""
-    return {"method": str(config.get("objective", "")), "pretrained_on": data, "trained_by": command,
-            "policy": config.get("policy", "simclr"), "augment": tuple(config.get("augment", ()))}  # fmt: skip
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return index.sha256(file)
 
 
 def untrained(encoder: Encoder, seed: int, statistics: str = "") -> Encoder:
@@ -324,3 +303,51 @@ def calibrating(module: nn.Module) -> Iterator[None]:
     for layer, momentum in zip(layers, kept):
         layer.momentum = momentum
         layer.eval()
+
+
+# ------------------------------------------------------------------------------- which part of a network the features are
+
+
+class Layers(nn.Module):
+    """(N, C, S, S) -> (N, F), or (N, T, F) for `tokens`, from a network of timm.
+
+    Of a ViT a block is its class token after the final norm (the mean of its tokens where it has none), as DINO's linear
+    probe takes them; of other networks a stage is the mean over its map.
+    """
+
+    def __init__(self, network: Any, spec: str):
+        super().__init__()
+        self.network, self.spec = network, spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind, _, number = self.spec.partition(":")
+        if kind == "tokens":
+            y = self.network.forward_features(x)
+            return y.flatten(2).mT if y.ndim == 4 else y
+        wanted: Any = int(number) if kind == "last" else [int(number)]
+        if hasattr(self.network, "num_prefix_tokens"):
+            blocks = self.network.forward_intermediates(
+                x, indices=wanted, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+            )
+            pairs = [block if isinstance(block, tuple) else (block, block[:, :0]) for block in blocks]
+            return torch.cat([own[:, 0] if own.shape[1] else patches.mean(1) for patches, own in pairs], 1)
+        maps = self.network.forward_intermediates(x, indices=wanted, intermediates_only=True)
+        return torch.cat([y.mean((2, 3)) for y in maps], 1)
+
+
+def select(encoder: Encoder, spec: str) -> Encoder:
+    """The encoder whose features are what `spec` says. UserError for an unknown `spec`, or a network without such layers."""
+    if spec == "pooled":
+        return encoder
+    if not re.fullmatch(r"tokens|last:[1-9]\d*|layer:\d+", spec):
+        raise UserError(f"unknown layers {spec!r}; valid: {LAYERS}")
+    module = Layers(encoder.module, spec).eval()
+    try:
+        with torch.inference_mode():
+            module(encoder.no_image)
+    except (AttributeError, AssertionError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{encoder.run} ({encoder.backbone}) has no {spec}: {str(error).splitlines()[0][:100]}"
+        ) from None
+    fresh = encoder.fresh
+    return replace(encoder, module=module, fresh=lambda: Layers(fresh(), spec), layers=spec)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manyview.evaluation.bicubic import clean_engine
 from manyview.evaluation.encoder import Encoder, calibrating, frozen
+from manyview.pipeline import files
+from manyview.pipeline.engines import Engine, Pending
+from manyview.pipeline.engines.cpu import decoded
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.loader import normalize
+from manyview.pipeline.machine import cores
 from manyview.pipeline.store import Corrupt, Store
 from manyview.pipeline.views import Policy, ViewParameters, clean, overrides, parameters, policy
 
@@ -183,9 +188,8 @@ def save(path: Path, manifest: dict[str, str], features: Tensor) -> None:
     """Write atomically; the manifest gets the content's own hash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     features = features.contiguous()
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"features": features}, temporary, manifest | {"content": _content(features)})
-    os.replace(temporary, path)
+    with files.whole(path) as file:
+        save_file({"features": features}, file.name, manifest | {"content": _content(features)})
 
 
 def _content(features: Tensor) -> str:
@@ -224,7 +228,11 @@ def cached(path: Path, manifest: dict[str, str], make: Callable[[], Tensor]) -> 
     except Stale as reason:
         if first:
             print(f"{path}: not used, {reason}; computing the features again")
-    if _everyone(kept is not None) and kept is not None:
+    answers = [kept is not None]
+    if dist.is_initialized():
+        answers = [False] * dist.get_world_size()
+        dist.all_gather_object(answers, kept is not None)
+    if kept is not None and all(answers):
         return kept, True
     features = make()
     if first:
@@ -232,10 +240,52 @@ def cached(path: Path, manifest: dict[str, str], make: Callable[[], Tensor]) -> 
     return features, False
 
 
-def _everyone(mine: bool) -> bool:
-    """Whether this holds in every process."""
-    if not dist.is_initialized():
-        return mine
-    answers = [mine] * dist.get_world_size()
-    dist.all_gather_object(answers, mine)
-    return all(answers)
+def zscore(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Standardize (N, F) features with the mean and deviation of `train`; a constant dimension is only centred."""
+    mean, std = train.mean(0), train.std(0, correction=0)
+    # A dimension that is constant up to rounding has no scale of its own: dividing by it would amplify noise.
+    std = torch.where(std > 1e-6 * train.abs().amax(0), std, 1.0)
+    return tuple((x - mean) / std for x in (train, *others))
+
+
+# --------------------------------------------------------------------------------------------------- bicubic clean views
+
+
+class BicubicEngine:
+    """For weights that were trained with such a filter (other engines have a triangle's), and the boxes of clean views alone:
+    Pillow's antialiased resize."""
+
+    def __init__(self, store: Store, threads: int | None = None):
+        self.store, self._pool = store, ThreadPoolExecutor(threads or cores(), "bicubic")
+
+    __call__ = Engine.__call__
+
+    def submit(self, ids: np.ndarray, parameters: ViewParameters) -> Pending:
+        ((_, size),) = parameters.groups
+
+        def view(i: int, box: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+            image = Image.fromarray(decoded(self.store, i, self.store.read(i), sides))
+            top, left, height, width = box.tolist()
+            return np.asarray(
+                image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+            )
+
+        boxes = parameters.views["box"][0]
+        work = [self._pool.submit(view, *one) for one in zip(ids.tolist(), boxes, parameters.shapes())]
+        return Pending(work, lambda: [torch.from_numpy(np.stack([w.result() for w in work])).permute(0, 3, 1, 2)[None]])
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+@contextmanager
+def clean_engine(encoder: Encoder, store: Store, engine: Any) -> Iterator[Any]:
+    """What makes the clean views of this encoder: `engine`, or where it wants a bicubic filter, one that has it."""
+    if encoder.interpolation != "bicubic":
+        yield engine
+        return
+    own = BicubicEngine(store, getattr(engine, "threads", None))
+    try:
+        yield own
+    finally:
+        own.close()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyview.evaluation.scaling import zscore
+from manyview.evaluation.features import zscore
 from manyview.pipeline import plan
 from manyview.pipeline.errors import UserError
 
@@ -62,8 +62,8 @@ def shots(labels: Tensor, n: int, seed: int) -> Tensor:
     return torch.cat([order[shuffled == c][:n] for c in shuffled.unique()])
 
 
-def ridge(x: Tensor, labels: Tensor, queries: Tensor, classes: int, *, l2: float = L2) -> Tensor:
-    """Scores (n, C) of `queries` (n, F): least squares with penalty `l2` onto +1 / -1 targets, intercept free.
+def ridge(x: Tensor, labels: Tensor, queries: Tensor, classes: int) -> Tensor:
+    """Scores (n, C) of `queries` (n, F): least squares with penalty `L2` onto +1 / -1 targets, intercept free.
 
     Features (N, F) are standardized first. Solved in float64 on the smaller side: N x N or F x F.
     """
@@ -73,7 +73,7 @@ def ridge(x: Tensor, labels: Tensor, queries: Tensor, classes: int, *, l2: float
     n, features = x.shape
     eye = torch.eye(min(n, features), dtype=x.dtype, device=x.device)
     if n < features:
-        weight = x.T @ torch.linalg.solve(x @ x.T + l2 * eye, targets - center)
+        weight = x.T @ torch.linalg.solve(x @ x.T + L2 * eye, targets - center)
     else:
-        weight = torch.linalg.solve(x.T @ x + l2 * eye, x.T @ (targets - center))
+        weight = torch.linalg.solve(x.T @ x + L2 * eye, x.T @ (targets - center))
     return queries @ weight + center

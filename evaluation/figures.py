@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manyview.evaluation import compare, features, knn, label_free
 from manyview.evaluation.data import Data
-from manyview.evaluation.scaling import zscore
+from manyview.evaluation.features import zscore
 from manyview.evaluation.suite import Suite
 from manyview.pipeline import views
 from manyview.pipeline.sheet import in_colors
@@ -28,28 +28,30 @@ from manyview.training.plots import STYLE
 TRAINED, UNTRAINED, WRONG, RIGHT = "#2563eb", "#9ca3af", "#dc2626", "#16a34a"
 POINTS = 1000  # of the 2-D embedding
 QUERIES, NEIGHBOURS = 8, 9
+TEXTS = {
+    "spectrum": "How many directions the features use: a flat line uses all of them, a steep one few.",
+    "confusion": "Of each true class (row), the share that was given each answer (column).",
+    "neighbours": "Test images (left) and the training images nearest to them by cosine; a red frame is another class.",
+    "map": "Test images laid out by t-SNE on the features, coloured by class; distances between far groups mean little.",
+}
 
 
 def draw(work: Suite, data: Data) -> list[dict]:
     """The pictures of a dataset, as {"dataset", "kind", "file", "text"}; only where its features are in use."""
-    if not work.uses_features(data):
+    if not any(p.reads == "clean" and not p.learns_from_own for p in data.protocols):
         return []
-    kinds: dict[str, tuple[Callable, str]] = {"spectrum": (_spectrum, SPECTRUM)}
+    kinds: dict[str, Callable[[Suite, Data, Path], bool]] = {"spectrum": _spectrum}
     if data.labelled and len(data.test_ids) and not data.multilabel:
-        kinds |= {"confusion": (_confusion, CONFUSION), "neighbours": (_neighbours, CLOSEST), "map": (_map, MAP)}
+        kinds |= {"confusion": _confusion, "neighbours": _neighbours, "map": _map}
     pictures = []
-    for kind, (picture, text) in kinds.items():
+    for kind, picture in kinds.items():
         file = work.out / "plots" / f"eval-{data.name}-{kind}.png"
-        key = _key(work, data, kind)
-        if _kept(file, key) or picture(work, data, file):
-            pictures.append({"dataset": data.name, "kind": kind, "file": file.name, "text": text})
-            file.with_suffix(".key").write_text(key)
+        key, stamp = _key(work, data, kind), file.with_suffix(".key")
+        kept = file.is_file() and stamp.is_file() and stamp.read_text() == key
+        if kept or picture(work, data, file):
+            pictures.append({"dataset": data.name, "kind": kind, "file": file.name, "text": TEXTS[kind]})
+            stamp.write_text(key)
     return pictures
-
-
-def _kept(file: Path, key: str) -> bool:
-    stamp = file.with_suffix(".key")
-    return file.is_file() and stamp.is_file() and stamp.read_text() == key
 
 
 def _key(work: Suite, data: Data, kind: str) -> str:
@@ -68,9 +70,6 @@ def _save(figure, file: Path) -> bool:
     return True
 
 
-SPECTRUM = "How many directions the features use: a flat line uses all of them, a steep one few."
-
-
 def _spectrum(work: Suite, data: Data, file: Path) -> bool:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.2, 3.6))
@@ -78,9 +77,8 @@ def _spectrum(work: Suite, data: Data, file: Path) -> bool:
             x = work.features(weights, data, "train")[:, 0]
             values = label_free.eigenspectrum(x)
             alpha = label_free.power_law(values)
-            axes.loglog(
-                range(1, len(values) + 1), values / values[0], color=color, label=f"{weights}, alpha {alpha.alpha:.2f}"
-            )
+            label = f"{weights}, alpha {alpha.alpha:.2f}"
+            axes.loglog(range(1, len(values) + 1), values / values[0], color=color, label=label)
             if weights == "trained" and alpha.last > alpha.first:
                 ranks = np.arange(alpha.first, alpha.last + 1)
                 middle = float((values[alpha.first - 1 : alpha.last] / values[0]).log().mean().exp())
@@ -91,9 +89,6 @@ def _spectrum(work: Suite, data: Data, file: Path) -> bool:
         axes.set_ylim(max(1e-8, axes.dataLim.ymin / 2), 2)  # below that are rounding errors
         axes.legend()
         return _save(figure, file)
-
-
-CONFUSION = "Of each true class (row), the share that was given each answer (column)."
 
 
 def _matrix(work: Suite, data: Data) -> dict | None:
@@ -125,9 +120,6 @@ def _confusion(work: Suite, data: Data, file: Path) -> bool:
         axes.spines[:].set_visible(False)
         axes.set_title(f"Confusion on {data.name}: {row['protocol']} ({row['norm']}), {100 * row['value']:.1f} %")
         return _save(figure, file)
-
-
-CLOSEST = "Test images (left) and the training images nearest to them by cosine; a red frame is another class."
 
 
 def _neighbours(work: Suite, data: Data, file: Path) -> bool:
@@ -166,9 +158,6 @@ def _images(work: Suite, store: Store, ids: np.ndarray, size: int) -> np.ndarray
     boxes = views.clean(size, store.heights[ids], store.widths[ids], work.trained.crop_ratio)
     pixels = work.engine(store)(ids, boxes)[0][0].permute(0, 2, 3, 1).cpu().numpy()
     return np.stack([in_colors(one, store) for one in pixels])
-
-
-MAP = "Test images laid out by t-SNE on the features, coloured by class; distances between far groups mean little."
 
 
 def _map(work: Suite, data: Data, file: Path) -> bool:
@@ -224,9 +213,8 @@ def _heat(correlations: list[compare.Correlation], out: Path) -> str:
             axes.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=7,
                       color="white" if abs(grid[i, j]) > 0.6 else "#111827")  # fmt: skip
         figure.colorbar(image, shrink=0.8)
-        axes.set_title(
-            f"Spearman's rho, n = {min(c.n for c in correlations)} to {max(c.n for c in correlations)} models"
-        )
+        models = [c.n for c in correlations]
+        axes.set_title(f"Spearman's rho, n = {min(models)} to {max(models)} models")
         _save(figure, out / "heatmap.png")
     return "heatmap.png"
 

@@ -20,9 +20,8 @@ from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from manyview.evaluation.encoder import Encoder
+from manyview.evaluation.encoder import Encoder, Layers
 from manyview.evaluation.features import CLEAN, forward, pixels_of, result
-from manyview.evaluation.layers import Layers
 from manyview.evaluation.linear import MOMENTUM, schedule
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.loader import normalize
@@ -76,8 +75,11 @@ def classifier(encoder: Encoder, classes: int, *, bn: bool, seed: int) -> Classi
     with torch.no_grad():
         parameter = next(module.parameters())
         features = module.eval()(encoder.no_image.to(parameter.device)).shape[1]
-    if is_vit(module):
-        set_drop_path(module, DROP_PATH)
+    check(module)
+    blocks: Any = module.blocks if is_vit(module) else ()
+    for i, block in enumerate(blocks):  # rising linearly from 0 over the blocks, as timm sets it at construction
+        for name in filter(partial(hasattr, block), DROP_PATHS):
+            setattr(block, name, DropPath(DROP_PATH * i / max(1, len(blocks) - 1)))
     return Classifier(module, features, classes, bn=bn, seed=seed)
 
 
@@ -101,15 +103,6 @@ def check(module: nn.Module) -> None:
             )
 
 
-def set_drop_path(vit: Any, rate: float) -> None:
-    """Drop path rising linearly from 0 to `rate` over the blocks, as timm sets it at construction."""
-    check(vit)
-    blocks = list(vit.blocks)
-    for i, block in enumerate(blocks):
-        for name in filter(partial(hasattr, block), DROP_PATHS):
-            setattr(block, name, DropPath(rate * i / max(1, len(blocks) - 1)))
-
-
 def groups(model: Classifier, preset: Preset, total: float) -> list[dict]:
     """Optimizer groups for `total` samples a step: each trainable parameter in exactly one, with its own peak rate.
 
@@ -131,12 +124,9 @@ def groups(model: Classifier, preset: Preset, total: float) -> list[dict]:
 
 def train(
     encoder: Encoder, store: Store, ids: np.ndarray, classes: int, engine: Any, preset: Preset, *,
-    bn: bool = False, seed: int = 0, device: str | torch.device = "cpu", accumulate: int = 1,
+    bn: bool = False, seed: int = 0, device: str | torch.device = "cpu",
 ) -> Classifier:  # fmt: skip
-    """Fine-tune on these samples for `preset.epochs` passes; returns the network of the last one, in eval mode.
-
-    `accumulate` splits each step into that many forward passes; rates follow the step's samples, not the pass's.
-    """
+    """Fine-tune on these samples for `preset.epochs` passes; returns the network of the last one, in eval mode."""
     model = classifier(encoder, classes, bn=bn, seed=seed).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     total = len(ids) / math.ceil(len(ids) / preset.batch)  # of batches that are equal to within one
     optimizer = torch.optim.SGD(groups(model, preset, total), momentum=MOMENTUM)
@@ -148,12 +138,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(epoch, preset.epochs, preset.warmup)
         x = normalize(images.to(device), encoder.mean, encoder.std, torch.float32)
-        y = labels[chosen].to(device)
-        for part, target in zip(x.tensor_split(accumulate), y.tensor_split(accumulate)):
-            with autocast:
-                logits = model(part.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
-            (loss * len(part) / len(x)).backward()
+        with autocast:
+            logits = model(x.contiguous(memory_format=torch.channels_last))
+        F.cross_entropy(logits.float(), labels[chosen].to(device), label_smoothing=smoothing).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return model.eval()
@@ -168,20 +155,18 @@ def _batches(
     count = math.ceil(len(ids) / preset.batch)
     generator = np.random.default_rng(seed)
     waiting: list[tuple] = []
+
+    def ready(epoch: int, chosen: np.ndarray, pending: Any) -> tuple[int, np.ndarray, Tensor]:
+        return epoch, chosen, result(pending, store)[0]
+
     for epoch in range(preset.epochs):
         for chosen in np.array_split(generator.permutation(ids), count):
-            crops = parameters(
-                policy, seed, np.full(len(chosen), epoch), chosen, store.heights[chosen], store.widths[chosen]
-            )
+            epochs, heights, widths = np.full(len(chosen), epoch), store.heights[chosen], store.widths[chosen]
+            crops = parameters(policy, seed, epochs, chosen, heights, widths)
             waiting.append((epoch, chosen, engine.submit(chosen, crops)))
             if len(waiting) > 1:
-                yield _ready(store, *waiting.pop(0))
-    for one in waiting:
-        yield _ready(store, *one)
-
-
-def _ready(store: Store, epoch: int, chosen: np.ndarray, pending: Any) -> tuple[int, np.ndarray, Tensor]:
-    return epoch, chosen, result(pending, store)[0]
+                yield ready(*waiting.pop(0))
+    yield from (ready(*one) for one in waiting)
 
 
 @torch.inference_mode()

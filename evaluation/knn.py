@@ -52,13 +52,13 @@ def neighbours(
         if unsure.any() and k + SLACK < len(bank):
             values[unsure], ids[unsure] = _among_all(bank, q[unsure], k, metric)
         parts.append((values, ids))
-    return torch.cat([values for values, _ in parts]), torch.cat([ids for _, ids in parts])
+    return _joined(parts)
 
 
 def _among_all(bank: Tensor, queries: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
     everyone = torch.arange(len(bank), device=bank.device)[None]
     ranked = [_ranked(bank, q[None], everyone, k, metric) for q in queries]
-    return torch.cat([values for values, _ in ranked]), torch.cat([ids for _, ids in ranked])
+    return _joined(ranked)
 
 
 def _ranked(bank: Tensor, queries: Tensor, candidates: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,12 @@ def _ranked(bank: Tensor, queries: Tensor, candidates: Tensor, k: int, metric: s
             far = rows.sub_(q).norm(dim=2)
         values, order = far.sort(dim=1, stable=True)
         parts.append((values[:, :k].neg() if metric == "cosine" else values[:, :k], ids.gather(1, order[:, :k])))
-    return torch.cat([values for values, _ in parts]), torch.cat([ids for _, ids in parts])
+    return _joined(parts)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    values, ids = map(torch.cat, zip(*parts))
+    return values, ids
 
 
 def vote(weights: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -87,29 +92,19 @@ def vote(weights: Tensor, labels: Tensor, classes: int) -> Tensor:
     return scores.scatter_add_(1, labels, weights.double())
 
 
-def cosine_weights(similarities: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    return (similarities.double() / temperature).exp()
+def cosine_weights(similarities: Tensor) -> Tensor:
+    return (similarities.double() / TEMPERATURE).exp()
 
 
-def distance_weights(distances: Tensor) -> Tensor:
-    """1 / d; where a neighbour is at distance zero, only such neighbours vote (as in scikit-learn)."""
-    distances = distances.double()
-    zero = distances == 0
-    return torch.where(zero.any(1, keepdim=True), zero.double(), 1 / distances.clamp_min(1e-300))
-
-
-def cosine_exp(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int = 20, temperature: float = TEMPERATURE,
-    classes: int, chunk: int | None = None,
-) -> Tensor:  # fmt: skip
+def cosine_exp(bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, classes: int) -> Tensor:
     """Class scores (n, classes) of `queries` (n, F) by the k most similar rows of `bank` (N, F)."""
-    similarities, ids = neighbours(bank, queries, k, metric="cosine", chunk=chunk)
-    return vote(cosine_weights(similarities, temperature), bank_labels[ids], classes)
+    similarities, ids = neighbours(bank, queries, k)
+    return vote(cosine_weights(similarities), bank_labels[ids], classes)
 
 
-def euclid_invdist(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int = 20, classes: int, chunk: int | None = None
-) -> Tensor:
-    """Class scores (n, classes) of `queries` (n, F) by the k nearest rows of `bank` (N, F)."""
-    distances, ids = neighbours(bank, queries, k, metric="euclid", chunk=chunk)
-    return vote(distance_weights(distances), bank_labels[ids], classes)
+def euclid_invdist(bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, classes: int) -> Tensor:
+    """The same by the k nearest rows, by 1 / distance; where one is at distance zero, only such vote (as in scikit-learn)."""
+    distances, ids = neighbours(bank, queries, k, metric="euclid")
+    zero = distances == 0
+    weights = torch.where(zero.any(1, keepdim=True), zero.double(), 1 / distances.clamp_min(1e-300))
+    return vote(weights, bank_labels[ids], classes)

@@ -37,23 +37,16 @@ def effective_rank(spectrum: Tensor, eps: float) -> float:
     return torch.exp(-(p * p.log()).sum()).item()
 
 
-def rankme(z: Tensor, *, centered: bool = False, eps: float = 1e-7) -> float:
-    """RankMe of (N, K) features. The paper does not centre; a common offset then hides the rank, so look at both.
-
-    The paper uses 25,600 samples; with fewer than about 5 K it is biased down.
-    """
-    return effective_rank(singular_values(z - z.mean(0) if centered else z), eps)
+def rankme(z: Tensor, *, centered: bool = False) -> float:
+    """RankMe of (N, K) features. Not centred, as in the paper, a common offset hides the rank, so look at both. The paper uses
+    25,600 samples; with fewer than about 5 K it is biased down."""
+    return effective_rank(singular_values(z - z.mean(0) if centered else z), 1e-7)
 
 
 def eigenspectrum(z: Tensor) -> Tensor:
     """Eigenvalues of the centred covariance of (N, K) features, largest first, float64 (min(N, K),)."""
     z = z.double()
     return singular_values(z - z.mean(0)).square() / max(1, len(z) - 1)
-
-
-def alpha_req(z: Tensor, *, first: int = 11, last: int = 100) -> Alpha:
-    """alpha-ReQ of (N, K) features: see `power_law`. Ranks first..last, cut at the number of dimensions."""
-    return power_law(eigenspectrum(z), first=first, last=last)
 
 
 def power_law(eigenvalues: Tensor, *, first: int = 11, last: int = 100) -> Alpha:
@@ -79,7 +72,7 @@ def power_law(eigenvalues: Tensor, *, first: int = 11, last: int = 100) -> Alpha
     return Alpha(slope.item(), r2, first, last)
 
 
-def lidar(z: Tensor, *, delta: float = 1e-4, eps: float = 1e-8) -> float:
+def lidar(z: Tensor) -> float:
     """LiDAR of (n, q, K) features: q views of each of n images, grouped by image. At most min(K, n - 1), up to eps."""
     n, q, k = z.shape
     if n < 2 or q < 2:
@@ -88,7 +81,7 @@ def lidar(z: Tensor, *, delta: float = 1e-4, eps: float = 1e-8) -> float:
     means = z.mean(1)
     between = torch.cov(means.T).reshape(k, k)
     within = (z - means[:, None]).reshape(n * q, k)
-    within = within.T @ within / (n * (q - 1)) + delta * torch.eye(k, dtype=z.dtype, device=z.device)
+    within = within.T @ within / (n * (q - 1)) + 1e-4 * torch.eye(k, dtype=z.dtype, device=z.device)
     values, vectors = torch.linalg.eigh(within)
     root = vectors * values.rsqrt() @ vectors.T
-    return effective_rank(torch.linalg.eigvalsh(root @ between @ root).clamp_min(0), eps)
+    return effective_rank(torch.linalg.eigvalsh(root @ between @ root).clamp_min(0), 1e-8)

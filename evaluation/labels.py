@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ import numpy as np
 
 from manyview.pipeline.convert.sources import tables
 from manyview.pipeline.errors import UserError
-
-SEPARATORS = (";", "|")
 
 
 class Labels:
@@ -26,8 +25,8 @@ class Labels:
         self.path, self.digest = path, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         self.by_name: dict[str, list[str]] = {}
         for parts, text in zip(table.paths, table.labels):
-            names = _split(text)
-            self.by_name[os.path.splitext("/".join(parts))[0]] = names
+            names = [name.strip() for name in re.split(r"[;|]", text or "")]
+            self.by_name[os.path.splitext("/".join(parts))[0]] = list(filter(None, names))
         self.classes = tables.classes(sorted({name for names in self.by_name.values() for name in names}))
         self.several = any(len(names) > 1 for names in self.by_name.values())
         last = [name.rpartition("/")[2] for name in self.by_name]
@@ -52,9 +51,3 @@ class Labels:
         store.labels = np.where(truth.any(1), truth.argmax(1), -1)
         store.classes = self.classes
         return truth
-
-
-def _split(text: str | None) -> list[str]:
-    for separator in SEPARATORS:
-        text = text.replace(separator, SEPARATORS[0]) if text else ""
-    return [name.strip() for name in text.split(SEPARATORS[0]) if name.strip()] if text else []

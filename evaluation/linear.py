@@ -67,10 +67,11 @@ class Heads:
         `x` must be centred on the whole set: then the mean of squares has the digits that the variance needs.
         """
         mean = var = None
-        if self.scale is not None:
+        if self.mean is not None and self.var is not None:
             mean = x.mean(0)
             var = (x.square().mean(0) - mean.square()).clamp_min(0)
-            self._track(mean, var * len(x) / (len(x) - 1))
+            self.mean.lerp_(mean, 0.1)
+            self.var.lerp_(var * len(x) / (len(x) - 1), 0.1)
         with torch.enable_grad():  # the probe of a running training is called without
             parameters = [p.requires_grad_() for p in self.parameters()]
             logits = self._logits(x, mean, var)  # (H, C, B)
@@ -83,11 +84,6 @@ class Heads:
         for parameter in parameters:
             parameter.requires_grad_(False)
         return gradients
-
-    def _track(self, mean: Tensor, var: Tensor) -> None:
-        if self.mean is not None and self.var is not None:
-            self.mean.lerp_(mean, 0.1)
-            self.var.lerp_(var, 0.1)
 
     def parameters(self) -> list[Tensor]:
         return [p for p in (self.weight, self.bias, self.scale, self.shift) if p is not None]
@@ -141,7 +137,7 @@ def train(
     return heads
 
 
-def held_out(labels: Tensor, seed: int, share: float = 0.1) -> Tensor:
+def held_out(labels: Tensor, seed: int) -> Tensor:
     """(N,) bool: a seeded tenth of every class (at least one sample of a class with two); of all samples where each has
     several labels (N, C)."""
     generator = torch.Generator().manual_seed(seed)
@@ -149,7 +145,7 @@ def held_out(labels: Tensor, seed: int, share: float = 0.1) -> Tensor:
     labels = labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
     for c in labels.unique().tolist():
         ids = (labels.cpu() == c).nonzero()[:, 0]
-        count = min(max(1, round(share * len(ids))), len(ids) - 1)
+        count = min(max(1, round(0.1 * len(ids))), len(ids) - 1)
         mask[ids[torch.randperm(len(ids), generator=generator)[:count]]] = True
     return mask.to(labels.device)
 
@@ -193,9 +189,7 @@ def choose(accuracies: tuple[float, ...]) -> float:
     return RATES[means.index(max(means))]
 
 
-def quick(
-    x: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, classes: int, *, epochs: int = 20, seed: int = 0
-) -> float:
+def quick(x: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, classes: int) -> float:
     """Top-1 of one BatchNorm probe at the paper's rate: for the curve during training, not for a table."""
-    heads = train(x, labels, classes, rates=(PAPER_RATE,), bn=True, epochs=epochs, batch=256, seed=seed)
+    heads = train(x, labels, classes, rates=(PAPER_RATE,), bn=True, epochs=20, batch=256)
     return score(heads.scores(queries)[0], query_labels).top1

@@ -52,8 +52,8 @@ def score(scores: Tensor, labels: Tensor) -> Score:
     correct = int(hits.sum())
     low, high = wilson(correct, n)
     mean, mean_low, mean_high = _per_class(right, seen)
-    found = detection(scores, labels, rarer(labels)) if classes == 2 and min(seen) else None
-    return Score(correct / n, top5, mean, low, high, n, mean_low, mean_high, found)
+    rare = detection(scores, labels, rarer(labels)) if classes == 2 and min(seen) else None
+    return Score(correct / n, top5, mean, low, high, n, mean_low, mean_high, rare)
 
 
 def _answered(scores: Tensor, labels: Tensor) -> Tensor:
@@ -103,11 +103,11 @@ def detection(scores: Tensor, labels: Tensor, positive: int) -> tuple[float, flo
         hits, seen = (np.cumsum(c, 1)[:, ends].astype(float) for c in (counts * is_positive, counts))
         return (np.diff(hits, axis=1, prepend=0) * hits / np.maximum(seen, 1)).sum(1) / np.maximum(hits[:, -1], 1)
 
-    n, random, found = len(order), np.random.default_rng(0), []
+    n, random, precisions = len(order), np.random.default_rng(0), []
     for part in np.array_split(np.arange(RESAMPLES), -(-RESAMPLES * n // AT_ONCE)):
-        drawn = random.integers(n, size=(len(part), n)) + n * np.arange(len(part))[:, None]
-        found.append(precision(np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)))
-    low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
+        places = random.integers(n, size=(len(part), n)) + n * np.arange(len(part))[:, None]
+        precisions.append(precision(np.bincount(places.ravel(), minlength=places.size).reshape(places.shape)))
+    low, high = np.quantile(np.concatenate(precisions), (0.025, 0.975))
     return float(precision(np.ones((1, n), np.int64))[0]), float(low), float(high)
 
 

@@ -59,9 +59,8 @@ class Probe:
         training = backbone.training
         backbone.eval()
         with torch.no_grad(), autocast():
-            z = torch.cat(
-                [backbone(normalize(p.to(device), self.mean, self.std, torch.float32)).float() for p in self.pixels]
-            )
+            views = (normalize(p.to(device), self.mean, self.std, torch.float32) for p in self.pixels)
+            z = torch.cat([backbone(view).float() for view in views])
         backbone.train(training)
         if not torch.isfinite(z).all():
             self.eigenvalues = None

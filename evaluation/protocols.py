@@ -18,9 +18,8 @@ from torch import Tensor
 from manyview.evaluation import data as datasets
 from manyview.evaluation import fewshot, finetune, knn, label_free, linear, metrics
 from manyview.evaluation.encoder import frozen
-from manyview.evaluation.features import AVERAGED_VIEWS
+from manyview.evaluation.features import AVERAGED_VIEWS, zscore
 from manyview.evaluation.metrics import Score, score
-from manyview.evaluation.scaling import zscore, zscore_transductive
 from manyview.pipeline import views
 from manyview.pipeline.errors import UserError, nearest
 from manyview.pipeline.store import Store
@@ -81,7 +80,7 @@ def nearest_neighbours(p: Problem, prefix: str = "") -> Iterator[Result]:
 def transductive(p: Problem) -> Iterator[Result]:
     """kNN with the test features standardized by their own statistics: uses the whole test set."""
     text = "Euclidean distance, 20 neighbours, 1 / distance; test features standardized with the test set's statistics"
-    bank, queries = zscore_transductive(p.x, p.queries)
+    (bank,), (queries,) = zscore(p.x), zscore(p.queries)
     scores = knn.euclid_invdist(bank, p.labels, queries, k=20, classes=p.classes)
     yield Result("knn-euclid-invdist k=20 transductive", "zscore-transductive", text, score(scores, p.truth))
 
@@ -130,7 +129,7 @@ def without_labels(x: Tensor) -> Iterator[Result]:
         text = f"exp of the entropy of the singular values, {'' if centered else 'not '}centred, eps 1e-7, N = {n}, K = {k}"
         name = "rankme centred" if centered else "rankme"
         yield Result(name, "raw", text + few, metric="rankme", value=label_free.rankme(x, centered=centered))
-    alpha = label_free.alpha_req(x)
+    alpha = label_free.power_law(label_free.eigenspectrum(x))
     text = (
         f"slope of ln eigenvalue on -ln rank, centred, ranks {alpha.first}..{alpha.last} weighted 1 / rank, R2 = "
         f"{alpha.r2:.3f}, N = {n}, K = {k}"
@@ -155,12 +154,6 @@ def averaged(p: Problem, seed: int, epochs: int, views: int) -> Iterator[Result]
             yield Result(result.protocol, result.norm, text, result.score, seed=result.seed)
 
 
-def near_copies(train: Tensor, test: Tensor, threshold: float = 0.999) -> int:
-    """How many test thumbnails (n, D) nearly equal a training one (N, D): similarity after centring each."""
-    a, b = (t.float() - t.float().mean(1, keepdim=True) for t in (train, test))
-    return int((knn.neighbours(a, b, 1)[0][:, 0] >= threshold).sum())
-
-
 # ------------------------------------------------------------------------------- those that look at images or two sets
 
 
@@ -174,24 +167,26 @@ def overlap(cell: Cell) -> Iterator[Result]:
     seen, data = cell.seen, cell.data
     pool = datasets.sample(seen.labels, np.arange(len(seen)), OVERLAP_LIMIT, cell.options.seed)
     among = f"among {len(data.test_ids):,} test images, against {len(pool):,} of {len(seen):,} of {seen.name}"
-    known = {_digest(seen, i) for i in pool}
-    same = sum(_digest(data.test, i) in known for i in data.test_ids)
+
+    def digest(store: Store, i: int) -> bytes:
+        return hashlib.blake2b(np.ascontiguousarray(store.read(int(i))).data, digest_size=16).digest()
+
+    known = {digest(seen, i) for i in pool}
+    same = sum(digest(data.test, i) in known for i in data.test_ids)
     yield Result("overlap exact", "none", f"same stored bytes, {among}", metric="images", value=same)
-    close = near_copies(_thumbnails(cell, seen, pool), _thumbnails(cell, data.test, data.test_ids))
+    bank, queries = _thumbnails(cell, seen, pool), _thumbnails(cell, data.test, data.test_ids)
+    close = int((knn.neighbours(bank, queries, 1)[0][:, 0] >= 0.999).sum())
     text = f"{THUMBNAIL} px thumbnails with correlation of 0.999 or more, {among}"
     yield Result("overlap near", "none", text, metric="images", value=close)
 
 
-def _digest(store: Store, i: int) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(store.read(int(i))).data, digest_size=16).digest()
-
-
 def _thumbnails(cell: Cell, store: Store, ids: np.ndarray) -> Tensor:
+    """(n, F), each centred: similarity by cosine is then correlation."""
     parts = []
     for some in np.array_split(ids, -(-len(ids) // 1024)):
         boxes = views.clean(THUMBNAIL, store.heights[some], store.widths[some])
-        parts.append(cell.engine(store)(some, boxes)[0][0].flatten(1).cpu())
-    return torch.cat(parts)
+        parts.append(cell.suite.engine(store)(some, boxes)[0][0].flatten(1).cpu().float())
+    return torch.cat([x - x.mean(1, keepdim=True) for x in parts])
 
 
 def in_domain(cell: Cell) -> Iterator[Result]:
@@ -203,56 +198,43 @@ def in_domain(cell: Cell) -> Iterator[Result]:
 
 def finetuned(cell: Cell) -> Iterator[Result]:
     """The whole network trained on a part of the labels, `cell.part` = (share, seed), and scored once, after it."""
-    tuning, o = _tuning(cell), cell.options
-    preset, subset = tuning.preset, tuning.subset
+    (preset_name, preset, subset), o, data = _tuning(cell), cell.options, cell.data
     if subset.fraction < 1:
-        subset.save(cell.folder / "subsets" / f"{cell.data.name}-{subset.fraction * 100:g}pct-seed{tuning.seed}.json")
+        subset.save(cell.suite.out / "subsets" / f"{data.name}-{subset.fraction * 100:g}pct-seed{subset.seed}.json")
     extras = ", layer decay 0.65, label smoothing 0.1, drop path 0.2" if finetune.is_vit(cell.encoder.module) else ""
     text = (
         f"whole network trained on {len(subset.ids):,} labels ({subset.true_fraction:.3%} of the training images), preset"
-        f" {tuning.name}: SGD {preset.backbone_rate:g} / head {preset.head_rate:g} per 256, {preset.epochs} epochs,"
+        f" {preset_name}: SGD {preset.backbone_rate:g} / head {preset.head_rate:g} per 256, {preset.epochs} epochs,"
         f" {preset.warmup} of warm-up{extras}; last epoch"
     )
-    encoder, data = cell.ready_encoder(), cell.data
+    encoder, engine = cell.suite.ready(cell.network, cell.bank), cell.suite.engine
     with frozen(encoder.module):  # the tuned network is a copy
-        model = finetune.train(encoder, data.train, subset.ids, data.classes, cell.engine(data.train), preset,
-                               bn=o.finetune_bn, seed=tuning.seed, device=o.device)  # fmt: skip
+        model = finetune.train(encoder, data.train, subset.ids, data.classes, engine(data.train), preset,
+                               bn=o.finetune_bn, seed=subset.seed, device=o.device)  # fmt: skip
     scores = finetune.predict(
-        model, encoder, data.test, data.test_ids, cell.engine(data.test), batch=o.batch, device=o.device
+        model, encoder, data.test, data.test_ids, engine(data.test), batch=o.batch, device=o.device
     )
     if not scores.isfinite().all():
-        raise UserError(f"{encoder.run}: fine-tuning on {data.name} with preset {tuning.name} diverged: no score")
+        raise UserError(f"{encoder.run}: fine-tuning on {data.name} with preset {preset_name} diverged: no score")
     name = "finetune full" if subset.fraction == 1 else f"finetune {subset.fraction * 100:g}%"
-    yield Result(name, "bn" if o.finetune_bn else "raw", text, score(scores, data.labels("test")), seed=tuning.seed)
+    yield Result(name, "bn" if o.finetune_bn else "raw", text, score(scores, data.labels("test")), seed=subset.seed)
 
 
-@dataclass(frozen=True)
-class Tuning:
-    name: str
-    preset: finetune.Preset
-    subset: fewshot.Subset
-    seed: int
-
-
-def _tuning(cell: Cell) -> Tuning:
+def _tuning(cell: Cell) -> tuple[str, finetune.Preset, fewshot.Subset]:
+    """The preset, with its name, and the labels to train on; their seed is also the run's."""
     (share, draw), o, data = cell.part, cell.options, cell.data
     if share == 1:
-        name, subset, seed = "full", fewshot.Subset(data.train_ids, 1.0, o.seed, 1.0), o.seed
+        name, subset = "full", fewshot.Subset(data.train_ids, 1.0, o.seed, 1.0)
     else:
         name = o.preset if o.preset in finetune.PRESETS else f"{o.preset}-{share * 100:g}%"
-        subset, seed = fewshot.subset(data.train.labels, share, draw, data.train_ids), draw
+        subset = fewshot.subset(data.train.labels, share, draw, data.train_ids)
     preset = finetune.PRESETS[name]
-    return Tuning(name, replace(preset, epochs=o.finetune_epochs or preset.epochs), subset, seed)
+    return name, replace(preset, epochs=o.finetune_epochs or preset.epochs), subset
 
 
 def _tuning_facts(cell: Cell) -> dict:
-    tuning = _tuning(cell)
-    return {"preset": asdict(tuning.preset), "subset": tuning.subset.sha256, "seed": tuning.seed,
-            "bn": cell.options.finetune_bn}  # fmt: skip
-
-
-def _check_tuning(cell: Cell) -> None:
-    finetune.check(cell.encoder.module)
+    _, preset, subset = _tuning(cell)
+    return {"preset": asdict(preset), "subset": subset.sha256, "seed": subset.seed, "bn": cell.options.finetune_bn}
 
 
 # --------------------------------------------------------------------------------------------------------- the list
@@ -283,6 +265,9 @@ def _probe(cell: Cell) -> dict:
 
 
 NETWORKS = ("trained", "untrained")
+FEWSHOT = Protocol("fewshot", finetuned, reads="", networks=NETWORKS, depends=_tuning_facts,
+                   refuse=lambda c: finetune.check(c.encoder.module),
+                   parts=tuple((share, seed) for share in (0.01, 0.1) for seed in fewshot.SEEDS))  # fmt: skip
 PROTOCOLS = (
     Protocol("knn", lambda c: nearest_neighbours(c.problem()), group="quick", least=min(knn.KS), several=True),
     Protocol("linear", lambda c: linear_probes(c.problem(), **_probe(c)), group="quick", depends=_probe, several=True),
@@ -296,9 +281,8 @@ PROTOCOLS = (
     Protocol("averaged", lambda c: averaged(c.problem(), **_probe(c), views=AVERAGED_VIEWS), reads="averaged", depends=_probe,
              networks=NETWORKS),
     Protocol("in-domain", in_domain, needs_own=True, learns_from_own=True, networks=NETWORKS, depends=_probe),
-    Protocol("fewshot", finetuned, reads="", networks=NETWORKS, depends=_tuning_facts, refuse=_check_tuning,
-             parts=tuple((share, seed) for share in (0.01, 0.1) for seed in fewshot.SEEDS)),
-    Protocol("full", finetuned, reads="", networks=NETWORKS, depends=_tuning_facts, refuse=_check_tuning, parts=((1.0, 0),)),
+    FEWSHOT,
+    replace(FEWSHOT, name="full", parts=((1.0, 0),)),
     Protocol("transductive", lambda c: transductive(c.problem()), group="none", least=20),
 )  # fmt: skip
 MAJORITY = Protocol("majority", majority, reads="", networks=("untrained",))  # beside every accuracy, asked for or not

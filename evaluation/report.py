@@ -27,7 +27,16 @@ MEANINGS = {"rankme": "effective dimensions of the features", "alpha-req": "slop
 
 def write(out: Path, content: dict, run: Path | None, pictures: list[dict]) -> Path:
     """report.html in `out`, from the content of eval.json, the pictures drawn and, for a run, its training curves."""
-    names = _own_first(content)
+    names = sorted(content["datasets"], key=lambda name: (name != content["pretrained_on"], name))  # its own first
+    weights = run / "backbone.safetensors" if run else None
+    facts = {
+        "weights": f"{content['source']} {content['sha256']}",
+        "taken from the file": content["loaded"],
+        "trained by": content["trained_by"],
+        "parameters and buffers": content["checkpoint"],
+        "evaluation view": content["transform"],
+        "step": content["step"],
+    }
     trained_on = f" trained on {content['pretrained_on']}" if content["pretrained_on"] else ""
     method = f" with {content['method']}" if content["method"] else ""
     return _render(
@@ -39,8 +48,10 @@ def write(out: Path, content: dict, run: Path | None, pictures: list[dict]) -> P
         cards=_cards(content, names),
         datasets=[_dataset(name, content, pictures, out) for name in names],
         curves=_curves(run) if run else [],
-        snippet=_snippet(run) if run else "",
-        facts=_facts(content),
+        snippet=backbone.timm_snippet(backbone.metadata(weights), str(weights))
+        if weights and weights.is_file()
+        else "",
+        facts=[(name, value) for name, value in facts.items() if value],
     )
 
 
@@ -55,11 +66,6 @@ def _render(path: Path, **content: Any) -> Path:
     template = Path(__file__).with_name("report.html").read_text()
     path.write_text(jinja2.Environment(autoescape=True).from_string(template).render(**content) + "\n")
     return path
-
-
-def _own_first(content: dict) -> list[str]:
-    """The datasets by name, the one the network was trained on before the others."""
-    return sorted(content["datasets"], key=lambda name: (name != content["pretrained_on"], name))
 
 
 def _cards(content: dict, names: list[str]) -> list[dict]:
@@ -114,23 +120,6 @@ def _curves(run: Path) -> list[dict]:
     order = list(CAPTIONS)
     files.sort(key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.name))
     return [_picture(p, CAPTIONS.get(p.stem, p.stem), p.stem == "views") for p in files]
-
-
-def _snippet(run: Path) -> str:
-    file = run / "backbone.safetensors"
-    return backbone.timm_snippet(backbone.metadata(file), file.as_posix()) if file.is_file() else ""
-
-
-def _facts(content: dict) -> list[tuple[str, Any]]:
-    facts = {
-        "weights": f"{content['source']} {content['sha256']}",
-        "taken from the file": content["loaded"],
-        "trained by": content["trained_by"],
-        "parameters and buffers": content["checkpoint"],
-        "evaluation view": content["transform"],
-        "step": content["step"],
-    }
-    return [(name, value) for name, value in facts.items() if value]
 
 
 def _picture(file: Path, text: str, wide: bool = False) -> dict:

@@ -75,10 +75,6 @@ class Cell:
         return self.suite.options
 
     @property
-    def folder(self) -> Path:
-        return self.suite.out
-
-    @property
     def bank(self) -> Data:
         """Whose training images are learnt from."""
         return self.own if self.own and self.protocol.learns_from_own else self.data
@@ -93,19 +89,12 @@ class Cell:
     @property
     def inputs(self) -> list[tuple[Data, str]]:
         """The images whose features are read."""
-        return (
-            [(self.bank, "train"), (self.data, "test")][: 2 if self.protocol.test else 1] if self.protocol.reads else []
-        )
+        every = [(self.bank, "train"), (self.data, "test")]
+        return every[: 2 if self.protocol.test else 1] if self.protocol.reads else []
 
     @property
     def encoder(self) -> Encoder:
         return self.suite.encoder(self.network, self.bank)
-
-    def ready_encoder(self) -> Encoder:
-        return self.suite.ready(self.network, self.bank)
-
-    def engine(self, store: Store) -> Any:
-        return self.suite.engine(store)
 
     def features(self, split: str) -> Tensor:
         """(N, V, F) on the CPU, of the kind that the protocol reads."""
@@ -195,10 +184,8 @@ class Suite:
 
     def engine(self, store: Store) -> Any:
         if id(store) not in self._engines:
-            o = self.options
-            self._engines[id(store)] = engines.create(
-                folder.engine_name(store, o.engine), store, o.device, threads=o.threads
-            )[0]
+            o, name = self.options, folder.engine_name(store, self.options.engine)
+            self._engines[id(store)], _ = engines.create(name, store, o.device, threads=o.threads)
         return self._engines[id(store)]
 
     def encoder(self, network: str, data: Data) -> Encoder:
@@ -207,17 +194,15 @@ class Suite:
         if network == "trained":
             return self.trained
         if (network, data.name) not in self._baselines:
-            make = self._pixels if network == "pixels" else self._untrained
-            self._baselines[network, data.name] = make(data)
+            if network == "pixels":
+                baseline = encoders.pixels(self.trained, len(data.train_ids) + len(data.test_ids))
+            else:
+                ids = self._calibration(data)
+                text = f"{len(ids):,} training images of {data.name}"
+                fresh = encoders.untrained(self.trained, self.options.seed, text)
+                baseline = replace(fresh, recipe=f"{fresh.recipe} {data.train.fingerprint} {digest(ids)}")
+            self._baselines[network, data.name] = baseline
         return self._baselines[network, data.name]
-
-    def _pixels(self, data: Data) -> Encoder:
-        return encoders.pixels(self.trained, len(data.train_ids) + len(data.test_ids))
-
-    def _untrained(self, data: Data) -> Encoder:
-        ids = self._calibration(data)
-        fresh = encoders.untrained(self.trained, self.options.seed, f"{len(ids):,} training images of {data.name}")
-        return replace(fresh, recipe=f"{fresh.recipe} {data.train.fingerprint} {digest(ids)}")
 
     def ready(self, network: str, data: Data) -> Encoder:
         encoder = self.encoder(network, data)
@@ -239,11 +224,8 @@ class Suite:
         """(N, V, F) on the CPU, from memory, the cache or the network. `by`: the dataset of the baselines' networks."""
         by = by or data
         key = (data.name, split, kind, network, *([by.name] if by is not data else []))
-        if key not in self._features:
-            self._features[key] = self._cached(key, network, data, split, kind, by)
-        return self._features[key]
-
-    def _cached(self, key: tuple, network: str, data: Data, split: str, kind: str, by: Data) -> Tensor:
+        if key in self._features:
+            return self._features[key]
         begun, (store, ids), encoder = time.perf_counter(), data.of(split), self.encoder(network, by)
         if kind == "lidar":
             ids = sample(store.labels, ids, features.LIDAR_IMAGES, self.options.seed)
@@ -257,13 +239,10 @@ class Suite:
         x, read = features.cached(path, features.describe(encoder, store, ids, shown), embed)
         how = f"{'read from the cache' if read else 'embedded'} in {time.perf_counter() - begun:.1f} s"
         self.say(f"features   {data.name} {split}, {network}, {kind}: {len(ids):,} images {how}")
+        self._features[key] = x
         return x
 
     # ------------------------------------------------------------------------------------------------------ cells
-
-    def uses_features(self, data: Data) -> bool:
-        """Whether any protocol that is measured on it looks at the clean features."""
-        return any(p.reads == "clean" and not p.learns_from_own for p in data.protocols)
 
     def plan(self, data: Data, own: Data | None) -> list[Cell]:
         """What there is to do on a dataset, in order. UserError where a part of it cannot be done."""
@@ -288,9 +267,8 @@ class Suite:
         cells = self.plan(data, own)
         data.notes += _left_out(data, own)
         if data.classes == 2 and data.labelled and len(data.test_ids):
-            data.notes.append(
-                f"AP: average precision of {data.train.classes[metrics.rarer(data.labels('test'))]}, the rarer class"
-            )
+            rarer = data.train.classes[metrics.rarer(data.labels("test"))]
+            data.notes.append(f"AP: average precision of {rarer}, the rarer class")
         sources = {name: self.encoder(name, data).source for name in ("untrained", "pixels")}
         self.datasets[data.name] = data.facts() | sources
         for cell in cells:
@@ -337,8 +315,8 @@ class Suite:
 
     def _forget(self, data: Data) -> None:
         """Drop results on other images of this dataset: they would stand under numbers of images that are not theirs."""
-        others = [name for name, rows in self.cells.items() if rows[:1] and rows[0]["dataset"] == data.name]
-        others = [name for name in others if self.cells[name][0]["sample"] != data.sample]
+        others = [name for name, rows in self.cells.items()
+                  if rows and rows[0]["dataset"] == data.name and rows[0]["sample"] != data.sample]  # fmt: skip
         for name in others:
             del self.cells[name]
         if others:
@@ -382,15 +360,12 @@ def rows(r: Result, data: Data) -> list[dict]:
         value = r.value if math.isfinite(r.value) else None  # JSON has no NaN
         return [common | {"metric": r.metric, "value": value, "low": None, "high": None, "n": len(data.train_ids)}]
     s = r.score
-    accuracies = [
-        common | {"metric": "top1", "value": s.top1, "low": s.low, "high": s.high, "n": s.n},
-        common | {"metric": "top5", "value": s.top5, "low": None, "high": None, "n": s.n},
-        common
-        | {"metric": "mean_per_class", "value": s.mean_per_class, "low": s.mean_low, "high": s.mean_high, "n": s.n},
-    ]
+    estimates: dict[str, tuple] = {"top1": (s.top1, s.low, s.high), "top5": (s.top5, None, None),
+                                   "mean_per_class": (s.mean_per_class, s.mean_low, s.mean_high)}  # fmt: skip
     if s.detection:
-        value, low, high = s.detection
-        accuracies.append(common | {"metric": "average_precision", "value": value, "low": low, "high": high, "n": s.n})
+        estimates["average_precision"] = s.detection
+    accuracies: list[dict] = [common | {"metric": metric, "value": value, "low": low, "high": high, "n": s.n}
+                              for metric, (value, low, high) in estimates.items()]  # fmt: skip
     if r.scores is not None and data.classes <= CONFUSED:
         accuracies[0]["confusion"] = metrics.confusion(r.scores, data.labels("test")).tolist()
     return accuracies

@@ -45,9 +45,8 @@ def lines(rows: list[dict]) -> list[Line]:
     for row in rows:
         if row["metric"] in ACCURACIES:
             groups.setdefault((row["dataset"], row["mode"], row["protocol"], row["norm"]), []).append(row)
-    chance = {
-        row["dataset"]: row["value"] for row in rows if row["protocol"] == "majority class" and row["metric"] == "top1"
-    }
+    always = [row for row in rows if row["protocol"] == "majority class" and row["metric"] == "top1"]
+    chance = {row["dataset"]: row["value"] for row in always}
     every = [_line(key, own, chance.get(key[0])) for key, own in groups.items() if key[2] != "majority class"]
     return sorted((line for line in every if line), key=_order)
 
@@ -62,19 +61,15 @@ def _values(rows: list[dict], weights: str, metric: str) -> list[dict]:
     return [row for row in rows if row["weights"] == weights and row["metric"] == metric]
 
 
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def _line(key: tuple, rows: list[dict], majority: float | None) -> Line | None:
     trained, fresh, pixels = (_values(rows, weights, "top1") for weights in ("trained", "untrained", "pixels"))
     if not trained:
         return None
     values = [row["value"] for row in trained]
     one = trained[0] if len(trained) == 1 else None
-    top1 = _mean(values)
+    top1 = statistics.fmean(values)
     spread = math.sqrt(sum((v - top1) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
-    untrained = _mean([row["value"] for row in fresh]) if fresh else None
+    untrained = statistics.fmean([row["value"] for row in fresh]) if fresh else None
     between: tuple = (None, None)
     if one and len(fresh) == 1:
         between = lift(_score(one), _score(fresh[0]))[1:]
@@ -84,9 +79,9 @@ def _line(key: tuple, rows: list[dict], majority: float | None) -> Line | None:
     return Line(
         dataset, mode, protocol, norm, trained[0]["text"], len(trained), trained[0]["n"], top1,
         one["low"] if one else None, one["high"] if one else None, spread,
-        top5=_mean(fives) if None not in fives else None, mean_per_class=_mean(classes),
+        top5=statistics.fmean(fives) if None not in fives else None, mean_per_class=statistics.fmean(classes),
         untrained=untrained, lift=None if untrained is None else top1 - untrained, lift_low=between[0], lift_high=between[1],
-        pixels=_mean([row["value"] for row in pixels]) if pixels else None, majority=majority,
+        pixels=statistics.fmean([row["value"] for row in pixels]) if pixels else None, majority=majority,
     )  # fmt: skip
 
 
@@ -110,11 +105,9 @@ def spread(line: Line) -> str:
 
 
 def lifted(line: Line) -> str:
-    if line.lift is None:
-        return ""
-    if line.lift_low is None or line.lift_high is None:
-        return f"{100 * line.lift:+.2f}"
-    return f"{100 * line.lift:+.2f} [{100 * line.lift_low:+.2f}, {100 * line.lift_high:+.2f}]"
+    known = line.lift_low is not None and line.lift_high is not None
+    between = f" [{100 * line.lift_low:+.2f}, {100 * line.lift_high:+.2f}]" if known else ""  # type: ignore[operator]
+    return "" if line.lift is None else f"{100 * line.lift:+.2f}{between}"
 
 
 def headline(content: dict, name: str) -> str:
@@ -183,7 +176,7 @@ def _estimate(rows: list[dict]) -> str:
     """A value with its interval, or the mean of several draws with their deviation."""
     values = [row["value"] for row in rows]
     if len(values) > 1:
-        return f"{percent(_mean(values))} ± {percent(statistics.stdev(values))}"
+        return f"{percent(statistics.fmean(values))} ± {percent(statistics.stdev(values))}"
     return f"{percent(values[0])} [{percent(rows[0]['low'])}, {percent(rows[0]['high'])}]" if values else ""
 
 
@@ -222,12 +215,14 @@ def heading(dataset: str, content: dict) -> str:
     facts = content["datasets"][dataset]
     chance = [r["value"] for r in content["results"] if r["dataset"] == dataset and r["protocol"] == "majority class"
               and r["metric"] == "top1"]  # fmt: skip
-    parts = [
-        f"{dataset}: {facts['train']:,} training and {facts['test']:,} test images, {len(facts['classes'])} classes"
-    ]
+    parts = [f"{dataset}: {_sizes(facts)}"]
     parts += [f"majority class {percent(chance[0])} %"] if chance else []
     parts += [f"untrained: {facts['untrained']}", *([facts["pixels"]] if "pixels" in facts else [])]
     return "; ".join([*parts, *facts["notes"]])
+
+
+def _sizes(facts: dict) -> str:
+    return f"{facts['train']:,} training and {facts['test']:,} test images, {len(facts['classes'])} classes"
 
 
 def others(rows: list[dict], dataset: str) -> list[dict]:
@@ -292,9 +287,8 @@ def comparison(contents: list[dict], pairs: list[Correlation], command: str, fac
 
 def _encoder_name(content: dict) -> str:
     """The run's name, the step where it is one of its checkpoints, and the size, layers or transform that were asked for."""
-    trained = next(
-        (row for row in content["results"] if row["weights"] == "trained"), {"run": content["run"], "checkpoint": ""}
-    )
+    unknown = {"run": content["run"], "checkpoint": ""}
+    trained = next((row for row in content["results"] if row["weights"] == "trained"), unknown)
     step = f"step {content['step']}" if content["step"] and ".pt" in content["source"] else ""
     return ", ".join(filter(None, [trained["run"], step, trained["checkpoint"].partition(" ")[2]]))
 
@@ -312,7 +306,6 @@ def _side_by_side(dataset: str, contents: list[dict]) -> list[str]:
     """A dataset's heading and table, the best first; baselines that several encoders share stand there once."""
     measured = [content for content in contents if dataset in content["datasets"]]
     facts = measured[0]["datasets"][dataset]
-    sizes = f"{facts['train']:,} training and {facts['test']:,} test images, {len(facts['classes'])} classes"
     shown: dict[str, dict[str, str]] = {}
     order: dict[str, float] = {}
     for content in measured:
@@ -332,11 +325,10 @@ def _side_by_side(dataset: str, contents: list[dict]) -> list[str]:
                 if row["protocol"] == "rankme":
                     shown.setdefault(name, {})["RankMe"] = number(row["value"])
     columns = [c for c in (*SHOWN, "RankMe") if any(c in cells for cells in shown.values())]
-    body = [
-        (name, *(shown[name].get(c, "") for c in columns)) for name in sorted(shown, key=lambda n: -order.get(n, 0.0))
-    ]
+    ranked = sorted(shown, key=lambda name: -order.get(name, 0.0))
+    body = [(name, *(shown[name].get(c, "") for c in columns)) for name in ranked]
     notes = "; ".join(dict.fromkeys(note for content in measured for note in content["datasets"][dataset]["notes"]))
-    return [f"## {dataset}: {sizes}", *([notes] if notes else []), table([("encoder", *columns), *body])]
+    return [f"## {dataset}: {_sizes(facts)}", *([notes] if notes else []), table([("encoder", *columns), *body])]
 
 
 def _predictions(pairs: list[Correlation]) -> list[str]:
@@ -349,18 +341,13 @@ def _predictions(pairs: list[Correlation]) -> list[str]:
     if not same:
         return []
     names = sorted({c.dataset for c in same if c.dataset != c.measured_on})
-    cell = {(c.measured_on, c.predictor, c.dataset): "none" if c.r is None else f"{c.r:+.2f}"
-            + ("" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]") for c in same}  # fmt: skip
+    cell = {(c.measured_on, c.predictor, c.dataset): _coefficient(c) for c in same}
     body = [(own, predictor, *(cell.get((own, predictor, name), "") for name in names))
             for own, predictor in dict.fromkeys((c.measured_on, c.predictor) for c in same)]  # fmt: skip
     n = f"{min(c.n for c in same)} to {max(c.n for c in same)} encoders of {max(c.runs for c in same)} runs"
     said = f"Spearman's rho of a protocol on one dataset with itself on another, over {n}; 95 % intervals by drawing"
     said += " whole runs. All pairs and coefficients are in correlations.csv."
-    return [
-        "## What predicts what",
-        said,
-        table([("measured on", "protocol", *names), *body]),
-    ]
+    return ["## What predicts what", said, table([("measured on", "protocol", *names), *body])]
 
 
 def _opening(title: str, command: str, facts: dict[str, Any]) -> list[str]:
@@ -372,13 +359,16 @@ def _opening(title: str, command: str, facts: dict[str, Any]) -> list[str]:
     ]
 
 
+def _coefficient(c: Correlation) -> str:
+    """`+0.95 [+0.81, +0.99]`."""
+    return ("none" if c.r is None else f"{c.r:+.2f}") + ("" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]")
+
+
 def correlations(pairs: list[Correlation]) -> str:
     """Correlations as text, one line a pair and coefficient."""
     text = []
     for c in pairs:
-        value = "none" if c.r is None else f"{c.r:+.2f}"
-        between = "" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]"
         note = f"  {c.note}" if c.note else ""
-        text.append(f"{c.measured_on}, {c.group}: {c.predictor} -> {c.dataset} {c.target}: {c.kind} {value}{between}, "
+        text.append(f"{c.measured_on}, {c.group}: {c.predictor} -> {c.dataset} {c.target}: {c.kind} {_coefficient(c)}, "
                     f"n = {c.n}, {c.runs} runs{note}")  # fmt: skip
     return "\n".join(text) or "nothing to correlate: no column was measured on the pre-training data"

@@ -62,9 +62,9 @@ def differences(
             notes.append(f"{absent} of {classes} classes have no {split} image")
     if name in TARGETS:
         known = TARGETS[name]
-        found = {"training images": (len(train_labels), known.train), "test images": (len(test_labels), known.test),
+        counts = {"training images": (len(train_labels), known.train), "test images": (len(test_labels), known.test),
                  "classes": (classes, known.classes)}  # fmt: skip
         if jpeg and known.pixels:
             notes.append("a JPEG copy of the exact images, so not strictly comparable with published numbers")
-        notes += [f"{a:,} {what}, where the set has {b:,}" for what, (a, b) in found.items() if a != b]
+        notes += [f"{a:,} {what}, where the set has {b:,}" for what, (a, b) in counts.items() if a != b]
     return notes

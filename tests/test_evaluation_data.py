@@ -16,9 +16,9 @@ from torchvision.transforms import v2 as transforms
 from manyview.evaluation import command as cli
 from manyview.evaluation import compare, features, finetune, knn, protocols, suite
 from manyview.evaluation import encoder as encoders
-from manyview.evaluation.bicubic import BicubicEngine
 from manyview.evaluation.data import open_data
 from manyview.evaluation.encoder import Asked
+from manyview.evaluation.features import BicubicEngine
 from manyview.model import backbone
 from manyview.pipeline import engines, views
 from manyview.pipeline.convert.write import write_shards

@@ -9,7 +9,7 @@ import torch
 
 from manyview.evaluation import embed as embedding
 from manyview.evaluation import encoder as encoders
-from manyview.evaluation import features, layers
+from manyview.evaluation import features
 from manyview.evaluation.encoder import Asked
 from manyview.pipeline import engines
 from manyview.pipeline.errors import UserError
@@ -128,7 +128,7 @@ def test_layers(made, network):
     )
     for spec, words in (("last:0", "unknown layers"), ("las:2", "unknown layers"), ("layer:99", "has no layer:99")):
         with pytest.raises(UserError, match=words):
-            layers.select(plain, spec)
+            encoders.select(plain, spec)
 
 
 def test_messages(made, tmp_path):

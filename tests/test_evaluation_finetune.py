@@ -1,11 +1,8 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import timm
 import torch
 from timm.layers import DropPath
-from torch import nn
 
 from manyview.evaluation import encoder as encoders
 from manyview.evaluation import finetune, metrics
@@ -99,36 +96,6 @@ def test_nothing_moves_before_the_first_step(resnet):
     again = finetune.classifier(resnet, 5, bn=True, seed=0)
     assert torch.equal(model.head.weight, again.head.weight)  # the head is under the seed
     assert model.head.weight.std().item() == pytest.approx(0.01, rel=0.15)
-
-
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_accumulation_is_one_big_batch(kind, resnet, vit, opened, monkeypatch):
-    """1 x 64 against 4 x 16 after two steps, on networks without BatchNorm and without drop path's noise."""
-    monkeypatch.setattr(finetune, "DROP_PATH", 0.0)
-    encoder = {"resnet": replace(resnet, module=_without_batchnorm(resnet)), "vit": vit}[kind]
-    (train, _), (engine, _) = opened
-    preset = Preset(0.1, 0.1, 1, batch=64)
-    ids = np.arange(128)
-    whole = finetune.train(encoder, train, ids, 5, engine, preset, seed=3)
-    parts = finetune.train(encoder, train, ids, 5, engine, preset, seed=3, accumulate=4)
-    other = finetune.train(encoder, train, ids, 5, engine, replace(preset, batch=32), seed=3)
-    for (name, a), b, c in zip(whole.named_parameters(), parts.parameters(), other.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=name)
-        if name == "head.weight":
-            assert not torch.allclose(a, c, rtol=1e-3, atol=2e-5)
-
-
-def _without_batchnorm(encoder) -> nn.Module:
-    class Small(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 12, 3, stride=2)
-
-        def forward(self, x):
-            return self.conv(x).relu().mean((2, 3))
-
-    torch.manual_seed(0)
-    return Small().eval()
 
 
 @pytest.mark.slow

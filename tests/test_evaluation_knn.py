@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from manyview.evaluation import knn
-from manyview.evaluation.scaling import zscore, zscore_transductive
+from manyview.evaluation.features import zscore
 from manyview.pipeline.errors import UserError
 
 
@@ -45,10 +45,11 @@ def test_cosine_exp_is_brute_force(k):
         torch.testing.assert_close(scores[i], torch.tensor(votes, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-def test_golden_votes():
+def test_golden_votes(monkeypatch):
     similarities, labels = torch.tensor([[0.9, 0.8, 0.79]], dtype=torch.float64), torch.tensor([[0, 1, 1]])
-    sharp = knn.vote(knn.cosine_weights(similarities, 0.07), labels, 2)[0]
-    soft = knn.vote(knn.cosine_weights(similarities, 0.5), labels, 2)[0]
+    sharp = knn.vote(knn.cosine_weights(similarities), labels, 2)[0]
+    monkeypatch.setattr(knn, "TEMPERATURE", 0.5)
+    soft = knn.vote(knn.cosine_weights(similarities), labels, 2)[0]
     assert sharp.round().tolist() == [383518, 171586]
     assert [round(v, 2) for v in soft.tolist()] == [6.05, 9.81]
 
@@ -91,13 +92,13 @@ def _with(labels, x, q):
     return x, labels, q
 
 
-def test_constant_dimensions_and_the_transductive_mode():
+def test_constant_dimensions():
     (x, _), (q, _) = clusters(50), clusters(20, seed=1)
     x[:, 3], q[:, 3] = 0.1, 0.1
-    for a, b in (zscore(x, q), zscore_transductive(x, q), zscore(x.float(), q.float())):
+    for a, b in (zscore(x, q), zscore(x.float(), q.float())):
         assert a.isfinite().all() and b.isfinite().all()
         assert a[:, 3].abs().max() < 1e-6
-    assert zscore_transductive(x, q)[1].mean(0).abs().max() < 1e-9  # of its own statistics
+    assert zscore(q)[0].mean(0).abs().max() < 1e-9  # of its own statistics
     assert zscore(x, q)[1].mean(0).abs().max() > 0.05
 
 

@@ -65,13 +65,14 @@ def test_alpha_of_a_power_law(k):
 
 def test_alpha_of_features_states_its_range():
     values = torch.arange(1, 65).double() ** -0.65  # eigenvalues i^-1.3
-    found = label_free.alpha_req(with_singular_values(values, 500, centered=True))
+    found = label_free.power_law(label_free.eigenspectrum(with_singular_values(values, 500, centered=True)))
     assert found.alpha == pytest.approx(1.3, abs=1e-6)
     assert (found.first, found.last) == (11, 64)
 
 
 def test_alpha_of_too_few_dimensions():
-    assert math.isnan(label_free.alpha_req(torch.ones(10, 4)).alpha)  # all features equal: no spectrum
+    spectrum = label_free.eigenspectrum(torch.ones(10, 4))
+    assert math.isnan(label_free.power_law(spectrum).alpha)  # all features equal: no spectrum
     narrow = label_free.power_law(torch.tensor([1.0, 0.5, 0.25, 0.0, 0.0]))
     assert (narrow.first, narrow.last) == (1, 3)
 
