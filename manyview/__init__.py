@@ -12,18 +12,14 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see train.py
 
 if TYPE_CHECKING:
-    from manyview.api import Batch as Batch
-    from manyview.api import Views as Views
-    from manyview.api import encode as encode
-    from manyview.evaluation.probe import probe as probe
-    from manyview.model.objective import Loss as Loss
-    from manyview.model.objective import barlow as barlow
-    from manyview.model.objective import paper as paper
-    from manyview.model.objective import spectral as spectral
-    from manyview.model.objective import vicreg as vicreg
-    from manyview.model.projector import Projector as Projector
-    from manyview.pipeline.errors import UserError as UserError
+    from manyview.api import Batch, Views, encode
+    from manyview.evaluation.probe import probe
+    from manyview.model.objective import Loss, barlow, paper, spectral, vicreg
+    from manyview.model.projector import Projector
+    from manyview.pipeline.errors import UserError
 
+__all__ = ["Batch", "Loss", "Projector", "UserError", "Views"]
+__all__ += ["barlow", "encode", "paper", "probe", "spectral", "vicreg"]
 _HOME = dict.fromkeys(("Batch", "Views", "encode"), "manyview.api")
 _HOME |= dict.fromkeys(("Loss", "barlow", "paper", "spectral", "vicreg"), "manyview.model.objective")
 _HOME |= {"Projector": "manyview.model.projector", "UserError": "manyview.pipeline.errors",

@@ -11,6 +11,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from manyview.pipeline import engines
-from manyview.pipeline.errors import UserError
+from manyview.pipeline.errors import UserError, refuse
 from manyview.pipeline.loader import Loader, normalize
 from manyview.pipeline.machine import tune
 from manyview.pipeline.plan import InOrder, Plan, plan
@@ -43,7 +44,7 @@ class Batch(NamedTuple):
         return [number > 0 for number, group in enumerate(groups) for _ in group]
 
 
-class Views:
+class Views(AbstractContextManager["Views"]):
     """Batches of views of the images in a folder of shards. Iterating gives one epoch; the next time, the next one.
 
     views: how many of each image, by default 8. batch_size: images a process, as torch's DataLoader has it. seed: of order and
@@ -108,19 +109,24 @@ class Views:
         first = self._step if self._resuming else math.ceil(self._step / steps) * steps
         self._resuming = False
         for batch in self._started().batches(first, (first // steps + 1) * steps):
-            self._step = batch.step + 1
-            yield Batch(self._finished(batch.views), batch.labels, batch.ids, batch.epochs)
+            self._step, groups, white = batch.step + 1, batch.views, self.store.layout.white
+            if self._normalize:
+                mean, std = ([white * value for value in values] for values in (self.mean, self.std))
+                groups = [normalize(group, mean, std, torch.float32) for group in groups]
+            yield Batch(groups[0] if len(groups) == 1 else groups, batch.labels, batch.ids, batch.epochs)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the data is: after the last batch given. Plain numbers and strings."""
-        return {"step": self._step, **self._identity()}
+        """Where the data is, after the last batch given, and of what data and settings. Plain numbers and strings."""
+        world, _ = processes()
+        state = {"step": self._step, "seed": self.seed, "batch": self.batch_size * world, "fraction": self.fraction,
+                 "order": self.order, "shuffle": self.shuffle, "policy": repr(self.policy),
+                 "data": self.store.fingerprint}  # fmt: skip
+        return state if self.shuffle else state | {"processes": world}  # each goes through a part of its own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the last batch given when `state` was taken. UserError where it is of other data or settings."""
-        mine = self._identity()
-        if other := [f"the state's {name} is {state.get(name)!r}, now {mine[name]!r}"
-                     for name in mine if state.get(name) != mine[name]]:  # fmt: skip
-            raise UserError("\n".join(other))
+        refuse([f"the state's {name} is {state.get(name)!r}, now {now!r}"
+                for name, now in self.state_dict().items() if name != "step" and state.get(name) != now])  # fmt: skip
         self._step, self._resuming = state["step"], True
 
     def close(self) -> None:
@@ -129,17 +135,8 @@ class Views:
             self._closing()
             self._loader = None
 
-    def __enter__(self) -> Views:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _identity(self) -> dict[str, Any]:
-        world, _ = processes()
-        settings = {"seed": self.seed, "batch": self.batch_size * world, "fraction": self.fraction, "order": self.order,
-                    "shuffle": self.shuffle, "policy": repr(self.policy), "data": self.store.fingerprint}  # fmt: skip
-        return settings if self.shuffle else settings | {"processes": world}  # each goes through a part of its own
 
     def _plan(self) -> Plan | InOrder:
         world, rank = processes()
@@ -149,13 +146,11 @@ class Views:
             if self.fraction != 1:
                 raise UserError(f"fraction {self.fraction:g} is of images that are shuffled: it goes with shuffle=True")
             return InOrder(len(self.store), self.batch_size, world, rank)
-        batch = self.batch_size * world
-        result = plan(self.store.labels, seed=self.seed, batch=batch, fraction=self.fraction, world=world, rank=rank,
-                      order=self.order)  # fmt: skip
-        if result.n < batch:
-            raise UserError(
-                f"batch_size {self.batch_size} x {world} processes is more than the {result.n} images there are"
-            )
+        result = plan(self.store.labels, seed=self.seed, batch=self.batch_size * world, fraction=self.fraction, world=world,
+                      rank=rank, order=self.order)  # fmt: skip
+        if result.n < result.global_batch:
+            many = f"batch_size {self.batch_size} x {world} processes"
+            raise UserError(f"{many} is more than the {result.n} images there are")
         return result
 
     def _started(self) -> Loader:
@@ -163,21 +158,12 @@ class Views:
         if self._loader is None:
             name, device, threads = self._engine_options
             where = engines.device_of(device)
-            if where.type == "cuda" and device in ("auto", "cuda"):
-                where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
             tune(where)
             engine, _ = engines.create(name, self.store, where, threads=threads)
             self._closing = weakref.finalize(self, engine.close)
             self._loader = Loader(self.store, self._plan(), self.policy, engine, seed=self.seed, prefetch=self._prefetch,
                                   max_bad=0.01 if self.shuffle else 0)  # fmt: skip
         return self._loader
-
-    def _finished(self, groups: list[Tensor]) -> Any:
-        if self._normalize:
-            white = self.store.layout.white
-            mean, std = (tuple(white * value for value in values) for values in (self.mean, self.std))
-            groups = [normalize(group, mean, std, torch.float32) for group in groups]
-        return groups[0] if len(groups) == 1 else groups
 
 
 def processes() -> tuple[int, int]:
