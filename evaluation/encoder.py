@@ -326,9 +326,8 @@ class Layers(nn.Module):
             return y.flatten(2).mT if y.ndim == 4 else y
         wanted: Any = int(number) if kind == "last" else [int(number)]
         if hasattr(self.network, "num_prefix_tokens"):
-            blocks = self.network.forward_intermediates(
-                x, indices=wanted, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
-            )
+            asked = {"output_fmt": "NLC", "return_prefix_tokens": True, "intermediates_only": True}
+            blocks = self.network.forward_intermediates(x, indices=wanted, norm=True, **asked)
             pairs = [block if isinstance(block, tuple) else (block, block[:, :0]) for block in blocks]
             return torch.cat([own[:, 0] if own.shape[1] else patches.mean(1) for patches, own in pairs], 1)
         maps = self.network.forward_intermediates(x, indices=wanted, intermediates_only=True)

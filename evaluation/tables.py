@@ -30,7 +30,7 @@ class Line:
     high: float | None
     std: float | None
     top5: float | None
-    mean_per_class: float
+    mean_per_class: float | None
     untrained: float | None
     lift: float | None
     lift_low: float | None
@@ -61,27 +61,30 @@ def _values(rows: list[dict], weights: str, metric: str) -> list[dict]:
     return [row for row in rows if row["weights"] == weights and row["metric"] == metric]
 
 
+def _mean(rows: list[dict]) -> float | None:
+    """Of their values; None where there is none, or they are not known."""
+    values = [row["value"] for row in rows]
+    return statistics.fmean(values) if values and None not in values else None
+
+
 def _line(key: tuple, rows: list[dict], majority: float | None) -> Line | None:
     trained, fresh, pixels = (_values(rows, weights, "top1") for weights in ("trained", "untrained", "pixels"))
     if not trained:
         return None
     values = [row["value"] for row in trained]
     one = trained[0] if len(trained) == 1 else None
-    top1 = statistics.fmean(values)
+    top1, untrained = statistics.fmean(values), _mean(fresh)
     spread = math.sqrt(sum((v - top1) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
-    untrained = statistics.fmean([row["value"] for row in fresh]) if fresh else None
     between: tuple = (None, None)
     if one and len(fresh) == 1:
         between = lift(_score(one), _score(fresh[0]))[1:]
-    fives = [row["value"] for row in _values(rows, "trained", "top5")]
-    classes = [row["value"] for row in _values(rows, "trained", "mean_per_class")]
+    top5, mean_per_class = (_mean(_values(rows, "trained", metric)) for metric in ("top5", "mean_per_class"))
     dataset, mode, protocol, norm = key
     return Line(
         dataset, mode, protocol, norm, trained[0]["text"], len(trained), trained[0]["n"], top1,
-        one["low"] if one else None, one["high"] if one else None, spread,
-        top5=statistics.fmean(fives) if None not in fives else None, mean_per_class=statistics.fmean(classes),
+        one["low"] if one else None, one["high"] if one else None, spread, top5=top5, mean_per_class=mean_per_class,
         untrained=untrained, lift=None if untrained is None else top1 - untrained, lift_low=between[0], lift_high=between[1],
-        pixels=statistics.fmean([row["value"] for row in pixels]) if pixels else None, majority=majority,
+        pixels=_mean(pixels), majority=majority,
     )  # fmt: skip
 
 

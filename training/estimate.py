@@ -107,9 +107,8 @@ def _channels(encoder: nn.Module) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this says that memory is lacking; on the CPU torch raises a plain RuntimeError with a text of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
-    )
+    on_cpu = type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def available_memory(device: torch.device) -> int:

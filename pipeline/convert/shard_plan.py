@@ -69,9 +69,8 @@ def plan_shards(options: Options, source: Source, keys: list[list[str]], layout:
     total = sum(int(split.sizes.sum()) for split in source.splits)
     target = options.shard_mb << 20 or min(max(total // 64, MIN_SHARD), MAX_SHARD)
     rows = []
-    settings = json.dumps(
-        [VERSION, "moments", asdict(options), source.classes, *(layout if layout != codec.RGB else ())]
-    )
+    pixels = layout if layout != codec.RGB else ()
+    settings = json.dumps([VERSION, "moments", asdict(options), source.classes, *pixels])
     for number, split in enumerate(source.splits):
         samples = shuffled(len(split.names), options.seed, split.name)
         sizes = split.sizes[samples]

@@ -87,8 +87,11 @@ def convert_shard(job: Job, row: Row) -> dict:
     if isinstance(writer, tar.Writer):
         shard["idx"] = final.with_suffix(".idx").name
         files.write(job.out / shard["idx"], writer.index_text())
-    if job.url:
-        move([final.with_suffix(".idx"), final], job.url)
+    if job.url:  # in S3 and its like an object is there whole or not at all
+        bucket = storage.Storage(job.url)
+        for path in filter(Path.exists, (final.with_suffix(".idx"), final)):
+            bucket.write(path, path.name)
+            path.unlink()
     index.write(index.build(contents.rows, contents.keys), work / f"{row.name}.index")
     result = {"digest": row.digest, "shard": shard, "rejected": contents.rejected, "moments": contents.moments.tolist(),
               "listed": job.listed, "notes": contents.notes}  # fmt: skip
@@ -276,9 +279,7 @@ def _write_alone(job: Job, max_rejected: float, jobs: int, quiet: bool, executor
 
 
 def _seen(job: Job, results: dict[str, dict]) -> None:
-    """UserError: a shard that was written by another node is not here. What workers left that were killed is removed."""
-    for path in job.out.glob(LEFT):
-        path.unlink()
+    """UserError: a shard that was written by another node is not here."""
     for name, result in results.items() if not job.url else ():
         if not (job.out / name).exists() or (job.out / name).stat().st_size != result["shard"]["bytes"]:
             raise UserError(
@@ -420,12 +421,3 @@ def workshop(out: Path) -> Path:
     """Where shards are made: `out` itself if it is a folder; for a bucket, a folder of its name on local disk."""
     url = storage.address(out)
     return bucket.home() / "making" / hashlib.sha256(url.encode()).hexdigest()[:16] / out.name if url else out
-
-
-def move(paths: list[Path], url: str) -> None:
-    """Upload files and remove them here. In S3 and its like an object is there whole or not at all."""
-    bucket = storage.Storage(url)
-    for path in paths:
-        if path.exists():
-            bucket.write(path, path.name)
-            path.unlink()

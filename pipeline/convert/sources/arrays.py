@@ -137,7 +137,6 @@ def digits() -> Source:
     data, file = datasets.load_digits(), Path(datasets.__file__)
     images = (data.images * 15.9375).astype(np.uint8)  # 0..16 to 0..255
     val = np.arange(len(images)) % 5 == 4
-    splits = [
-        array_split(name, images[mask], data.target[mask], [file]) for name, mask in (("train", ~val), ("val", val))
-    ]
+    parts = {"train": ~val, "val": val}
+    splits = [array_split(name, images[mask], data.target[mask], [file]) for name, mask in parts.items()]
     return Source([str(i) for i in range(10)], splits, watch=[str(file)])

@@ -83,7 +83,7 @@ WITH_TABLE = ("folder", "imagenet")
 DATASETS: dict[str, Callable[[Path, Reading], Source]] = {
     "folder": folders.folder,
     "imagenet": imagenet.imagenet,
-    "imagenet100": imagenet.imagenet100,
+    "imagenet100": lambda source, reading: imagenet.imagenet(source, reading, imagenet.imagenet100_classes()),
     "shards": shards.existing,
     "cifar10": lambda source, reading: arrays.cifar("cifar10", source, reading),
     "cifar100": lambda source, reading: arrays.cifar("cifar100", source, reading),

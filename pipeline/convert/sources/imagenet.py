@@ -45,9 +45,9 @@ def imagenet(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = 
     return imagenet_tars(source, only)
 
 
-def imagenet100(source: Path, reading: Reading = AS_IT_IS) -> Source:
+def imagenet100_classes() -> set[str]:
     text = Path(__file__).with_name("imagenet100.txt").read_text()
-    return imagenet(source, reading, {line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"})
+    return {line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")}
 
 
 def imagenet_tars(source: Path, only: set[str] | None = None) -> Source:
