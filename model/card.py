@@ -114,8 +114,8 @@ def training(run: Path, config: dict[str, Any]) -> str:
         )
     if environment := files.facts(run / "env.json"):
         program, space, flags = environment["command"].partition(" ")
-        torch = environment["versions"]["torch"]
-        lines.append(f"- on {environment['device']}, torch {torch}, commit {environment['commit']}")
+        version = environment["versions"]["torch"]
+        lines.append(f"- on {environment['device']}, torch {version}, commit {environment['commit']}")
         lines.append(f"- command: `python {Path(program).name}{space}{flags}`")
     return "\n".join(lines)
 

@@ -148,6 +148,10 @@ def _off_diagonal_of(c: Tensor) -> Tensor:
     return c.square().sum() - c.diagonal(dim1=-2, dim2=-1).square().sum()
 
 
+def _strength(beta: float | str, auto: float) -> float:
+    return auto if beta == "auto" else float(beta)
+
+
 def _collapses(beta: float, dim: int) -> str:
     """What to tell about a `beta` on correlations that is past the known edge; empty where it is not."""
     if beta * dim <= COLLAPSE_EDGE:
@@ -159,7 +163,7 @@ def _collapses(beta: float, dim: int) -> str:
 
 
 def _correlation_strength(beta: float | str, dim: int) -> float:
-    value = C / dim if beta == "auto" else float(beta)
+    value = _strength(beta, C / dim)
     if text := _collapses(value, dim):
         warnings.warn(text, stacklevel=3)
     return value
@@ -248,9 +252,7 @@ def vicreg(
         centered = rows - _sum(rows.sum(1, keepdim=True)) / n
         deviation = (_final_sum(centered.square().sum(1)) / (n - 1) + 1e-4).sqrt()
         covariance = 2 * _off_diagonal(centered, n - 1) / (len(rows) * dim)
-        return _loss(
-            25 * invariance, 25 * (1 - deviation).relu().mean() + (1.0 if beta == "auto" else float(beta)) * covariance
-        )
+        return _loss(25 * invariance, 25 * (1 - deviation).relu().mean() + _strength(beta, 1.0) * covariance)
 
 
 def spectral(
@@ -268,7 +270,7 @@ def spectral(
         centered = rows - _sum(rows.sum(1, keepdim=True)) / n
         variance = _final_sum(centered.square().sum(1)) / n
         distance = _off_diagonal(centered, n) + (variance - 1).square().sum()
-        return _loss(_spread(x, g), (1.0 if beta == "auto" else float(beta)) * distance)
+        return _loss(_spread(x, g), _strength(beta, 1.0) * distance)
 
 
 def paper(z: Tensor, *, beta: float | Literal["auto"] = "auto", local: Sequence[bool] | Tensor | None = None) -> Loss:
@@ -320,8 +322,7 @@ def describe(objective: Callable[..., Loss], dim: int) -> tuple[str, dict[str, A
     options |= objective.keywords
     on_correlations = objective.func in (barlow, paper)
     if "beta" in options:
-        auto = C / dim if on_correlations else 1.0
-        options["beta"] = auto if options["beta"] == "auto" else float(options["beta"])
+        options["beta"] = _strength(options["beta"], C / dim if on_correlations else 1.0)
     text = ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in options.items()
     )

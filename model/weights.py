@@ -418,12 +418,7 @@ def _timm(name: str, image_size: int | None, local: bool) -> Public:
     def make(download: bool) -> nn.Module:
         return timm.create_model(name, pretrained=download, num_classes=0, **fixed)
 
-    return Public(
-        f"timm:{full}",
-        make,
-        transform,
-        "" if local and "." not in name else trained_on(tag),
-    )
+    return Public(f"timm:{full}", make, transform, "" if local and "." not in name else trained_on(tag))
 
 
 def _torchvision(name: str, image_size: int | None, local: bool) -> Public:

@@ -177,7 +177,7 @@ def clean_views(
     size: int,
     ids: np.ndarray,
     crop_ratio: float = 1.0,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda why: None,
 ) -> tuple[np.ndarray, torch.Tensor]:
     """One centre view of each of these images that can be read: (their ids (B,), views (B, C, size, size)). `say` is told of
     each other one."""
@@ -187,6 +187,5 @@ def clean_views(
             return ids, group[0]
         except Corrupt as error:
             ids = ids[ids != error.id]
-            if say:
-                say(f"{error.key}: {error.reason}")
+            say(f"{error.key}: {error.reason}")
     return ids, torch.from_numpy(np.empty((0, store.layout.channels, size, size), store.layout.dtype))

@@ -92,9 +92,7 @@ def create(cfg: Config, size: int, device: torch.device, channels: int = 3) -> T
     called: Any = model
     if cfg.compile:
         try:
-            torch.compile(torch.sin)(
-                torch.ones(2, device=device)
-            )  # else the first step finds that there is no compiler
+            torch.compile(torch.sin)(torch.ones(2, device=device))  # not as late as the first step
         except Exception as error:  # of the compiler's own kinds
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(f"--compile does not work here: {reason}") from error

@@ -161,12 +161,11 @@ def folder(source: Path, reading: Reading = AS_IT_IS, only: set[str] | None = No
     listings = {split: listing(root, reading.suffixes) for split, root in sorted(roots.items())}
     splits = {split: (roots[split], files.names) for split, files in listings.items()}
     by_table = tables.labels(source, splits, reading, result)
-    # By folder: the first one of the path, as people see it, whatever its bytes.
-    named: dict[str, list[str | None]] = {
-        split: by_table.get(split)
-        or [None if reading.unlabelled or "/" not in name else normalize("NFC", name.split("/", 1)[0]) for name in files.names]
-        for split, files in listings.items()
-    }  # fmt: skip
+
+    def folder_of(name: str) -> str | None:  # as people see it, whatever its bytes
+        return None if reading.unlabelled or "/" not in name else normalize("NFC", name.split("/", 1)[0])
+
+    named = {split: by_table.get(split) or list(map(folder_of, files.names)) for split, files in listings.items()}
     by_folder = {split for split in listings if split not in by_table and any(named[split])}
     result.classes = _classes(source, named, {split: listings[split].classes for split in by_folder}, only)
     number: dict[str | None, int] = {name: i for i, name in enumerate(result.classes)}

@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from operator import eq
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
@@ -52,7 +53,7 @@ class Table:
         metadata = self.path.name in METADATA
         parts = _parts(os.path.relpath(root / name, self.path.parent) if metadata else f"{root.name}/{name}")
         candidates = [*self.by_name.get(parts[-1], ()), *self.by_name.get(PurePosixPath(parts[-1]).stem, ())]
-        alike = tuple.__eq__ if metadata else _same_folders
+        alike = eq if metadata else _same_folders
         rows = [i for i in candidates if alike(self.paths[i], parts)]
         if len(different := {self.labels[i] for i in rows}) > 1:
             first, second = sorted(map(str, different))[:2]
