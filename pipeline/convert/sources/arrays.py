@@ -130,10 +130,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 def digits() -> Source:
     """scikit-learn's 1797 handwritten digits, 8x8 grey; every fifth is `val`."""
-    try:
-        from sklearn import datasets
-    except ImportError:
-        raise UserError("dataset digits comes with scikit-learn: pip install scikit-learn") from None
+    from sklearn import datasets
+
     data, file = datasets.load_digits(), Path(datasets.__file__)
     images = (data.images * 15.9375).astype(np.uint8)  # 0..16 to 0..255
     val = np.arange(len(images)) % 5 == 4

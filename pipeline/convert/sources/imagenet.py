@@ -112,10 +112,8 @@ def _devkit(path: Path) -> list[str]:
     """The class (wnid) of each validation image, in order of file name."""
     if not path.is_file():
         raise UserError(f"{path} is missing: it holds the labels of {VAL} (or remove {VAL} to convert train alone)")
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise UserError("reading ImageNet's development kit takes scipy: pip install scipy") from None
+    from scipy.io import loadmat
+
     try:
         with tarfile.open(path, "r:gz") as archive:
             files = {os.path.basename(info.name): info for info in archive if info.isreg()}
