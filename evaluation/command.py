@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,12 +82,10 @@ LEAST = {"limit": 0, "seed": 0, "epochs": 1, "finetune_epochs": 0, "batch": 1, "
 
 def check(config: Config) -> None:
     """UserError with one line for every flag that cannot be."""
-    values = {name: getattr(config, name) for name in LEAST}
-    errors = [
-        f"--{name.replace('_', '-')} must be at least {LEAST[name]}, not {value}"
-        for name, value in values.items()
-        if value is not None and value < LEAST[name]
-    ]
+    errors = []
+    for name, least in LEAST.items():
+        if (value := getattr(config, name)) is not None and value < least:
+            errors.append(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if config.limit == 1:
         errors.append("--limit 1 leaves no test image: it must be 0 (all) or at least 2")
     errors += config.check()
@@ -197,12 +196,9 @@ def opened(paths: list[Path], open_one: Callable[[Path], Data]) -> list[Data]:
             datasets.append(open_one(path))
         except UserError as error:
             errors.append(str(error))
-    names = [d.name for d in datasets]
-    errors += [
-        f"two sets of shards are called {name}: write one under another name"
-        for name in set(names)
-        if names.count(name) > 1
-    ]
+    for name, count in Counter(data.name for data in datasets).items():
+        if count > 1:
+            errors.append(f"two sets of shards are called {name}: write one under another name")
     refuse(errors)
     return datasets
 

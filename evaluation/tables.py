@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from manyview.evaluation.compare import Correlation
@@ -136,17 +137,8 @@ def below_pixels(content: dict, name: str) -> str:
     )
 
 
-HEADER = (
-    "protocol",
-    "features",
-    "top-1 %",
-    "95 % interval or spread",
-    "pixels",
-    "untrained",
-    "lift",
-    "top-5",
-    "per class",
-)
+HEADER = ("protocol", "features", "top-1 %", "95 % interval or spread", "pixels", "untrained", "lift", "top-5",
+          "per class")  # fmt: skip
 
 
 def cells(line: Line) -> tuple[str, ...]:
@@ -161,11 +153,7 @@ def two_classes(rows: list[dict], dataset: str) -> list[tuple[str, ...]]:
     own = [row for row in rows if row["dataset"] == dataset and row["protocol"] != "majority class"]
     if not any(row["metric"] == "average_precision" for row in own):
         return []
-    columns = [
-        (metric, network)
-        for metric in ("mean_per_class", "average_precision")
-        for network in ("trained", "pixels", "untrained")
-    ]
+    columns = list(product(("mean_per_class", "average_precision"), ("trained", "pixels", "untrained")))
     body = []
     for line in (line for line in lines(rows) if line.dataset == dataset):
         same = [r for r in own if (r["mode"], r["protocol"], r["norm"]) == (line.mode, line.protocol, line.norm)]
