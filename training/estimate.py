@@ -7,8 +7,6 @@ import copy
 import gc
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import psutil
@@ -21,6 +19,7 @@ from manyview.pipeline.views import Group, Policy
 from manyview.training import checkpoint, setup
 from manyview.training.config import Config
 from manyview.training.setup import Training
+from manyview.training.step import Autocast
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,7 @@ def _size_that_works(model: nn.Module, group: Group, policy: Policy) -> str:
     return "; it cannot do --policy multicrop"
 
 
-def trial(
-    encoder: nn.Module,
-    size: int,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager],
-    most_rows: int = 256,
-) -> Estimate:
+def trial(encoder: nn.Module, size: int, device: torch.device, autocast: Autocast, most_rows: int = 256) -> Estimate:
     """Time forward + backward of a copy of the encoder on random rows of (C, size, size), and count the saved bytes.
 
     The copy and the restored generators keep the run itself untouched. The rows are few, so that memory is bounded, but

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,30 +16,22 @@ from manyview.model.objective import Loss
 from manyview.pipeline import views
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.views import Policy
-from manyview.training import config, optim, precision
+from manyview.training import config, optim, precision, step
 from manyview.training.config import Config
-from manyview.training.step import (
-    Objective,
-    PretrainingModel,
-    Update,
-    backward,
-    backward_chunked,
-    synchronize_batchnorm,
-)
 
 
 @dataclass(frozen=True)
 class Training:
     """What is trained, and how. A step is `loss, z = training.gradients(views)`, then `training.update(loss.total)`."""
 
-    model: PretrainingModel  # backbone and projector, neither compiled nor wrapped: its names are saved
+    model: step.PretrainingModel  # backbone and projector, neither compiled nor wrapped: its names are saved
     called: Any  # what a step calls: the model, compiled and wrapped where asked for
-    objective: Objective
+    objective: step.Objective
     optimizer: torch.optim.Optimizer
-    update: Update
+    update: step.Update
     gradients: Callable[[list[Tensor]], tuple[Loss, Tensor]]
     """Of normalized views by resolution, each (V_g, B, C, S, S); leaves gradients, gives loss and embeddings (V, B, D)."""
-    autocast: Callable[[], AbstractContextManager]
+    autocast: step.Autocast
     dtype: torch.dtype  # of autocast
     precision: str  # its name, and why
     lr: float  # at the peak
@@ -60,13 +51,15 @@ def policy(cfg: Config, size: int, grey: bool = False) -> Policy:
     return views.policy(cfg.policy, cfg.views, size, {**changes, "local.size": whole}, grey)
 
 
-def network(cfg: Config, size: int, channels: int = 3) -> PretrainingModel:
+def network(cfg: Config, size: int, channels: int = 3) -> step.PretrainingModel:
     """Backbone and projector with fresh weights, on the CPU."""
     several_sizes = len({group.size for group in policy(cfg, size).groups}) > 1
     trunk: Any = backbone.create(
         cfg.backbone, image_size=size, stem=cfg.stem, other_sizes=several_sizes, channels=channels
     )
-    return PretrainingModel(trunk, projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden))
+    return step.PretrainingModel(
+        trunk, projector.Projector(trunk.num_features, cfg.projector_dim, cfg.projector_hidden)
+    )
 
 
 def create(cfg: Config, size: int, device: torch.device, channels: int = 3) -> Training:
@@ -78,17 +71,17 @@ def create(cfg: Config, size: int, device: torch.device, channels: int = 3) -> T
     model: Any = network(cfg, size, channels)
     origin = fill(model, cfg) if cfg.init_from else "fresh weights"
     model.to(device, memory_format=torch.channels_last)
-    synchronize_batchnorm(model, device)
+    step.synchronize_batchnorm(model, device)
     loss_of = objective.create(cfg.objective, **config.objective_options(cfg))
     inputs = [(channels, group.size, group.size) for group in policy(cfg, size).groups]
     dtype, reason = precision.choose(cfg.precision, device, model.backbone, inputs)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32)
     lr, lr_rule = optim.learning_rate(cfg.optimizer, cfg.lr, cfg.batch_size)
     optimizer = optim.create(cfg.optimizer, model, lr, cfg.weight_decay)
-    update = Update(model, optimizer, dtype)
-    step: Callable[..., tuple[Loss, Tensor]] = partial(backward, per_view=cfg.bn == "view")
+    update = step.Update(model, optimizer, dtype)
+    backward: Callable[..., tuple[Loss, Tensor]] = partial(step.backward, per_view=cfg.bn == "view")
     if cfg.view_chunk:
-        step = partial(backward_chunked, chunk=cfg.view_chunk)
+        backward = partial(step.backward_chunked, chunk=cfg.view_chunk)
     called: Any = model
     if cfg.compile:
         try:
@@ -100,11 +93,11 @@ def create(cfg: Config, size: int, device: torch.device, channels: int = 3) -> T
     if dist.is_initialized() and dist.get_world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
         called = torch.nn.parallel.DistributedDataParallel(called, device_ids=ids, broadcast_buffers=False)
-    gradients = partial(step, called, objective=loss_of, scale=update.scale, autocast=autocast)
+    gradients = partial(backward, called, objective=loss_of, scale=update.scale, autocast=autocast)
     return Training(model, called, loss_of, optimizer, update, gradients, autocast, dtype, reason, lr, lr_rule, origin)
 
 
-def fill(model: PretrainingModel, cfg: Config) -> str:
+def fill(model: step.PretrainingModel, cfg: Config) -> str:
     """Start `model` from --init-from: one of train.py's checkpoints has a backbone and, where it fits, a projector; any other
     file of weights a backbone. Returns what was taken. UserError where it is another network's."""
     assert cfg.init_from is not None

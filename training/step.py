@@ -18,6 +18,8 @@ from manyview.model.projector import Projector
 from manyview.pipeline.errors import UserError
 
 Objective = Callable[..., Loss]
+Scale = Callable[[Tensor], Tensor]  # of the loss, before its gradients
+Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
 class PretrainingModel(nn.Module):
@@ -40,12 +42,7 @@ def embed(encoder: nn.Module, x: Tensor, per_view: bool) -> Tensor:
 
 
 def backward(
-    encoder: nn.Module,
-    groups: list[Tensor],
-    objective: Objective,
-    scale: Callable[[Tensor], Tensor],
-    per_view: bool,
-    autocast: Callable[[], contextlib.AbstractContextManager],
+    encoder: nn.Module, groups: list[Tensor], objective: Objective, scale: Scale, per_view: bool, autocast: Autocast
 ) -> tuple[Loss, Tensor]:
     """Loss and gradients with all views in one graph.
 
@@ -60,12 +57,7 @@ def backward(
 
 
 def backward_chunked(
-    encoder: nn.Module,
-    groups: list[Tensor],
-    objective: Objective,
-    scale: Callable[[Tensor], Tensor],
-    chunk: int,
-    autocast: Callable[[], contextlib.AbstractContextManager],
+    encoder: nn.Module, groups: list[Tensor], objective: Objective, scale: Scale, chunk: int, autocast: Autocast
 ) -> tuple[Loss, Tensor]:
     """The same loss and gradients with at most `chunk` views in a graph (GradCache, Gao et al. 2021).
 

@@ -130,13 +130,11 @@ def _pixels(data: np.ndarray) -> np.ndarray | None:
     return None
 
 
+Looked = list[tuple[shards.Shard, Result, str]]  # each with the name of DALI's index
+
+
 def _manifest(
-    out: Path,
-    classes: list[str],
-    looked: list[tuple[shards.Shard, Result, str]],
-    max_rejected: float,
-    reading: Reading,
-    notes: list[str],
+    out: Path, classes: list[str], looked: Looked, max_rejected: float, reading: Reading, notes: list[str]
 ) -> dict:
     rejected = [item for _, result, _ in looked for item in result.rejected]
     write_rejected(out, rejected, len(rejected) + sum(len(result.rows) for _, result, _ in looked), max_rejected)
