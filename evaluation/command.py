@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -113,11 +114,9 @@ def embed_together(config: Config, device: torch.device) -> bool:
     try:
         for target in config.targets:
             work, datasets, own, _ = prepare(target, config, device, print if first else lambda _: None)
-            try:
+            with closing(work):
                 for data in datasets:
                     work.embed(data, own)
-            finally:
-                work.close()
     finally:
         dist.destroy_process_group()
     return first
@@ -161,13 +160,11 @@ def evaluate(target: str, config: Config, device: torch.device) -> dict:
     """One target; returns the content of its eval.json."""
     begun = time.perf_counter()
     work, datasets, own, run = prepare(target, config, device)
-    try:
-        pictures = []
+    pictures = []
+    with closing(work):
         for data in datasets:
             work.run(data, own)
             pictures += figures.draw(work, data) if config.plots else []
-    finally:
-        work.close()
     if own is None and any(p.name == "overlap" for d in datasets for p in d.protocols):
         print("overlap with the pre-training data: not checked, that data is not here")
     work.write()

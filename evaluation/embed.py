@@ -10,6 +10,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +119,13 @@ def _part(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Names, splits, labels (-1: none) and features (n, ...) float32 of what can be read of these samples."""
     kept, features = [], []
-    shown = engines.create(engine_name(store, engine), store, device, threads=threads)[0]
-    try:
+    shown, _ = engines.create(engine_name(store, engine), store, device, threads=threads)
+    with closing(shown):
         for some in np.array_split(ids, -(-len(ids) // batch)):
             readable = _loaded(store, some) if isinstance(store, FileStore) else some
             readable, y = _features(encoder, module, store, readable, shown, device)
             kept.append(readable)
             features += [y.numpy()] if len(readable) else []
-    finally:
-        shown.close()
     ids = np.concatenate(kept)
     names = [store.key(int(i)).encode("utf-8", "surrogateescape").decode("utf-8", "replace") for i in ids]
     x = np.concatenate(features) if features else np.zeros((0, 0), np.float32)

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -283,9 +283,6 @@ def clean_engine(encoder: Encoder, store: Store, engine: Any) -> Iterator[Any]:
     """What makes the clean views of this encoder: `engine`, or where it wants a bicubic filter, one that has it."""
     if encoder.interpolation != "bicubic":
         yield engine
-        return
-    own = BicubicEngine(store, getattr(engine, "threads", None))
-    try:
-        yield own
-    finally:
-        own.close()
+    else:
+        with closing(BicubicEngine(store, getattr(engine, "threads", None))) as own:
+            yield own

@@ -21,7 +21,7 @@ import torchvision
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
-from timm.models import adapt_input_conv
+from timm.models import PretrainedCfg, adapt_input_conv
 from torch import Tensor, nn
 
 from manyview.pipeline.errors import UserError, first_line, nearest
@@ -399,14 +399,13 @@ def _assumed(transform: Transform, vit: bool) -> Transform:
 def _timm(name: str, image_size: int | None, local: bool) -> Public:
     if not timm.is_model(name.partition(".")[0]):
         raise UserError(nearest("timm model", name, timm.list_models()))
-    config = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
-    size = image_size or (config.input_size[-1] if config else 224)
-    fixed: dict[str, Any] = {"img_size": size} if config and config.fixed_input_size else {}
-    mean, std = (config.mean, config.std) if config else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    tag = name.partition(".")[2] or (config.tag if config else None) or ""
-    crop, kind = (config.crop_pct, config.interpolation) if config else (0.875, "bilinear")
-    kind = "bicubic" if kind == "bicubic" else "bilinear"
-    transform = Transform(size, in_255(mean), in_255(std), crop, kind, f"timm's settings of {tag}" if tag else "")
+    published = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
+    config = published or PretrainedCfg(interpolation="bilinear")
+    size, tag = image_size or config.input_size[-1], name.partition(".")[2] or config.tag or ""
+    fixed: dict[str, Any] = {"img_size": size} if config.fixed_input_size else {}
+    transform = Transform(size, in_255(config.mean), in_255(config.std), config.crop_pct,
+                          "bicubic" if config.interpolation == "bicubic" else "bilinear",
+                          f"timm's settings of {tag}" if tag else "")  # fmt: skip
     if local and "." not in name:
         module = timm.models.model_entrypoint(name).__module__
         transform = _assumed(transform, "vision_transformer" in module or bool(fixed))
