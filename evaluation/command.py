@@ -209,8 +209,7 @@ def run_directory(target: str) -> Path | None:
 
 
 def directory_for(target: str, run: Path | None, trained: encoder.Encoder) -> Path:
-    """Where results go: weights that share an architecture, or a file's name, do not share a folder, nor do two sizes, transforms
-    or layers of the same weights."""
+    """Where results go: other weights of an architecture or file name, sizes, transforms and layers have folders of their own."""
     path, key = split_key(target)
     if run is None:
         return Path("runs") / "-".join(filter(None, [trained.run.replace(":", "-").replace("/", "-"), trained.variant]))

@@ -262,8 +262,7 @@ def _plain(value: float) -> float | None:
 
 
 def averages(correlations: list[Correlation]) -> list[dict]:
-    """For each dataset that predicts, group and predictor: the Fisher-z mean over the other datasets of its coefficient with
-    the same protocol on each."""
+    """For each dataset that predicts, group and predictor: the Fisher-z mean of its coefficient with itself on the others."""
     names = ("pretrained_on", "measured_on", "group", "predictor", "kind")
     same: dict[tuple, list[Correlation]] = {}
     for c in correlations:

@@ -152,8 +152,7 @@ class Asked:
 def load(target: str, asked: Asked | None = None) -> Encoder:
     """`target`: a run directory, one of its checkpoints (.pt), a .safetensors file, `timm:NAME` or `torchvision:NAME`.
 
-    Of a checkpoint the average of the weights is taken if the run kept one. UserError where there is no such, or where its
-    parameters are not finite.
+    Of a checkpoint the average of the weights is taken if the run kept one. UserError: no such, or parameters not finite.
     """
     asked = asked or Asked()
     encoder = _load(target, asked)

@@ -252,8 +252,7 @@ def zscore(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 class BicubicEngine:
-    """For weights that were trained with such a filter (other engines have a triangle's), and the boxes of clean views alone:
-    Pillow's antialiased resize."""
+    """Pillow's antialiased resize for the boxes of clean views alone, where other engines have a triangle's filter."""
 
     def __init__(self, store: Store, threads: int | None = None):
         self.store, self._pool = store, ThreadPoolExecutor(threads or cores(), "bicubic")

@@ -42,8 +42,7 @@ class Subset:
 def subset(labels: np.ndarray, fraction: float, seed: int, among: np.ndarray | None = None) -> Subset:
     """A random part of the labelled samples: of each class its rounded share, at least one sample.
 
-    labels: (N,) integers, -1 = unlabelled (never chosen); among: ids to choose from, all if None. For one seed 1 % lies
-    inside 10 %.
+    labels: (N,) integers, -1 = unlabelled (never chosen); among: ids to choose from. For one seed 1 % lies inside 10 %.
     """
     labelled = np.flatnonzero(labels >= 0)
     if among is not None:

@@ -106,8 +106,7 @@ def check(module: nn.Module) -> None:
 def groups(model: Classifier, preset: Preset, total: float) -> list[dict]:
     """Optimizer groups for `total` samples a step: each trainable parameter in exactly one, with its own peak rate.
 
-    timm says which layer of a ViT a parameter is of (the final norm: of the last block); layer l of L below the head has the
-    rate times 0.65^(L + 1 - l).
+    timm says which layer of a ViT a parameter is of (the final norm: of the last block); layer l of L has 0.65^(L + 1 - l).
     """
     trunk: Any = model.backbone
     rate = preset.backbone_rate * total / 256

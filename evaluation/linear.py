@@ -138,8 +138,7 @@ def train(
 
 
 def held_out(labels: Tensor, seed: int) -> Tensor:
-    """(N,) bool: a seeded tenth of every class (at least one sample of a class with two); of all samples where each has
-    several labels (N, C)."""
+    """(N,) bool: a seeded tenth of every class (at least one of two samples); of all where each has several labels (N, C)."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(len(labels), dtype=torch.bool)
     labels = labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)

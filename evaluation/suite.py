@@ -1,8 +1,7 @@
 """One encoder on several datasets, by several protocols: what `tools/evaluate.py TARGET` does.
 
 The work is cut into cells (a protocol on a dataset with the trained network, an untrained one, or plain pixels). A finished
-cell is written to eval.json under a key of everything it depends on, so an interrupted evaluation goes on and a repeated one
-reads.
+cell is written to eval.json under a key of all it depends on: an interrupted evaluation goes on, a repeated one reads.
 """
 
 from __future__ import annotations

@@ -179,8 +179,7 @@ def clean_views(
     crop_ratio: float = 1.0,
     say: Callable[[str], None] = lambda why: None,
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """One centre view of each of these images that can be read: (their ids (B,), views (B, C, size, size)). `say` is told of
-    each other one."""
+    """One centre view of each of these images that can be read, the others told to `say`: (ids (B,), views (B, C, S, S))."""
     while len(ids):
         try:
             (group,) = engine(ids, clean(size, store.heights[ids], store.widths[ids], crop_ratio))

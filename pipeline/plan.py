@@ -213,8 +213,7 @@ def permutation(n: int, seed: int, epoch: int, order: str = "random") -> np.ndar
 def _window(n: int, seed: int, epoch: int, number: int) -> np.ndarray:
     """Window `number` of an epoch in `blocks` order: places number * MIXED .. of it, (MIXED,) int64, the last one shorter.
 
-    The set's last block may be short; windows that come after it begin so many samples late, and take them from the
-    next block.
+    The set's last block may be short; windows after it begin so many samples late, and take them from the next block.
     """
     blocks, short = _blocks(n, seed, epoch)
     some = blocks[number * WINDOW : (number + 1) * WINDOW + 1]

@@ -35,8 +35,7 @@ class Store:
     are. `mean`, `std`: a channel, of values 0..255 (or 0..65535), over the training split. `fingerprint`: identity of this
     split's samples, the same for both formats. `shard_of`: (n,) uint32, the shard a sample lies in.
 
-    UserError: no shards, no such split, another version, an index that is damaged, a shard that is missing or of the wrong
-    length (named).
+    UserError: no shards, no such split, another version, a damaged index, a shard (named) missing or of another length.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:

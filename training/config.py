@@ -307,8 +307,7 @@ def _check_names(config: Config) -> list[str]:
 
 
 def objective_options(config: Config) -> dict[str, Any]:
-    """What the flags say about the objective: all settings that have the name of an objective's option. None where the
-    objective's own default holds."""
+    """What the flags say of the objective: settings named as its options; None where the objective's own default holds."""
     from manyview.model import objective
 
     own = objective.options_of(config.objective) if config.objective in objective.OBJECTIVES else []

@@ -53,8 +53,7 @@ def learned(identity: dict[str, Any]) -> dict[str, Any]:
     """What decides what is learned, however it was spelled: of `beta` auto and 3/D, of `--epochs` and `--steps`, of a policy
     and the same numbers given by --augment, there is one form.
 
-    identity: of a checkpoint, or for one: `Config.learned()` with `augment` as a dict, `size`, `steps` and the `data`'s
-    fingerprint.
+    identity: a checkpoint's: `Config.learned()` with `augment` as a dict, `size`, `steps` and the `data`'s fingerprint.
     """
     fields = {field.name for field in dataclasses.fields(Config)} - {"data", "augment"}
     augment = tuple(f"{key}={json.dumps(value)}" for key, value in identity["augment"].items())

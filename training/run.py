@@ -171,8 +171,7 @@ class Run:
                 self.clock.start()
 
     def probed(self, step: int, scores: dict[str, float], text: str, eigenvalues: np.ndarray | None) -> None:
-        """Scores of the online probes (shares of 1) with their `text`, and the spectrum of the features, largest first; None
-        where they are not finite."""
+        """Scores of the online probes (shares of 1), their `text`, and the features' spectrum, largest first, where finite."""
         if scores:
             self.row(step, **scores)
             numbers = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())

@@ -40,8 +40,7 @@ class Training:
 
 
 def policy(cfg: Config, size: int, grey: bool = False) -> Policy:
-    """The views that `cfg` asks for, of `grey` pictures or not, global ones of `size` pixels. A network of patches gets local
-    crops of whole ones."""
+    """The views that `cfg` asks for, global ones of `size` pixels. A network of patches gets local crops of whole ones."""
     changes = views.overrides(cfg.augment)
     asked = views.policy(cfg.policy, cfg.views, size, changes, grey)
     if len(asked.groups) == 1 or {"size", "local.size"} & changes.keys():

@@ -25,8 +25,7 @@ STRIP = 1_000_000  # pixels that are made RGB at a time
 
 
 class Converted(NamedTuple):
-    """A payload, its pixels (H, W, 3) uint8 (None if they were not made), its size, its thumbnail (or None), and what
-    was lost on the way, in words."""
+    """A payload, its pixels (H, W, 3) uint8 if they were made, its size, its thumbnail if any, and what was lost, in words."""
 
     payload: np.ndarray
     pixels: np.ndarray | None

@@ -21,8 +21,7 @@ LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 class Workers(NamedTuple):
-    """What a worker process has from its parent: its work, and an array in memory that all of them share: images, bytes,
-    rejected images, stop."""
+    """What a process has from its parent: its work, and in shared memory how many images, bytes, rejected images; and stop."""
 
     work: Callable
     totals: Any
@@ -51,8 +50,7 @@ def check_stop() -> None:
 def run(work: Callable, items: dict, *, jobs: int = 0, total: int | None = None, quiet: bool = False) -> dict:
     """`work(item)` for every item on a pool of processes; returns its results by the items' names.
 
-    Workers call `count` after each image and `check_stop` before. UserError: the disk is full, memory is not enough, a worker
-    died.
+    Workers call `count` after each image and `check_stop` before. UserError: disk full, not enough memory, a dead worker.
     """
     global workers  # noqa: PLW0603  what is set before a fork, its processes have
     results: dict = {}

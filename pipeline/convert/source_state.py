@@ -49,8 +49,7 @@ def _place(source: Path | None) -> str:
 
 
 def untouched(stamp: dict) -> bool:
-    """Nothing that the stamp watches is younger: folders with all that lies in them, and files. One that watches nothing
-    says nothing."""
+    """Whether nothing that the stamp watches is younger: folders with all that lies in them, and files."""
     return bool(stamp["watch"]) and all(_older(path, stamp["at"]) for path in stamp["watch"])
 
 

@@ -27,8 +27,7 @@ def renderer(store: Store) -> Callable:
 def render(mean, white, pixels, heights, widths, first, views, out):
     """Write the views of images that lie behind each other in `pixels` (flat), samples `first`, `first` + 1 … of a batch.
 
-    `mean` (C,) float32; `heights`, `widths` (n,) int64; `views` (V, B) of `views.VIEW`; `out` (V, B, S, S, C) of the type of
-    `pixels`, contiguous.
+    `mean` (C,) float32; `heights`, `widths` (n,) int64; `views` (V, B) of `views.VIEW`; `out` (V, B, S, S, C), contiguous.
     """
     size, channels, start = out.shape[2], out.shape[4], 0
     for i in range(len(heights)):

@@ -58,8 +58,7 @@ class Reading:
         return asked if any(asked) else []
 
     def digest(self) -> str:
-        """Of everything that decides labels and splits; empty where that is the source alone. UserError: the table cannot be
-        read."""
+        """Of what decides labels and splits besides the source, empty if nothing does. UserError: the table cannot be read."""
         decides = b""
         if self.labels:
             try:

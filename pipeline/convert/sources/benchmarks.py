@@ -71,8 +71,7 @@ def root_of(source: Path | None, base: str) -> Path:
 def by_torchvision(
     kind: str, base: str, train: tuple[str, ...], test: str, files: str, source: Path | None, reading: Reading
 ) -> Source:
-    """A set that torchvision's class `kind` lists below the folder `base`, with its names of the splits; the attribute `files`
-    holds the paths."""
+    """A set that torchvision's class `kind` lists below `base`, with its names of splits and of the attribute of paths."""
     from torchvision import datasets
 
     root = root_of(source, base)

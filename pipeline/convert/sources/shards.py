@@ -200,8 +200,7 @@ def _add(samples: dict, key: str, run: dict[str, tar.Member], shard: Shard) -> N
 
 
 def _ignored(name: str) -> bool:
-    """Whether a member is no part of a sample: no name before its first dot or no dot, as webdataset has it; what is hidden,
-    and what systems leave behind."""
+    """Whether a member is no part of a sample: without dot or name before it, as webdataset has it; hidden; left by systems."""
     *folders, base = name.removeprefix("./").split("/")
     hidden = any(
         (part.startswith(".") and part not in ("..", ".")) or part in ("__MACOSX", "@eaDir") for part in folders
