@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from manyview.pipeline import beton, codec, files, tar
+from manyview.pipeline import beton, codec, files, store, tar
 from manyview.pipeline.convert.sources import AS_IT_IS, SUFFIXES, Reading, Source, Split, changed, read_bytes, read_npy
 from manyview.pipeline.errors import UserError
 
@@ -366,25 +366,23 @@ def _split(name: str, rows: list[tuple[Path, Record]], source: Path, reading: Re
 
 
 def _own(source: Path) -> Source:
-    from manyview.pipeline import store
-
     opened = {name: store.Store(source, name) for name in store.splits(source)}
     result = Source(next(iter(opened.values())).classes, [], watch=[str(source / "manifest.json")])
     for name, data in opened.items():
         paths = [str(source / shard["file"]) for shard in data.shards]
         result.watch += paths
-        result.splits.append(_own_split(name, data, store.Corrupt, changed(paths)[data.shard_of]))
+        result.splits.append(_own_split(name, data, changed(paths)[data.shard_of]))
     return result
 
 
-def _own_split(name: str, data, corrupt: type[Exception], times: np.ndarray) -> Split:
+def _own_split(name: str, data: store.Store, times: np.ndarray) -> Split:
     ranked = sorted(range(len(data)), key=data.key)
-    sizes = np.array([int(data.heights[i]) * int(data.widths[i]) for i in ranked], np.int64)
+    sizes = data.heights[ranked].astype(np.int64) * data.widths[ranked]
 
     def read(i: int) -> np.ndarray:
         try:
             image = data.read(ranked[i])
-        except corrupt as error:
+        except store.Corrupt as error:
             raise ValueError(str(error)) from None
         return image if image.ndim == 1 else codec.decode(image)
 
