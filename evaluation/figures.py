@@ -74,8 +74,7 @@ def _spectrum(work: Suite, data: Data, file: Path) -> bool:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.2, 3.6))
         for weights, color in (("untrained", UNTRAINED), ("trained", TRAINED)):
-            x = work.features(weights, data, "train")[:, 0]
-            values = label_free.eigenspectrum(x)
+            values = label_free.eigenspectrum(work.features(weights, data, "train")[:, 0])
             alpha = label_free.power_law(values)
             label = f"{weights}, alpha {alpha.alpha:.2f}"
             axes.loglog(range(1, len(values) + 1), values / values[0], color=color, label=label)
@@ -124,8 +123,7 @@ def _confusion(work: Suite, data: Data, file: Path) -> bool:
 
 def _neighbours(work: Suite, data: Data, file: Path) -> bool:
     labels, truth = data.labels("train"), data.labels("test")
-    generator = np.random.default_rng(work.options.seed)
-    order = generator.permutation(len(truth))
+    order = np.random.default_rng(work.options.seed).permutation(len(truth))
     first = {int(truth[i]): i for i in reversed(order)}  # one of each class, then others
     rest = [i for i in order if first[int(truth[i])] != i]
     queries = [*first.values(), *rest][:QUERIES]

@@ -73,8 +73,7 @@ def classifier(encoder: Encoder, classes: int, *, bn: bool, seed: int) -> Classi
     module = copy.deepcopy(encoder.module).requires_grad_(True)
     # A copy that shares no statistics: the width is asked of it in evaluation mode, so that BatchNorm sees nothing.
     with torch.no_grad():
-        parameter = next(module.parameters())
-        features = module.eval()(encoder.no_image.to(parameter.device)).shape[1]
+        features = module.eval()(encoder.no_image.to(next(module.parameters()).device)).shape[1]
     check(module)
     blocks: Any = module.blocks if is_vit(module) else ()
     for i, block in enumerate(blocks):  # rising linearly from 0 over the blocks, as timm sets it at construction

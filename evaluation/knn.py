@@ -57,8 +57,7 @@ def neighbours(
 
 def _among_all(bank: Tensor, queries: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
     everyone = torch.arange(len(bank), device=bank.device)[None]
-    ranked = [_ranked(bank, q[None], everyone, k, metric) for q in queries]
-    return _joined(ranked)
+    return _joined([_ranked(bank, q[None], everyone, k, metric) for q in queries])
 
 
 def _ranked(bank: Tensor, queries: Tensor, candidates: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:

@@ -174,8 +174,7 @@ def sweep(
     heads = train(x[~out], labels[~out], classes, rates=RATES, bn=bn, epochs=epochs, seed=seed)
     accuracies = tuple(quality(scores, labels[out]) for scores in heads.scores(x[out]))
     rate = choose(accuracies)
-    final = train(x, labels, classes, rates=(rate, PAPER_RATE), bn=bn, epochs=epochs, seed=seed)
-    scores = final.scores(queries)
+    scores = train(x, labels, classes, rates=(rate, PAPER_RATE), bn=bn, epochs=epochs, seed=seed).scores(queries)
     return Probe(scores[0], rate, accuracies, scores[1])
 
 

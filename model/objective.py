@@ -302,8 +302,7 @@ def create(name: str, **options: Any) -> Callable[..., Loss]:
         raise UserError(nearest("objective", name, OBJECTIVES))
     function = OBJECTIVES[name]
     options = {key: value for key, value in options.items() if value is not None}
-    errors = [error for key, value in options.items() if (error := _invalid(function, key, value))]
-    refuse(errors)
+    refuse([error for key, value in options.items() if (error := _invalid(function, key, value))])
     return partial(function, **options)
 
 

@@ -159,8 +159,7 @@ class Config:
 
     def learned(self) -> dict[str, Any]:
         """The settings that decide what is learned: what a checkpoint must agree with, name by name."""
-        skip = {*SPEED, *BOOKKEEPING, "data"}
-        return {k: v for k, v in to_json(self).items() if k not in skip}
+        return {k: v for k, v in to_json(self).items() if k not in (*SPEED, *BOOKKEEPING, "data")}
 
 
 def parse(argv: list[str] | None = None) -> Config:

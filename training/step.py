@@ -77,9 +77,8 @@ def backward_chunked(
     scale(loss.total).backward()
     for i, (part, zi) in enumerate(zip(cuts, z)):
         restore_random_state(part.device, states[i])  # dropout and drop path repeat what the first pass drew
-        last = i == len(cuts) - 1
         # DDP reduces gradients once a step: in the backward pass of the last chunk.
-        alone = isinstance(encoder, DistributedDataParallel) and not last
+        alone = isinstance(encoder, DistributedDataParallel) and i < len(cuts) - 1
         with encoder.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
             with autocast():
                 out = embed(encoder, part, per_view=True)

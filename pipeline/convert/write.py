@@ -110,8 +110,7 @@ def _fill(writer, row: Row, job: Job) -> Contents:
             image = bands.convert(data, job.options, job.layout, CHECKS[job.options.check])
             contents.moments += _moments(image, contents)
         except ValueError as error:
-            item = {"split": split.name, "name": split.names[i], "key": key, "reason": str(error)}
-            contents.rejected.append(item)
+            contents.rejected.append({"split": split.name, "name": split.names[i], "key": key, "reason": str(error)})
             pool.count(0, 0, 1)
             continue
         payload = image.payload
