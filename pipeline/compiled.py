@@ -32,14 +32,10 @@ def cached() -> bool:
 
 def _keeps() -> bool:
     try:
-        numba.njit(cache=True)(_nothing)
+        numba.njit(cache=True)(_keeps)  # any function of this file: nothing is compiled before it is called
     except RuntimeError:  # "no locator available"
         return False
     return True
-
-
-def _nothing() -> None:
-    pass
 
 
 njit: Any = partial(numba.njit, nogil=True, cache=cached())
