@@ -141,7 +141,8 @@ def prepare(
     limit = config.limit if config.limit is not None else QUICK_LIMIT if quick else 0
     groups = set(config.protocols) <= protocols.GROUPS.keys()
     table = Labels(config.labels) if config.labels else None
-    how: dict[str, Any] = {"protocols": asked, "groups": groups, "limit": limit, "seed": config.seed, "table": table}
+    how: dict[str, Any] = {"protocols": asked, "groups": groups, "limit": limit, "seed": config.seed, "table": table,
+                           "layout": trained.layout}  # fmt: skip
     datasets = opened(paths, partial(open_data, **how))
     annotate(datasets, config.notes)
     own = next((d for d in datasets if own_path and d.path.resolve() == own_path.resolve()), None)

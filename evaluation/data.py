@@ -16,6 +16,7 @@ from torch import Tensor
 from manyview.evaluation import folder, linear, targets
 from manyview.evaluation.labels import Labels
 from manyview.pipeline import plan, storage
+from manyview.pipeline.codec import RGB, Layout
 from manyview.pipeline.errors import UserError
 from manyview.pipeline.store import Store
 
@@ -80,16 +81,16 @@ class Data:
 
 def open_data(
     path: Path, protocols: Sequence[Protocol] = (), *, groups: bool = False, limit: int = 0, seed: int = 0,
-    table: Labels | None = None,
+    table: Labels | None = None, layout: Layout = RGB,
 ) -> Data:  # fmt: skip
     """Open shards, or a folder of image files, for these protocols: a split is asked for only where one of them reads it.
 
     Of images without labels, those that need labels are left out where they were asked for by a group's name alone
     (`groups`). Without a split `val` a seeded tenth of the labelled training images is held out to be scored.
     `limit`: at most so many training images and half as many test images, class-balanced. `table`: labels instead of the
-    shards' own. UserError where the labels cannot carry what is asked for.
+    shards' own. `layout`: of files; shards say theirs. UserError where the labels cannot carry what is asked for.
     """
-    present = folder.opened(path)
+    present = folder.opened(path, layout)
     needed = any(p.labels for p in protocols) and not groups
     split = "unlabelled" if "train" not in present and not needed else "train"
     if split not in present:

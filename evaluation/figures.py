@@ -155,7 +155,8 @@ def _images(work: Suite, store: Store, ids: np.ndarray, size: int) -> np.ndarray
     """(n, S, S, 3) uint8 of the clean views."""
     boxes = views.clean(size, store.heights[ids], store.widths[ids], work.trained.crop_ratio)
     pixels = work.engine(store)(ids, boxes)[0][0].permute(0, 2, 3, 1).cpu().numpy()
-    return np.stack([in_colors(one, store) for one in pixels])
+    seen = work.trained  # files have no statistics
+    return np.stack([in_colors(one, store.layout, seen.mean, seen.std) for one in pixels])
 
 
 def _map(work: Suite, data: Data, file: Path) -> bool:

@@ -91,16 +91,19 @@ def listed(path: Path, layout: Layout = RGB) -> Source:
     return source
 
 
-def opened(path: Path) -> dict[str, Any]:
-    """{split: what opens it, once} of shards, or of a folder of image files, all of which are then looked at."""
+def opened(path: Path, layout: Layout = RGB) -> dict[str, Any]:
+    """{split: what opens it, once} of shards, or of a folder of image files, all of which are then looked at, for an encoder
+    of this layout."""
     if not is_folder(path):
         return {name: cache(partial(Store, path, name)) for name in splits(path)}
-    source = listed(path)
-    return {split.name: cache(partial(_measured, source, split, path)) for split in source.splits if split.names}
+    source = listed(path, layout)
+    return {
+        split.name: cache(partial(_measured, source, split, path, layout)) for split in source.splits if split.names
+    }
 
 
-def _measured(source: Source, split: Split, path: Path) -> FileStore:
-    store = FileStore(split, source.classes, path)
+def _measured(source: Source, split: Split, path: Path, layout: Layout) -> FileStore:
+    store = FileStore(split, source.classes, path, layout)
     digests = store.load(np.arange(len(store)))
     digest = hashlib.sha256("\0".join([*source.classes, "", *split.names]).encode("utf-8", "surrogateescape"))
     for part in (np.ascontiguousarray(split.labels).tobytes(), *digests):

@@ -36,7 +36,7 @@ def contact_sheet(
     ids = np.asarray(ids, np.int64)
     p = parameters(policy, seed, 0 * ids, ids, store.heights[ids], store.widths[ids])
     pixels = {name: [view for group in render(ids, p) for view in group.cpu()] for name, render in renders.items()}
-    shown = partial(in_colors, store=store)
+    shown = partial(in_colors, layout=store.layout, mean=store.mean, std=store.std)
     views, tall = len(p.views), len(pixels) * (CELL + GAP) - GAP
     first = 2 * CELL + GAP  # the original's width
     width = 2 * MARGIN + first + views * (CELL + GAP) + 2 * GAP
@@ -67,13 +67,13 @@ def contact_sheet(
     sheet.save(path, optimize=True)
 
 
-def in_colors(pixels: np.ndarray, store: Store) -> np.ndarray:
+def in_colors(pixels: np.ndarray, layout: Layout, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """(H, W, C) of a set as (H, W, 3) uint8 to look at: its first three channels as red, green and blue, or its only one as grey,
     two deviations of the set around its mean."""
-    if store.layout == RGB:
+    if layout == RGB:
         return pixels
-    low = np.array(store.mean) - 2 * np.array(store.std)
-    spread = (255 * (pixels - low) / (4 * np.array(store.std))).clip(0, 255).astype(np.uint8)
+    low = np.array(mean) - 2 * np.array(std)
+    spread = (255 * (pixels - low) / (4 * np.array(std))).clip(0, 255).astype(np.uint8)
     if spread.shape[2] == 2:
         return np.dstack([spread, np.zeros_like(spread[..., :1])])
     return np.repeat(spread, 3, 2) if spread.shape[2] == 1 else np.ascontiguousarray(spread[..., :3])

@@ -416,7 +416,7 @@ def test_the_profiler_and_peers_refuse_such_a_set(sets):
 def test_a_contact_sheet_shows_what_can_be_seen(sets, tmp_path):
     for layout, path in sets.items():
         store = Store(path)
-        shown = sheet.in_colors(store.read(0), store)
+        shown = sheet.in_colors(store.read(0), store.layout, store.mean, store.std)
         assert shown.shape == (18, 22, 3) and shown.dtype == np.uint8
         assert (shown[..., 0] == shown[..., 1]).all() == (layout.channels == 1) and 30 < shown.std() < 90
         assert np.argsort(shown[:, 0, 0])[0] < 9  # the slope, not turned round
@@ -515,6 +515,19 @@ def test_evaluation_of_such_a_run(run, request, tmp_path):
     assert {row["weights"] for row in rows} >= {"trained", "untrained", "pixels"} and (
         tmp_path / "report.html"
     ).exists()
+
+
+@pytest.mark.slow
+def test_a_folder_of_such_files_is_evaluated_as_its_shards_are(bands_run, sets, tmp_path):
+    shards = sets[THIRTEEN_BANDS]
+    scores = []
+    for data in (shards, shards.parent / "in" / shards.name):
+        content = evaluate(
+            str(bands_run), Config(data=(data,), protocols=("knn",), out=tmp_path / data.parent.name), CPU
+        )
+        rows = [row for row in content["results"] if row["weights"] in ("trained", "pixels")]
+        scores.append({(row["protocol"], row["norm"], row["weights"]): row["value"] for row in rows})
+    assert scores[0] == scores[1] and {weights for *_, weights in scores[0]} == {"trained", "pixels"}
 
 
 def test_embeddings_of_shards_and_of_the_files_themselves_are_the_same(bands_run, sets, tmp_path):
