@@ -111,6 +111,8 @@ def _measured(source: Source, split: Split, path: Path, layout: Layout) -> FileS
     store.fingerprint, store.notes = digest.hexdigest(), source.notes
     left_out = [f"{p['name']}: {p['reason']}" for p in source.problems if p["split"] == split.name]
     left_out += [f"{store.key(i)}: {store.unusable[i]}" for i in sorted(store.unusable)]
+    if len(store.unusable) == len(store):
+        raise UserError(f"{path}: no file of {split.name} can be used, first {left_out[0]}")
     if left_out:
         store.notes = [*source.notes, f"{len(left_out)} files of {split.name} left out, first {left_out[0]}"]
     return store

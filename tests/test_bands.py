@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import patterns
 import pytest
 import simplejpeg
 import tifffile
@@ -556,6 +557,9 @@ def test_an_encoder_of_other_channels_is_refused(bands_run, grey_digits, tmp_pat
         backbone.create("torchvision:resnet18", image_size=32, channels=13)
     with pytest.raises(UserError, match="takes images of 13 channels of 16 bits, grey-digits has 1 channel of 8 bits"):
         evaluate(str(bands_run), Config(data=(grey_digits,), protocols=("knn",), out=tmp_path), CPU)
+    files = patterns.images(tmp_path / "rgb", per_class={"train": 2, "val": 2})
+    with pytest.raises(UserError, match=r"no file of train can be used, first blob/0000.png: .*3 channels? of 8 bits"):
+        evaluate(str(bands_run), Config(data=(files,), protocols=("knn",), out=tmp_path), CPU)
 
 
 @pytest.mark.parametrize("name", ["resnet10-narrow", "test_vit"])
