@@ -47,17 +47,21 @@ def convergence(points: list[Row], rows: list[Row], picture: Path) -> None:
     points = points or [{**row, "step": row["steps"]} for row in rows]
     spread = claims.spread(points)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
-    for marker, (v, b) in zip(MARKERS, sorted({(p["views"], p["batch_size"]) for p in points})):
-        mine = select(points, views=v, batch_size=b)
+    runs = sorted({(p["views"], p["batch_size"], p.get("projector_dim")) for p in points})
+    several = len({d for *_, d in runs}) > 1
+    for marker, (v, b, d) in zip(MARKERS, runs):
+        mine, name = select(points, views=v, batch_size=b, projector_dim=d), f"V = {v}, {b} images a step"
+        name += f", D = {d}" if several else ""
         steps = values(mine, "step")
         samples = [percent(mine, step=s) for s in steps]
-        for axis, scale in zip(axes, (v * b, 1, v * b * cost(select(rows, views=v, batch_size=b)))):
-            band(axis, [s * scale for s in steps], samples, spread, f"V = {v}, {b} images a step", marker)
+        seconds = cost(select(rows, views=v, batch_size=b, projector_dim=d))
+        for axis, scale in zip(axes, (v * b, 1, v * b * seconds)):
+            band(axis, [s * scale for s in steps], samples, spread, name, marker)
     for axis, x in zip(axes, ("views seen", "steps", "core-seconds of training")):
         axis.set(xlabel=x, xscale="log")
         ticks(axis)
     axes[0].set(ylabel=label, title="3. More views, faster?")
-    axes[0].legend()
+    axes[2 if several else 0].legend(fontsize="small")  # a larger D costs time, and leaves room below
     save(figure, picture)
 
 

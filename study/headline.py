@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 
 from manyview.bench.output import table
-from manyview.study import claims
+from manyview.study import claims, figures
 from manyview.study.claims import Claim, Estimate, Lines, Row, Spread, percent, select, values
 
 
@@ -27,7 +28,7 @@ def crossing(spread: Spread, rows: list[Row], target: Estimate) -> Estimate | No
     return None
 
 
-def section(rows: list[Row], spread: Spread) -> Lines:
+def section(rows: list[Row], spread: Spread, picture: Path) -> Lines:
     """The baseline is the smallest V with the largest D, after the most views; all on all of the images.
 
     A share of its views or core-seconds is a ratio, whose error is taken from that of its logarithm. Core-seconds are those of
@@ -41,6 +42,7 @@ def section(rows: list[Row], spread: Spread) -> Lines:
     budget = values(baseline, "budget")[-1]
     baseline = select(baseline, budget=budget)
     target, seconds = spread.estimate(percent(baseline)), claims.cost(baseline) * budget
+    figures.convergence([], rows, picture)
     body, verdicts = [], []
     for v, b, d in sorted({(row["views"], row["batch_size"], row["projector_dim"]) for row in rows}):
         mine = select(rows, views=v, batch_size=b, projector_dim=d)
@@ -58,6 +60,7 @@ def section(rows: list[Row], spread: Spread) -> Lines:
         verdicts.append(Claim(f"{name}: as good as the baseline after fewer core-seconds, in %", cost_share, high=100))
     return claims.section(
         "### The headline: how soon is the baseline reached?",
+        f"![accuracy against views, steps and core-seconds](paper/{picture.name})",
         f"The baseline: V = {first}, D = {most}, {budget:,} views, {seconds:.0f} core-seconds, {target} % linear. Views"
         " after which the others are as good, between the budgets that they were trained for, and the shares of the baseline's:",
         table(["", "views", "share of the views", "share of the core-seconds"], body),

@@ -72,7 +72,7 @@ def page(study: Study, path: Path, rows_csv: Path, pictures: Path) -> Lines:
     views = claims.rows_of(study, rows_csv, "views", "steps", "scarce", "longer")
     scarce = claims.rows_of(study, rows_csv, "scarce")
     pictures.mkdir(parents=True, exist_ok=True)
-    picture = {what: pictures / f"{study.name}-{what}.png" for what in ("projector", "convergence", "data")}
+    picture = {what: pictures / f"{study.name}-{what}.png" for what in ("projector", "convergence", "data", "headline")}
     lines = setup(study, path, sweep.finished(study, rows_csv), percent(untrained), spread)
     if len(values(strong, "projector_dim")) > 1:
         lines += [*projector(strong, percent(untrained), spread, picture["projector"]), *law(claims.gridded(strong))]
@@ -82,7 +82,7 @@ def page(study: Study, path: Path, rows_csv: Path, pictures: Path) -> Lines:
         lines += convergence(views, curves, spread, picture["convergence"])
         lines += [*images(views, scarce, spread, picture["data"]), *costs(views)]
     if soon := claims.rows_of(study, rows_csv, "baseline"):
-        lines += headline.section([*views, *soon], spread)
+        lines += headline.section([*views, *soon], spread, picture["headline"])
     if forms:
         lines += off_diagonals(forms, spread)
     reading = path.with_suffix(".md")  # what a person makes of it

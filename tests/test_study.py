@@ -289,7 +289,7 @@ def test_a_best_beta_among_too_few_is_left_out():
     assert claims.gridded(extra) == [] and report.law([]) == []
 
 
-def test_the_headline_is_where_a_planted_curve_crosses_the_baseline():
+def test_the_headline_is_where_a_planted_curve_crosses_the_baseline(tmp_path: Path):
     """The mean grows by 2 points for every doubling of the views; V = 4 is 1 point ahead, so it needs 1/sqrt(2) of them."""
 
     def runs(v: int, d: int, budget: int, ahead: float) -> list[claims.Row]:
@@ -299,7 +299,7 @@ def test_the_headline_is_where_a_planted_curve_crosses_the_baseline():
     rows = [*runs(2, 512, 4000, 0)]
     for budget in (1000, 2000, 4000):
         rows += [*runs(2, 64, budget, 0.0), *runs(4, 64, budget, 1.0), *runs(8, 64, budget, -3.0)]
-    lines = headline.section(rows, claims.spread(rows))
+    lines = headline.section(rows, claims.spread(rows), tmp_path / "x.png")
     text = text_of(lines)
     assert "The baseline: V = 2, D = 512, 4,000 views" in text
     assert "| V = 8, 12 images a step, D = 64 | not seen to cross it |" in text
