@@ -22,7 +22,7 @@ demo: setup ## shards -> training -> evaluation -> report on Fashion-MNIST, 5 mi
 shards: setup ## convert images: DATASET= [SOURCE= LABELS=table HOLDOUT=25% FORMAT=webdataset|ffcv SIZE= ENCODING= JOBS= OUT= EXECUTOR=local|ray DOWNLOAD=1]
 	@$(PY) tools/shards.py write --dataset $(DATASET) --out "$(OUT)" $(SHARD_FLAGS)
 
-test: setup check ## lint, types and every test (11 minutes on 2 cores)
+test: setup check ## lint, types and every test (10 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not quiet"
 
 test-fast: setup ## the tests that take seconds (under a minute)
