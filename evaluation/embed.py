@@ -59,7 +59,7 @@ def embed(
         "layers": encoder.layers, "data": str(data), "fingerprint": fingerprint, "classes": stores[0].classes,
         "images": sum(map(len, stores)),
     }  # fmt: skip
-    parts = parts_of(to)
+    parts = to.with_name(f"{to.name}.parts")
     begun = _begun(parts, about)
     module = encoder.module.to(device).to(memory_format=torch.channels_last).eval()
     places = [(store, start) for store in stores for start in range(0, len(store), PART)]
@@ -79,16 +79,10 @@ def embed(
     return about
 
 
-def parts_of(to: Path) -> Path:
-    return to.with_name(f"{to.name}.parts")
-
-
 def _check(to: Path) -> None:
     if to.suffix not in (".parquet", ".npz"):
         raise UserError(f"--to {to}: the file must end in .parquet or .npz")
     if to.exists():
-        if (parts := parts_of(to)).exists():  # of a run that was killed while it removed them
-            shutil.rmtree(parts)
         raise UserError(f"{to} exists: remove it, or give another --to")
     if to.suffix == ".parquet":
         try:

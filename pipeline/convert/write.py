@@ -222,7 +222,7 @@ def write_shards(
 def _tidy(out: Path) -> None:
     """Whole shards whose run was killed while it removed its workshop: nobody else would."""
     if (out / WORK).exists():
-        with contextlib.suppress(UserError), _alone(out):  # UserError: that run is still at it
+        with contextlib.suppress(UserError, OSError), _alone(out):  # that run is still at it, or nobody may write there
             _remove_work(out)
 
 
