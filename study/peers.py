@@ -1,8 +1,9 @@
 """Other people's recipes on the same network, data and core-seconds: what the ladder's rows are held against.
 
 lightly's own transforms, heads and losses with the settings of its CIFAR-10 benchmark (SGD 0.06 for a batch of 128,
-momentum 0.9, weight decay 5e-4, cosine, no blur), by a ResNet-18 with the small stem; and EMP-SSL (Tong et al. 2023) with
-the settings of its authors' code, whose patches this project's pipeline makes. Nothing here is a method of this project.
+momentum 0.9, weight decay 5e-4, cosine, no blur; for VICReg LARS 0.3, weight decay 1e-4, a tenth of warm-up), by a ResNet-18
+with the small stem; and EMP-SSL (Tong et al. 2023) with the settings of its authors' code, whose patches this project's
+pipeline makes. Nothing here is a method of this project.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Recipe:
     views: Callable[[Store, Recipe, int, int], Iterator[Views]]  # of (shards, recipe, seed, first step)
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     transform: Callable[[], Any] = lambda: None  # lightly's; an image to a list of views
+    warmup: float = 0.0  # share of the core-seconds in which the learning rate rises to its peak
     pooled: bool = False  # all views through the network at once
 
 
@@ -108,17 +110,24 @@ RECIPES = {
         128, lambda: SimCLRProjectionHead(WIDTH, WIDTH, 128), pair(NTXentLoss()), lightly_views, sgd, simclr_transform
     ),
     "lightly-vicreg": Recipe(
-        128, lambda: VICRegProjectionHead(WIDTH, 2048, 2048), pair(VICRegLoss()), lightly_views, sgd,
-        lambda: VICRegTransform(input_size=SIZE, gaussian_blur=0.0),
+        128, lambda: VICRegProjectionHead(WIDTH, 2048, 2048), pair(VICRegLoss()), lightly_views, lars,
+        lambda: VICRegTransform(input_size=SIZE, gaussian_blur=0.0), warmup=0.1,
     ),
     "emp-ssl": Recipe(100, emp_head, coding_rate, patches, lars, pooled=True),
 }  # fmt: skip
 
 
+def schedule(done: float, warmup: float) -> float:
+    """Share of the peak learning rate after this share of the training: a line up to it, then half a cosine."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
+
+
 def train(name: str, data: Path, folder: Path, core_seconds: float, seed: int, precision: str) -> dict[str, Any]:
     """Train a ResNet-18 by a recipe for so many core-seconds into `folder`/backbone.safetensors, or go on there.
 
-    The learning rate follows half a cosine over the core-seconds. Returns views, steps and core-seconds.
+    The learning rate follows `schedule` over the core-seconds. Returns views, steps and core-seconds.
     """
     recipe, store = RECIPES[name], Store(data)
     torch.manual_seed(seed)
@@ -130,7 +139,7 @@ def train(name: str, data: Path, folder: Path, core_seconds: float, seed: int, p
     begun, used, saved = time.process_time(), before, before
     for batch in recipe.views(store, recipe, seed, step):
         for group, lr in zip(optimizer.param_groups, peak):
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * min(1.0, used / core_seconds)))
+            group["lr"] = lr * schedule(used / core_seconds, recipe.warmup)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             z = model(torch.cat(batch)).chunk(len(batch)) if recipe.pooled else [model(x) for x in batch]
         loss = recipe.loss([view.float() for view in z])

@@ -140,9 +140,9 @@ def projector(rows: list[Row], untrained: Sample, spread: Spread, picture: Path)
     most = dims[-1]
     tuned = {d: claims.tuned(select(rows, projector_dim=d), "c") for d in dims}
     best, weak = tuned[most] / most, min(values(select(rows, projector_dim=most), "beta"))
-    betas = {f"beta = {best:.3g}, best at D = {most}": best, f"beta = {weak:.3g}, weak": weak}
+    betas = {weak: f"beta = {weak:.3g}, weak", best: f"beta = {best:.3g}, best at D = {most}"}  # one, if equal
     scaled = {d: percent(rows, projector_dim=d, c=tuned[d]) for d in dims}
-    fixed = {name: {d: percent(rows, projector_dim=d, beta=beta) for d in dims} for name, beta in betas.items()}
+    fixed = {name: {d: percent(rows, projector_dim=d, beta=beta) for d in dims} for beta, name in betas.items()}
     small = [d for d in dims[:-1] if d <= 64]
     losses = [(f"At {name}, D = {d}", spread.difference(at[most], at[d])) for name, at in fixed.items() for d in small]
     body = [[d, *(cell(spread, percent(rows, projector_dim=d, c=c)) for c in cs), f"{tuned[d]:g}"] for d in dims]
@@ -299,8 +299,8 @@ def off_diagonals(rows: list[Row], spread: Spread) -> Lines:
     ]  # fmt: skip
     return section(
         "### Which off-diagonal",
-        "The default of `barlow` is `mean`, chosen by its cost ([objective.md](objective.md)); what accuracy says, at an"
-        " equal number of views and c = 3 for all, is that no form is clearly behind. Linear top-1 on the test split, %:",
+        "The default of `barlow` is `mean`, chosen by its cost ([objective.md](objective.md)). What accuracy says, at an equal"
+        f" number of views and c = {rows[0]['c']:g} for all, linear top-1 on the test split, %:",
         table(["form", *(f"V = {v}" for v in vs)], body),
         gaps,
     )
