@@ -75,6 +75,11 @@ def test_the_coding_rate_is_that_of_the_definition():
     torch.testing.assert_close(peers.coding_rate(list(z)), -200 * alike - torch.stack(rate).mean())
 
 
+def test_a_peers_rate_rises_and_falls():
+    assert [peers.schedule(done, 0.1) for done in (0.05, 0.1, 0.55, 1, 2)] == pytest.approx([0.5, 1, 0.5, 0, 0])
+    assert [peers.schedule(done, 0) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+
+
 @pytest.mark.parametrize("name", peers.RECIPES)
 def test_a_peer_trains_by_its_own_views_head_and_loss_and_goes_on(name, digits, tmp_path, monkeypatch):
     recipe = dataclasses.replace(peers.RECIPES[name], batch=4)
