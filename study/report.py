@@ -69,11 +69,12 @@ def page(study: Study, path: Path, rows_csv: Path, pictures: Path) -> Lines:
     """One study's part of the page; its pictures are written beside."""
     spread = claims.spread(claims.rows_of(study, rows_csv, *study.grids))
     untrained, strong, forms = (claims.rows_of(study, rows_csv, grid) for grid in ("untrained", "projector", "forms"))
-    views = claims.rows_of(study, rows_csv, "views", "steps", "scarce", "longer")
+    views = claims.rows_of(study, rows_csv, "views", "steps", "scarce")
     scarce = claims.rows_of(study, rows_csv, "scarce")
     pictures.mkdir(parents=True, exist_ok=True)
     picture = {what: pictures / f"{study.name}-{what}.png" for what in ("projector", "convergence", "data", "headline")}
     lines = setup(study, path, sweep.finished(study, rows_csv), percent(untrained), spread)
+    lines += tuning(claims.rows_of(study, rows_csv, "tune"))
     if len(values(strong, "projector_dim")) > 1:
         lines += [*projector(strong, percent(untrained), spread, picture["projector"]), *law(claims.gridded(strong))]
     if views:
@@ -114,6 +115,18 @@ def pending(study: Study, done: dict[str, Settings]) -> str:
     pace = total(done, "core_seconds") / max(1, total(done, "views_seen"))
     hours = pace * sum(run["budget"] for run in missing) / 3600
     return f"**Pending**: {parts}; {hours:.1f} core-hours of training. The same command does only what is missing."
+
+
+def tuning(rows: list[Row]) -> Lines:
+    """What c and learning rate were chosen by, for each V."""
+    if not rows:
+        return []
+    at = {(row["views"], row.get("lr", 0.0), row["c"]): f"{100 * row['held_out']:.2f}" for row in rows}
+    vs, settings = values(rows, "views"), sorted({(lr, c) for _, lr, c in at})
+    head = [f"c = {c:g}" + (f", lr = {lr:g}" if lr else "") for lr, c in settings]
+    body = [[f"V = {v}", *(at.get((v, *one), "-") for one in settings)] for v in vs]
+    told = "Linear top-1 on held-out training images, %, one seed:"
+    return section("### Tuned on held-out images", told, table(["", *head], body))
 
 
 def total(done: dict[str, Settings], key: str) -> float:

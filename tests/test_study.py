@@ -266,6 +266,14 @@ def test_views_replace_images_only_where_images_are_worth_something(tmp_path: Pa
     assert "against V" not in text_of(report.images(rows, [], claims.spread(rows), tmp_path / "x.png"))
 
 
+def test_what_was_tuned_is_shown_for_each_v():
+    rows = [{"views": v, "c": c, "held_out": (v + c) / 100} for v in (2, 4) for c in (5, 20)]
+    text = text_of(report.tuning([*rows, {"views": 4, "c": 20, "lr": 0.1, "held_out": 0.5}]))
+    assert "|  | c = 5 | c = 20 | c = 20, lr = 0.1 |" in text
+    assert "| V = 2 | 7.00 | 22.00 | - |" in text and "| V = 4 | 9.00 | 24.00 | 50.00 |" in text
+    assert report.tuning([]) == []
+
+
 def test_numbers_come_back_as_they_were(tmp_path: Path, study: Path):
     found = sweep.read(study)
     rows = {sweep.name_of(s): {**s, "linear": 0.25, "shared": found.shared} for s in found.runs}
