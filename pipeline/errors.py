@@ -46,6 +46,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def in_one_line(error: BaseException) -> str:
+    """All of an error's text: YAML's tells the place in its last lines."""
+    return " ".join(str(error).split())
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0 or its own code; 2 with one line an error for `UserError` and for what the system
     refuses by the name of a file; 130 for Ctrl-C; 141, quietly, where whoever reads what it prints has closed the pipe."""

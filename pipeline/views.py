@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from manyview.pipeline.compiled import njit
-from manyview.pipeline.errors import UserError, nearest, refuse
+from manyview.pipeline.errors import UserError, in_one_line, nearest, refuse
 from manyview.pipeline.philox import below, philox, uniform
 
 
@@ -169,7 +169,9 @@ def overrides(texts: Iterable[str]) -> dict[str, Any]:
         try:
             values = {key.strip(): yaml.safe_load(value)} if equals else yaml.safe_load(Path(text).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"view setting {text!r} is neither key=value nor a readable YAML file: {error}") from None
+            raise UserError(
+                f"view setting {text!r} is neither key=value nor a readable YAML file: {in_one_line(error)}"
+            ) from None
         if not isinstance(values, dict):
             raise UserError(f"{text}: expected lines of `key: value`, as in `hue: 0.1`")
         result.update({str(key): value for key, value in values.items()})

@@ -28,11 +28,10 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from manyview.bench import output
@@ -89,25 +88,38 @@ class Ladder:
     notes: list[str] = field(default_factory=list)
 
 
+class Part(TypedDict, total=False):
+    """Of a ladder file: rows of one name. One of the first four, which are KINDS."""
+
+    train: dict[str, Any]
+    peer: str
+    kmeans: int
+    pixels: bool
+    core_hours: list[float]
+    seeds: list[int]
+
+
+class Parts(TypedDict, total=False):
+    """Of a ladder file."""
+
+    data: str
+    rows: dict[str, Part]
+    notes: list[str]
+
+
 def read(path: Path, data: Path | None = None) -> Ladder:
     """The ladder in a YAML file; `data` instead of the file's. UserError for what it cannot hold."""
-    if not path.is_file():
-        raise UserError(f"no ladder {path}")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict) or not {"data", "rows"} <= content.keys():
-        raise UserError(f"{path}: a ladder has `data` and `rows`")
+    content = sweep.load(path, "ladder", Parts, "data", "rows")
     rows = [row for name, part in content["rows"].items() for row in _rows(path, name, part)]
     return Ladder(data or Path(content["data"]), rows, content.get("notes", []))
 
 
-def _rows(path: Path, name: str, part: dict[str, Any]) -> list[Row]:
-    kinds = [kind for kind in KINDS if kind in part]
-    if unknown := set(part) - {*KINDS, "core_hours", "seeds"}:
-        raise UserError(f"{path}: {name}: {nearest('part', unknown.pop(), (*KINDS, 'core_hours', 'seeds'))}")
+def _rows(path: Path, name: str, part: Part) -> list[Row]:
+    kinds = [(kind, value) for kind, value in part.items() if kind in KINDS]
     if len(kinds) != 1:
         raise UserError(f"{path}: {name}: a row has one of {', '.join(KINDS)}")
     hours, seeds = part.get("core_hours", [0]), part.get("seeds", [0])
-    return [Row(name, kinds[0], part[kinds[0]], float(hour), seed) for hour in hours for seed in seeds]
+    return [Row(name, *kinds[0], float(hour), seed) for hour in hours for seed in seeds]
 
 
 def run(ladder: Ladder, out: Path, runs: Path, todo: list[Row], precision: str) -> int:
@@ -161,8 +173,12 @@ def _fit(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
 
 
 def _peer(row: Row, data: Path, folder: Path, precision: str) -> dict[str, Any]:
-    from manyview.study import peers  # here, since it needs lightly
-
+    try:  # here, since it needs lightly
+        from manyview.study import peers
+    except ImportError as error:
+        raise UserError(f"{row.name}: {error}") from None
+    if row.value not in peers.RECIPES:
+        raise UserError(f"{row.name}: {nearest('peer', row.value, peers.RECIPES)}")
     result = peers.train(row.value, data, folder, 3600 * row.core_hours, row.seed, precision)
     tflop = _tflop(folder, peers.RECIPES[row.value].head(), peers.SIZE, result["views"])
     return result | {"tflop": tflop, "command": f"study/peers.py, {row.value}, {precision}"}

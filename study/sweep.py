@@ -20,19 +20,22 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import signal
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import yaml
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from manyview.pipeline import files
-from manyview.pipeline.errors import UserError, nearest
+from manyview.pipeline.errors import UserError, in_one_line, nearest
 from manyview.study import worker
 from manyview.training import config, monitor
 
@@ -43,6 +46,11 @@ DEFAULTS = {name: getattr(config.Config, name) for name in ("optimizer", "policy
 CURVE = ("step", "views_seen", "core_seconds", "knn", "linear")
 
 
+class Probe(TypedDict, total=False):
+    epochs: int
+    images: int
+
+
 @dataclass
 class Study:
     """What a study file says."""
@@ -50,7 +58,7 @@ class Study:
     name: str
     train: Settings
     grids: dict[str, list[Settings]]  # without what all share
-    probe: Settings = field(default_factory=dict)
+    probe: Probe = field(default_factory=Probe)
 
     @cached_property
     def runs(self) -> list[Settings]:
@@ -68,25 +76,55 @@ class Study:
         return hashlib.sha256(json.dumps([self.train, self.probe], sort_keys=True).encode()).hexdigest()[:8]
 
 
+class Parts(TypedDict, total=False):
+    """Of a study file."""
+
+    train: Settings
+    probe: Probe
+    grids: dict[str, list[Settings]]
+
+
 def read(path: Path) -> Study:
-    """The study in a YAML file. `UserError` for unknown settings."""
+    """The study in a YAML file. `UserError` for unknown settings and for runs of no known length."""
+    content = load(path, "study", Parts, "train", "grids")
+    train, grids = content["train"], content["grids"]
+    known = {*config.to_json(config.Config()), "budget"}
+    for key in (*train, *(key for grid in grids.values() for part in grid for key in part)):
+        if key not in known:
+            raise UserError(f"{path}: {nearest('setting', str(key), known)}")
+    study = Study(path.stem, train, {name: [run for part in grid for run in product(part)] for name, grid in grids.items()},
+                  content.get("probe", {}))  # fmt: skip
+    if not study.runs:
+        raise UserError(f"{path}: its grids have no runs")
+    for run in study.runs:
+        for key, least in (("views", 1), ("batch_size", 1), ("budget", 0)):
+            value = ({"batch_size": 1} | train | run).get(key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+                raise UserError(
+                    f"{path}: every run needs `{key}`, a number of at least {least}, not {value!r}: {name_of(run)}"
+                )
+    return study
+
+
+Content = TypeVar("Content", bound=Mapping[str, Any])
+
+
+def load(path: Path, what: str, parts: type[Content], *needed: str) -> Content:
+    """What a YAML file holds that has the parts of a TypedDict. `UserError` where it is none, or has others."""
     if not path.is_file():
-        raise UserError(f"no study {path}")
+        raise UserError(f"no {what} {path}")
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict) or not {"train", "grids"} <= content.keys():
-        raise UserError(f"{path}: a study has `train` and `grids`")
-    parts = ("train", "probe", "grids")
-    if unknown := content.keys() - {*parts}:
-        raise UserError(f"{path}: {nearest('part', unknown.pop(), parts)}")
-    known = {*config.to_json(config.Config()), "budget"}
-    for key in (*content["train"], *(key for grid in content["grids"].values() for part in grid for key in part)):
-        if key not in known:
-            raise UserError(f"{path}: {nearest('setting', key, known)}")
-    grids = {name: [run for part in parts for run in product(part)] for name, parts in content["grids"].items()}
-    return Study(path.stem, content["train"], grids, content.get("probe", {}))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {in_one_line(error)}") from None
+    if not isinstance(content, dict) or not content.keys() >= set(needed):
+        raise UserError(f"{path}: a {what} has {' and '.join(f'`{part}`' for part in needed)}")
+    if unknown := content.keys() - parts.__annotations__.keys():
+        raise UserError(f"{path}: {nearest('part', str(unknown.pop()), parts.__annotations__)}")
+    try:
+        return check_type(content, parts, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def product(part: Settings) -> list[Settings]:

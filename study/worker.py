@@ -18,7 +18,7 @@ from manyview.evaluation import encoder as encoders
 from manyview.evaluation import features, knn, linear
 from manyview.evaluation.metrics import score
 from manyview.model import backbone
-from manyview.pipeline import engines, files, plan
+from manyview.pipeline import engines, errors, files, plan
 from manyview.pipeline.engines.cpu import CPUEngine
 from manyview.pipeline.machine import cores
 from manyview.pipeline.store import Store
@@ -26,7 +26,11 @@ from manyview.training import config, monitor
 
 
 def work(probe: dict[str, Any], flags: list[str], settings: dict[str, Any], folder: Path, jobs: int) -> None:
-    """Train by `flags` into `folder` (or go on there), score, leave `folder`/row.json. Ends the process."""
+    """Train by `flags` into `folder` (or go on there), score, leave `folder`/row.json. Ends the process, as a command does."""
+    errors.run(partial(_work, probe, flags, settings, folder, jobs))
+
+
+def _work(probe: dict[str, Any], flags: list[str], settings: dict[str, Any], folder: Path, jobs: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -38,10 +42,11 @@ def work(probe: dict[str, Any], flags: list[str], settings: dict[str, Any], fold
     row: dict[str, Any] = {}
     if settings.get("budget") != 0:
         if code := train.main():
-            sys.exit(code)
+            return code
         row = trained(folder)
     row |= scores(config.parse(sys.argv[1:]), folder, row != {}, threads, **probe)
     files.write(folder / "row.json", json.dumps(row) + "\n")
+    return 0
 
 
 def trained(folder: Path) -> dict[str, Any]:

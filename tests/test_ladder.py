@@ -99,6 +99,10 @@ def test_a_peer_trains_by_its_own_views_head_and_loss_and_goes_on(name, digits, 
         ("pixels: true", "pixls: true", "pixls"),
         ("pixels: true", "seeds: [0]", "one of train, peer, kmeans, pixels"),
         ("rows:", "row:", "has `data` and `rows`"),
+        ("{pixels: true}", "null", "not a dict"),
+        ("pixels: true", "pixels: true, seeds: 0", "'seeds'.*not a list"),
+        ("pixels: true", "pixels: true, core_hours: [long]", "'core_hours'.*float"),
+        ("{pixels: true}", "[", "is not YAML.*line"),
     ],
 )
 def test_a_ladder_that_cannot_be_is_refused(file, old, new, words):

@@ -230,6 +230,28 @@ def test_a_study_that_is_none_is_one_line(tmp_path: Path, content: str | None):
         assert not (tmp_path / "page.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("views: 2, fraction: 1.0, budget: 0,", "fraction: 1.0, budget: 0,", "every run needs `views`.*not None"),
+        ("views: [2, 4]", "views: two", "every run needs `views`.*not 'two'"),
+        ("batch_size: 32", "batch_size: 0", "every run needs `batch_size`, a number of at least 1, not 0"),
+        ("budget: 0", "budget: .nan", "every run needs `budget`"),
+        ("epochs: 2", "epoch: 2", "epoch"),  # before anything is trained
+        ("epochs: 2", "epochs: many", "'epochs'.*not an instance of int"),
+        ("untrained: [{", "untrained: {a: [{", "line 5"),
+        ("  untrained: [{", "  more: {views: 2}\n  untrained: [{", "'more'.*not a list"),
+        ("train: {", "train: [{", "line 2"),
+    ],
+)
+def test_a_study_that_cannot_be_is_one_line(study: Path, old: str, new: str, words: str):
+    assert old in study.read_text()
+    study.write_text(study.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=words) as refused:
+        sweep.read(study)
+    assert "\n" not in str(refused.value)
+
+
 def run_of(v: int, b: int, fraction: float, budget: int, seed: int, linear: float) -> claims.Row:
     return {"views": v, "batch_size": b, "fraction": fraction, "budget": budget, "seed": seed, "linear": linear + 0.002 * seed,
             "steps": budget // b // v, "views_seen": budget, "core_seconds": budget / 1e4 / v, "peak_bytes": 2**20}  # fmt: skip

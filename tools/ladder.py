@@ -11,6 +11,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and like there before torch is loaded
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,7 +41,7 @@ class Options:
     """Rungs; default all."""
     seeds: tuple[int, ...] = ()
     """Seeds; default all."""
-    precision: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of every row that trains: bf16 or fp32, or auto as train.py has it."""
     runs: Path = Path("runs/ladder")
     """Where the runs are kept."""
@@ -60,6 +61,11 @@ def main() -> int:
     todo = [row for row in asked.rows if row.name in (options.only or names)]
     todo = [row for row in todo if row.core_hours in (options.core_hours or [row.core_hours])]
     todo = [row for row in todo if row.seed in (options.seeds or [row.seed])]
+    if not todo:
+        there = ", ".join(
+            dict.fromkeys(f"{row.core_hours:g}" for row in asked.rows if row.name in (options.only or names))
+        )
+        raise UserError(f"no row has these --core-hours and --seeds; rungs of the rows asked for: {there or 'none'}")
     torch.set_num_threads(1)
     tune(torch.device("cpu"))
     failed = 0 if options.report else ladder.run(asked, options.out, options.runs, todo, options.precision)

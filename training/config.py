@@ -14,7 +14,7 @@ import tyro
 import yaml
 
 from manyview.pipeline import engines, storage
-from manyview.pipeline.errors import UserError, nearest, refuse
+from manyview.pipeline.errors import UserError, in_one_line, nearest, refuse
 from manyview.pipeline.store import Store, training_split
 from manyview.training.monitor import TRACKERS
 
@@ -218,9 +218,9 @@ def _with_preset(argv: list[str], errors: list[str]) -> Config:
     try:
         settings = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        settings = f"not YAML: {str(error).splitlines()[0]}"
+        settings = f"not YAML: {in_one_line(error)}"
     if not isinstance(settings, dict):
-        errors.append(f"{path}: expected lines of `setting: value`, as in `views: 8`, not {str(settings)[:80]}")
+        errors.append(f"{path}: expected lines of `setting: value`, as in `views: 8`, not {str(settings)[:300]}")
         return Config()
     types = {f.name: str(f.type) for f in dataclasses.fields(Config)}
     known: dict[str, Any] = {}
