@@ -304,6 +304,7 @@ def costs(rows: list[Row]) -> Lines:
 def off_diagonals(rows: list[Row], spread: Spread) -> Lines:
     """Barlow's three off-diagonals."""
     vs, names = values(rows, "views"), values(rows, "form")
+    strength = f"c = {rows[0]['c']:g}" if "c" in rows[0] else "the default beta"
     body = [[name, *(cell(spread, percent(rows, form=name, views=v)) for v in vs)] for name in names]
     gaps = [
         f"- `{name}` against `pairs` at V = {v}: {gap} points"
@@ -313,7 +314,7 @@ def off_diagonals(rows: list[Row], spread: Spread) -> Lines:
     return section(
         "### Which off-diagonal",
         "The default of `barlow` is `mean`, chosen by its cost ([objective.md](objective.md)). What accuracy says, at an equal"
-        f" number of views and c = {rows[0]['c']:g} for all, linear top-1 on the test split, %:",
+        f" number of views and {strength} for all, linear top-1 on the test split, %:",
         table(["form", *(f"V = {v}" for v in vs)], body),
         gaps,
     )
