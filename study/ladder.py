@@ -257,7 +257,7 @@ def _pixels(store: Store) -> Tensor:
 
 def finished(out: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Lines of the CSV by (row, core-hours, seed)."""
-    return {(line["row"], line["core_hours"], line["seed"]): line for line in sweep.read_rows(out)}
+    return {(line["row"], line["core_hours"], line["seed"]): line for line in sweep.read_rows(out, *COLUMNS)}
 
 
 def write(out: Path, lines: dict[tuple[str, str, str], dict[str, Any]]) -> None:

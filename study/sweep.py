@@ -217,7 +217,7 @@ def on_sigterm(children: set[Any]) -> list[int]:
 
 def finished(study: Study, out: Path) -> dict[str, Settings]:
     """Rows of the CSV by run. `UserError` where the file is of another study."""
-    rows = read_rows(out)
+    rows = read_rows(out, *RESULTS[:-1])  # the oldest rows do not say how they were probed
     if any(row["shared"] != study.shared for row in rows):
         what = "rows made with other shared settings: of another study, or of an earlier state of it"
         raise UserError(f"{out}: {what}; move it away, or give --out")
@@ -237,9 +237,22 @@ def write(study: Study, out: Path, rows: dict[str, Settings]) -> None:
     files.write(out, table([*study.columns, *RESULTS], [rows[name] for name in names]))
 
 
-def read_rows(path: Path) -> list[Settings]:
-    """Of a CSV; none where there is no such file."""
-    return list(csv.DictReader(io.StringIO(path.read_text()))) if path.exists() else []
+def read_rows(path: Path, *needed: str) -> list[Settings]:
+    """Of a CSV; none where there is no such file. `UserError` where it has not the columns `needed`."""
+    if not path.exists():
+        return []
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text()), strict=True)
+        rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV: {error}") from None
+    if missing := [column for column in needed if column not in (reader.fieldnames or ())]:
+        raise UserError(
+            f"{path}: a CSV of something else, without the column {missing[0]!r}; move it away, or give --out"
+        )
+    if cut := [i for i, row in enumerate(rows, 1) if any(row[column] is None for column in needed)]:
+        raise UserError(f"{path}: row {cut[0]} ends too early")
+    return rows
 
 
 def table(columns: list[str], rows: list[Settings]) -> str:

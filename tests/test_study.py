@@ -72,6 +72,22 @@ def test_rows_of_other_shared_settings_are_refused(study: Path, tmp_path: Path):
         sweep.finished(sweep.read(study), tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"name,score\n", "without the column 'held_out'; move it away"),  # no row, but somebody's file all the same
+        (b"\xff\xfe\x00", "no CSV"),
+        (b"views,seed,%s\n2,0,0.5\n" % ",".join(sweep.RESULTS).encode(), "row 1 ends too early"),
+    ],
+)
+def test_a_table_that_is_not_the_studys_is_refused_and_left(study: Path, tmp_path: Path, content: bytes, words: str):
+    table = tmp_path / "a.csv"
+    table.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        sweep.run(sweep.read(study), table, tmp_path / "runs", 1)
+    assert table.read_bytes() == content
+
+
 def command(study: Path, tmp_path: Path, *more: str) -> list[str]:
     out, folder = str(tmp_path / "tiny.csv"), str(tmp_path / "runs")
     return [sys.executable, str(ROOT / "tools" / "sweep.py"), str(study), "--out", out, "--folder", folder, *more]
