@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +83,10 @@ class Views(AbstractContextManager["Views"]):
         threads: int | None = None,
         prefetch: int = 2,
     ):
+        wholes = {"views": (views, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "size": (size, 0),
+                  "threads": (threads, 0), "prefetch": (prefetch, 0)}  # fmt: skip
+        refuse([f"{name} must be a whole number of at least {least} (and below 2^63), not {value!r}"
+                for name, (value, least) in wholes.items() if value is not None and not _whole(value, least)])  # fmt: skip
         self.store = store = Store(path, split or training_split(path))
         self.batch_size, self.seed, self.fraction, self.order = batch_size, seed, fraction, order
         self.shuffle = store.split in ("train", "unlabelled") if shuffle is None else shuffle
@@ -127,6 +132,8 @@ class Views(AbstractContextManager["Views"]):
         """Go on behind the last batch given when `state` was taken. UserError where it is of other data or settings."""
         refuse([f"the state's {name} is {state.get(name)!r}, now {now!r}"
                 for name, now in self.state_dict().items() if name != "step" and state.get(name) != now])  # fmt: skip
+        if not _whole(state.get("step"), 0):
+            raise UserError(f"the state's step is {state.get('step')!r}, no number of batches")
         self._step, self._resuming = state["step"], True
 
     def close(self) -> None:
@@ -140,8 +147,6 @@ class Views(AbstractContextManager["Views"]):
 
     def _plan(self) -> Plan | InOrder:
         world, rank = processes()
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
         if not self.shuffle:
             if self.fraction != 1:
                 raise UserError(f"fraction {self.fraction:g} is of images that are shuffled: it goes with shuffle=True")
@@ -164,6 +169,10 @@ class Views(AbstractContextManager["Views"]):
             self._loader = Loader(self.store, self._plan(), self.policy, engine, seed=self.seed, prefetch=self._prefetch,
                                   max_bad=0.01 if self.shuffle else 0)  # fmt: skip
         return self._loader
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 2**63
 
 
 def processes() -> tuple[int, int]:

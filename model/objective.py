@@ -18,10 +18,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial, wraps
 from inspect import signature
+from numbers import Real
 from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, ParamSpec, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from manyview.pipeline.errors import UserError, nearest, refuse
 C = 3.0
 # In the authors' sweeps beta * D <= 25 trains well, 51 a little worse, and from 102 on the embedding collapses.
 COLLAPSE_EDGE = 50.0
+P = ParamSpec("P")
 EPS = 1e-5  # added to the variance; BatchNorm's, and so the textbook's
 
 
@@ -102,6 +104,8 @@ def _full_precision(z: Tensor, local: Sequence[bool] | Tensor | None) -> Iterato
     """`z` in fp32 or fp64 with its global views first, how many those are, and no autocast inside."""
     if z.ndim != 3 or z.shape[1] < 2:
         raise ValueError(f"an objective takes (views, batch >= 2, dim), got {tuple(z.shape)}")
+    if not z.is_floating_point():
+        raise ValueError(f"an objective takes embeddings in floating point, got {z.dtype}")
     order = list(range(len(z)))
     n_global = len(z)
     if local is not None and any(local):
@@ -165,7 +169,7 @@ def _collapses(beta: float, dim: int) -> str:
 def _correlation_strength(beta: float | str, dim: int) -> float:
     value = _strength(beta, C / dim)
     if text := _collapses(value, dim):
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)  # where the objective is called
     return value
 
 
@@ -176,6 +180,19 @@ def _loss(invariance: Tensor, decorrelation: Tensor) -> Loss:
 # ------------------------------------------------------------------------------------------------------ the objectives
 
 
+def _checked(function: Callable[P, Loss]) -> Callable[P, Loss]:
+    """The same, with ValueError for options that its types do not allow: a wrong word would quietly be another formula."""
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> Loss:
+        if errors := [text for key, value in options.items() if (text := _invalid(call, key, value))]:
+            raise ValueError("; ".join(errors))
+        return function(*args, **options)
+
+    return call
+
+
+@_checked
 def barlow(
     z: Tensor,
     *,
@@ -231,6 +248,7 @@ def _pairs(z: Tensor, g: int) -> tuple[Tensor, Tensor]:
     return on, _off_diagonal_of(_final_sum(z[i].mT @ z[j]) / n) / len(i)
 
 
+@_checked
 def vicreg(
     z: Tensor,
     *,
@@ -255,6 +273,7 @@ def vicreg(
         return _loss(25 * invariance, 25 * (1 - deviation).relu().mean() + _strength(beta, 1.0) * covariance)
 
 
+@_checked
 def spectral(
     z: Tensor, *, beta: float | Literal["auto"] = "auto", local: Sequence[bool] | Tensor | None = None
 ) -> Loss:
@@ -273,6 +292,7 @@ def spectral(
         return _loss(_spread(x, g), _strength(beta, 1.0) * distance)
 
 
+@_checked
 def paper(z: Tensor, *, beta: float | Literal["auto"] = "auto", local: Sequence[bool] | Tensor | None = None) -> Loss:
     """The paper's estimator as its authors compute it for V > 2, here at every V, on z (V, B, D).
 
@@ -330,18 +350,25 @@ def describe(objective: Callable[..., Loss], dim: int) -> tuple[str, dict[str, A
     return text, options
 
 
+@cache
+def _option_types(function: Callable[..., Loss]) -> dict[str, Any]:
+    return {k: v for k, v in get_type_hints(function).items() if k not in ("z", "local", "return")}
+
+
 def _invalid(function: Callable[..., Loss], key: str, value: Any) -> str | None:
     """What is wrong with one option, by the type that its function states, or None."""
-    hints = {k: v for k, v in get_type_hints(function).items() if k not in ("z", "local", "return")}
+    hints = _option_types(function)
+    if key in ("z", "local"):
+        return None
     if key not in hints:
         return f"objective {function.__name__!r} has no option {key!r}; it has: {', '.join(hints)}"
     kinds = get_args(hints[key]) if get_origin(hints[key]) in (Union, UnionType) else (hints[key],)
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-    if value in words:
+    if value in words or (value is None and type(None) in kinds) or (isinstance(value, bool) and bool in kinds):
         return None
     if float not in kinds and int not in kinds:
         return nearest(f"{key} of {function.__name__}", str(value), words)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if is_number and (float in kinds or value == int(value)) and not (key == "beta" and value < 0):
         return None
     number = "a number >= 0" if key == "beta" else "a number" if float in kinds else "a whole number"

@@ -135,6 +135,19 @@ def test_a_state_of_something_else_is_refused(photos):
         manyview.Views(photos, 2, 5, seed=1, size=16).load_state_dict(state)
     with pytest.raises(UserError, match="the state's policy"):
         manyview.Views(photos, 2, 6, size=17).load_state_dict(state)
+    for step in ("3", -1, 1.5, None):
+        with pytest.raises(UserError, match="the state's step"):
+            manyview.Views(photos, 2, 6, size=16).load_state_dict({**state, "step": step})
+
+
+@pytest.mark.parametrize(
+    "setting", [{"views": 2.0}, {"views": 0}, {"batch_size": "16"}, {"batch_size": 0}, {"seed": 2**63}, {"seed": 1.5},
+                {"size": "8"}, {"threads": -1}, {"prefetch": True}]
+)  # fmt: skip
+def test_a_number_that_is_none_is_said_at_once(photos, setting):
+    with pytest.raises(UserError, match=f"{next(iter(setting))} must be a whole number"):
+        manyview.Views(photos, **setting)
+    manyview.Views(photos, views=np.int64(2), seed=2**63 - 1)
 
 
 def test_a_test_split_comes_once_in_order_and_clean(photos, monkeypatch):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -488,12 +489,24 @@ def test_beta_auto_is_three_over_dim_and_the_collapse_edge_warns():
             f(z, beta=102 / 64)
 
 
+@pytest.mark.parametrize("name", objective.OBJECTIVES)
+@pytest.mark.parametrize(
+    "options", [{"form": "mena"}, {"beta": -1.0}, {"beta": float("nan")}, {"beta": "high"}, {"bta": 1}]
+)
+def test_an_option_that_is_none_is_refused_where_the_loss_is_called_by_itself(name, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        objective.OBJECTIVES[name](torch.randn(2, 4, 3), **options)
+    assert torch.isfinite(objective.OBJECTIVES[name](torch.randn(2, 4, 3), beta=np.float32(0.5)).total)
+
+
 def test_wrong_shapes_are_refused():
     for z in (torch.zeros(4, 8), torch.zeros(4, 1, 8), torch.zeros(1, 4, 8)):
         with pytest.raises(ValueError, match="views"):
             objective.barlow(z)
     with pytest.raises(ValueError, match="1 of 3"):
         objective.vicreg(torch.zeros(3, 4, 8), local=[False, True, True])
+    with pytest.raises(ValueError, match="floating point"):
+        objective.barlow(torch.ones(2, 4, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="marks 2"):
         objective.vicreg(torch.zeros(3, 4, 8), local=[False, True])
 
