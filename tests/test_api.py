@@ -147,7 +147,7 @@ def test_a_state_of_something_else_is_refused(photos):
 def test_a_number_that_is_none_is_said_at_once(photos, setting):
     with pytest.raises(UserError, match=f"{next(iter(setting))} must be a whole number"):
         manyview.Views(photos, **setting)
-    manyview.Views(photos, views=np.int64(2), seed=2**63 - 1)
+    manyview.Views(photos, views=np.int64(2), batch_size=4, seed=2**63 - 1)
 
 
 def test_a_test_split_comes_once_in_order_and_clean(photos, monkeypatch):
