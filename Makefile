@@ -25,7 +25,7 @@ shards: setup ## convert images: DATASET= [SOURCE= LABELS=table HOLDOUT=25% FORM
 test: setup check ## lint, types and every test (10 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not quiet"
 
-test-fast: setup ## the tests that take seconds (under a minute)
+test-fast: setup ## the tests that take seconds each (3 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not quiet"
 
 test-quiet: setup ## the tests that measure time: on a machine with nothing else to do

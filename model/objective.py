@@ -35,8 +35,8 @@ from manyview.pipeline.errors import UserError, nearest, refuse
 C = 3.0
 # In the authors' sweeps beta * D <= 25 trains well, 51 a little worse, and from 102 on the embedding collapses.
 COLLAPSE_EDGE = 50.0
-P = ParamSpec("P")
 EPS = 1e-5  # added to the variance; BatchNorm's, and so the textbook's
+P = ParamSpec("P")
 
 
 class Loss(NamedTuple):
@@ -185,7 +185,8 @@ def _checked(function: Callable[P, Loss]) -> Callable[P, Loss]:
 
     @wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> Loss:
-        if errors := [text for key, value in options.items() if (text := _invalid(call, key, value))]:
+        named = [(key, value) for key, value in options.items() if key not in ("z", "local")]
+        if errors := [text for key, value in named if (text := _invalid(call, key, value))]:
             raise ValueError("; ".join(errors))
         return function(*args, **options)
 
@@ -328,7 +329,7 @@ def create(name: str, **options: Any) -> Callable[..., Loss]:
 
 def options_of(name: str) -> list[str]:
     """The options that objective `name` takes."""
-    return [key for key in signature(OBJECTIVES[name]).parameters if key not in ("z", "local")]
+    return list(_option_types(OBJECTIVES[name]))
 
 
 def describe(objective: Callable[..., Loss], dim: int) -> tuple[str, dict[str, Any]]:
@@ -358,8 +359,6 @@ def _option_types(function: Callable[..., Loss]) -> dict[str, Any]:
 def _invalid(function: Callable[..., Loss], key: str, value: Any) -> str | None:
     """What is wrong with one option, by the type that its function states, or None."""
     hints = _option_types(function)
-    if key in ("z", "local"):
-        return None
     if key not in hints:
         return f"objective {function.__name__!r} has no option {key!r}; it has: {', '.join(hints)}"
     kinds = get_args(hints[key]) if get_origin(hints[key]) in (Union, UnionType) else (hints[key],)

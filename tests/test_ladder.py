@@ -111,6 +111,13 @@ def test_a_ladder_that_cannot_be_is_refused(file, old, new, words):
         ladder.read(file)
 
 
+def test_a_rung_or_a_seed_that_no_row_has_is_said(file, tmp_path):
+    for words in (["--core-hours", "7"], ["--only", "ours", "--core-hours", "0"], ["--only", "ours", "--seeds", "5"]):
+        done = conftest.program("tools/ladder.py", file, "--out", tmp_path / "l.csv", *words)
+        assert done.returncode == 2 and "no row has these --core-hours and --seeds; rungs" in done.stderr, done.stderr
+    assert not (tmp_path / "l.md").exists()
+
+
 @pytest.mark.slow
 def test_rows_are_made_once_and_the_page_says_what_is_pending(file, tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "TRIAL", 0.1)

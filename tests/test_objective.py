@@ -485,8 +485,11 @@ def test_beta_auto_is_three_over_dim_and_the_collapse_edge_warns():
         warnings.simplefilter("error")
         objective.barlow(z, beta=25 / 64)  # the authors' runs still train well here
     for f in (objective.barlow, objective.paper):
-        with pytest.warns(UserWarning, match=r"beta \* D = 102 .*collapse.*0\.0469"):
+        with pytest.warns(UserWarning, match=r"beta \* D = 102 .*collapse.*0\.0469") as told:
             f(z, beta=102 / 64)
+        assert told[0].filename == __file__  # where it is called, not in here
+    with pytest.raises(UserError, match="no option 'local'"):
+        objective.create("barlow", local=[True, False])
 
 
 @pytest.mark.parametrize("name", objective.OBJECTIVES)

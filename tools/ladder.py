@@ -58,14 +58,12 @@ def main() -> int:
     for name in options.only:
         if name not in names:
             raise UserError(nearest("row", name, names))
-    todo = [row for row in asked.rows if row.name in (options.only or names)]
-    todo = [row for row in todo if row.core_hours in (options.core_hours or [row.core_hours])]
+    named = [row for row in asked.rows if row.name in (options.only or names)]
+    todo = [row for row in named if row.core_hours in (options.core_hours or [row.core_hours])]
     todo = [row for row in todo if row.seed in (options.seeds or [row.seed])]
     if not todo:
-        there = ", ".join(
-            dict.fromkeys(f"{row.core_hours:g}" for row in asked.rows if row.name in (options.only or names))
-        )
-        raise UserError(f"no row has these --core-hours and --seeds; rungs of the rows asked for: {there or 'none'}")
+        rungs = ", ".join(dict.fromkeys(f"{row.core_hours:g}" for row in named))
+        raise UserError(f"no row has these --core-hours and --seeds; rungs of the rows asked for: {rungs}")
     torch.set_num_threads(1)
     tune(torch.device("cpu"))
     failed = 0 if options.report else ladder.run(asked, options.out, options.runs, todo, options.precision)
